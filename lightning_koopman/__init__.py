@@ -1,0 +1,23 @@
+"""Treat training as a dynamical system: the Koopman spectrum of a network's weights, for PyTorch Lightning."""
+
+from lightning_koopman.callbacks._base import KoopmanWarning
+from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
+from lightning_koopman.dmd import dmd_rrr
+from lightning_koopman.parameters import select_parameters
+from lightning_koopman.plots import plot_history, plot_spectrum
+from lightning_koopman.spectrum import Spectrum
+from lightning_koopman.surrogate import random_walk_spectrum
+from lightning_koopman.trajectory import Trajectory
+
+__version__ = "0.1.0"
+__all__ = [
+    "KoopmanSpectrumMonitor",
+    "KoopmanWarning",
+    "Spectrum",
+    "Trajectory",
+    "dmd_rrr",
+    "plot_history",
+    "plot_spectrum",
+    "random_walk_spectrum",
+    "select_parameters",
+]

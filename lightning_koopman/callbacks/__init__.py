@@ -1,0 +1,1 @@
+"""Lightning callbacks: they decide when; the numerics they call know nothing of Lightning."""

@@ -1,0 +1,51 @@
+"""Hand a figure to the loggers that can take one, else write it to disk."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def deliver(figure: Figure, name: str, loggers: Iterable[Any], step: int, directory: Path | None) -> list[Path]:
+    """Give the figure to every logger that takes figures; where none does, write ``<last part of name>.png``.
+
+    Loggers are told apart by what they can do, not by class, so both import roots and look-alikes work.
+
+    Returns:
+        The files written.
+    """
+    taken = [_give(figure, name, logger, step) for logger in loggers]
+    if any(taken) or directory is None:
+        return []
+    path = directory / f"{name.rsplit('/', 1)[-1]}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return [path]
+
+
+def _give(figure: Figure, name: str, logger: Any, step: int) -> bool:
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(experiment, "add_figure"):  # TensorBoard
+        experiment.add_figure(name, figure, global_step=step, close=False)
+    elif hasattr(logger, "log_image"):  # W&B
+        logger.log_image(key=name, images=[_pixels(figure)], step=step)
+    elif hasattr(experiment, "log_figure") and hasattr(logger, "run_id"):  # MLflow
+        experiment.log_figure(logger.run_id, figure, f"{name}-step={step}.png")
+    else:
+        return False
+    return True
+
+
+def _pixels(figure: Figure) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """RGBA pixels (height, width, 4) of the rendered figure."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="rgba", dpi=150)
+    width, height = (round(side * 150) for side in figure.get_size_inches())
+    return np.frombuffer(buffer.getvalue(), dtype=np.uint8).reshape(height, width, 4)

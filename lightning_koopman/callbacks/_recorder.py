@@ -1,0 +1,83 @@
+"""The recorded trajectory of one training, shared by the callbacks that ask for the same snapshots."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class SnapshotSettings:
+    """What is recorded and how much of it is kept; callbacks with equal settings share one recorder."""
+
+    observable: str
+    parameters: tuple[str, ...] | None
+    every_n_epochs: int
+    window: int | None
+    storage: str
+
+
+class Recorder:
+    """Appends each epoch's values to a trajectory once, and starts a new trajectory where the old one cannot go on."""
+
+    def __init__(self, settings: SnapshotSettings) -> None:
+        self.settings = settings
+        self.trajectory: Trajectory | None = None
+        self.epochs: list[int] = []
+        self._interrupted = False
+
+    def __len__(self) -> int:
+        return len(self.epochs)
+
+    def record(self, epoch: int, values: Tensor) -> bool:
+        """Record the values (n,) after ``epoch`` completed epochs; False where that epoch was recorded already."""
+        if self.epochs and epoch == self.epochs[-1] and not self._interrupted:
+            return False
+        another_fit = bool(self.epochs) and epoch < self.epochs[-1]
+        if self.trajectory is None or self._interrupted or another_fit or values.numel() != self.trajectory.n:
+            self.trajectory = Trajectory(
+                values.numel(), capacity=self.settings.window, storage=self.settings.storage, dtype=values.dtype
+            )
+            self.epochs, self._interrupted = [], False
+        self.trajectory.append(values)
+        self.epochs = [*self.epochs, epoch][-len(self.trajectory) :]
+        return True
+
+    def last(self) -> Tensor:
+        """The newest snapshot (n,)."""
+        if self.trajectory is None:
+            raise IndexError("nothing has been recorded.")
+        return self.trajectory.last()
+
+    def interrupt(self) -> None:
+        """Let the next snapshot start a new trajectory: what follows does not continue what was recorded."""
+        self._interrupted = True
+
+    def save(self, sidecar: Path) -> dict[str, Any]:
+        """State for a checkpoint; the snapshots go to the sidecar file."""
+        if self.trajectory is None:
+            return {}
+        sidecar.parent.mkdir(parents=True, exist_ok=True)
+        return {
+            "trajectory": self.trajectory.save(sidecar),
+            "epochs": torch.tensor(self.epochs, dtype=torch.int64),
+            "interrupted": self._interrupted,
+            "sidecar": os.fspath(sidecar),
+        }
+
+    def load(self, state: dict[str, Any], sidecar: Path) -> int:
+        """Restore what :meth:`save` wrote; returns how many snapshots could not be restored."""
+        self.trajectory = Trajectory.load(state["trajectory"], sidecar, storage=self.settings.storage)
+        epochs = state["epochs"].tolist()
+        self.epochs = epochs[len(epochs) - len(self.trajectory) :]
+        self._interrupted = bool(state["interrupted"])
+        if not self.epochs:
+            self.trajectory = None
+        return len(epochs) - len(self.epochs)

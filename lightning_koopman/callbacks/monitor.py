@@ -1,0 +1,308 @@
+"""Watch the Koopman spectrum of a training."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback
+from lightning_koopman.callbacks._figures import deliver
+from lightning_koopman.dmd import check_options
+from lightning_koopman.spectrum import Spectrum
+from lightning_koopman.summary import summarize
+from lightning_koopman.surrogate import random_walk_spectrum
+from lightning_koopman.trajectory import Trajectory
+
+# what is logged while nothing is known yet: finite for EarlyStopping, and no evidence of convergence
+NO_EVIDENCE = {
+    "unit_fraction": 0.0,
+    "surrogate_unit_fraction": 0.0,
+    "slowest_modulus": 1.0,
+    "residual_at_one": 1.0,
+    "misfit": 1.0,
+    "rank": 0.0,
+}
+COLUMNS = ("epoch", "n_snapshots", "train_loss", *NO_EVIDENCE, "seconds")
+HISTORY = "history.csv"
+
+
+class KoopmanSpectrumMonitor(TrajectoryCallback):
+    r"""Log, epoch by epoch, the Koopman spectrum of the weights, of the loss or of a metric (paper, section 3).
+
+    After each epoch the last ``window`` snapshots are decomposed by DMD_RRR, and six scalars are logged that stock
+    callbacks can monitor in the same epoch:
+
+    - ``koopman/unit_fraction``: share of the importance :math:`|b_j|` within ``radius`` of 1, in [0, 1];
+    - ``koopman/surrogate_unit_fraction``: the same for a random walk with the same step lengths.  Where the two agree,
+      the unit fraction says nothing about convergence;
+    - ``koopman/slowest_modulus``: largest modulus of the trusted eigenvalues that can be told from 1 (1 if none can);
+    - ``koopman/residual_at_one``: smallest :math:`\|Az - z\|` over unit z: how well a fixed direction fits the data;
+    - ``koopman/misfit``: :math:`\|Y - AX\|_F/\|Y\|_F`: what the linear model misses from one snapshot to the next;
+    - ``koopman/rank``: the numerical rank of the snapshots.
+
+    Until the spectrum can be computed (3 snapshots of the weights, 6 values of a scalar) they hold values that are no
+    evidence of convergence (0, 0, 1, 1, 1, 0).  Eigenvalues belong to one step between snapshots, ``every_n_epochs``.
+
+    Everything written to disk lies in one folder: ``history.csv`` (one row an analysed epoch; empty cells where nothing
+    is known), the snapshots that checkpoints refer to, and figures if no logger takes them.
+
+    Args:
+        observable: ``"weights"``; ``"train_loss"``, the epoch's mean of the loss that ``training_step`` returns; or the
+            name of any logged metric.  Scalars are delay-embedded over half of the window.
+        every_n_epochs: Epochs between two snapshots, ≥ 1.
+        window: Number of the newest snapshots to analyse, ≥ 3, or None for all since the start.  Memory is 4 bytes a
+            weight and snapshot.
+        parameters: Shell-style patterns of the names of the parameters to observe, such as ``"encoder.*"`` or
+            ``["*.weight", "!head.*"]`` (default: all that require a gradient when training starts).
+        radius: Radius of the disc around 1 for the unit fraction, > 0.
+        tol: Relative singular value below which directions count as zero, in [0, 1).
+        max_residual: Largest residual of a trusted eigenvalue, > 0.
+        storage: ``"ram"``, or ``"disk"`` for memory-mapped snapshots.
+        log_figure: Draw the spectrum and the history when training ends; with a number k, also every k epochs.
+            Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
+        dirpath: Folder for everything written to disk (default: named like ``prefix``, in the run's log folder).
+        prefix: First part of the logged names; give monitors on one Trainer different ones.
+
+    Attributes:
+        spectrum: :class:`Spectrum` of the last analysis, or None.
+        surrogate: :class:`Spectrum` of the random walk beside it, or None.
+        history: List of dicts, one an analysed epoch, with the columns of ``history.csv``.
+        trajectory: :class:`Trajectory` of the recorded snapshots, or None.
+
+    Raises:
+        ValueError: At construction or before training starts, for arguments out of range, patterns that match nothing,
+            snapshots that cannot fit into memory, a folder that cannot be written, or two monitors with one prefix.
+        ModuleNotFoundError: Before training starts, if figures are asked for and matplotlib is not installed.
+
+    Example:
+        >>> import pytorch_lightning as pl
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> from lightning_koopman import KoopmanSpectrumMonitor
+        >>> monitor = KoopmanSpectrumMonitor(window=20)
+        >>> trainer = pl.Trainer(max_epochs=4, callbacks=monitor, accelerator="cpu", **QUIET)
+        >>> trainer.fit(BoringModel())
+        >>> [row["epoch"] for row in monitor.history]
+        [1, 2, 3, 4]
+        >>> "koopman/unit_fraction" in trainer.callback_metrics
+        True
+    """
+
+    def __init__(
+        self,
+        observable: str = WEIGHTS,
+        *,
+        every_n_epochs: int = 1,
+        window: int | None = 100,
+        parameters: str | Sequence[str] | None = None,
+        radius: float = 0.05,
+        tol: float = 1e-3,
+        max_residual: float = 3e-2,
+        storage: str = "ram",
+        log_figure: bool | int = False,
+        dirpath: str | os.PathLike[str] | None = None,
+        prefix: str = "koopman",
+    ) -> None:
+        super().__init__(
+            observable=observable,
+            parameters=parameters,
+            every_n_epochs=every_n_epochs,
+            window=window,
+            storage=storage,
+            dirpath=dirpath,
+        )
+        check_options(tol=tol, max_rank=None, delays=1)
+        for name, value in (("radius", radius), ("max_residual", max_residual)):
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}.")
+        if log_figure is not True and log_figure < 0:
+            raise ValueError(f"log_figure must be True, False or a number of epochs ≥ 1, got {log_figure}.")
+        if not prefix.strip("/"):
+            raise ValueError(f"prefix must not be empty, got {prefix!r}: logged names begin with it.")
+        self.radius, self.tol, self.max_residual = radius, tol, max_residual
+        self.log_figure, self.prefix = log_figure, prefix.strip("/")
+        self.spectrum: Spectrum | None = None
+        self.surrogate: Spectrum | None = None
+        self.history: list[dict[str, float]] = []
+        self.figure_paths: list[Path] = []
+
+    @property
+    def state_key(self) -> str:
+        settings = self.settings
+        return self._generate_state_key(
+            observable=settings.observable,
+            parameters=settings.parameters,
+            every_n_epochs=settings.every_n_epochs,
+            window=settings.window,
+            prefix=self.prefix,
+        )
+
+    @property
+    def trajectory(self) -> Trajectory | None:
+        return self.recorder.trajectory
+
+    @property
+    def history_path(self) -> Path | None:
+        """The table that :attr:`history` is written to, once training has started."""
+        return None if self._directory is None else self._directory / HISTORY
+
+    def summary(self) -> str:
+        """What the last spectrum says, in plain words, several lines."""
+        return summarize(
+            self.spectrum,
+            self.surrogate,
+            observable=self.settings.observable,
+            radius=self.radius,
+            max_residual=self.max_residual,
+            every_n_epochs=self.settings.every_n_epochs,
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._check_prefix(trainer)
+            if self.log_figure and importlib.util.find_spec("matplotlib") is None:
+                raise ModuleNotFoundError(
+                    f"log_figure={self.log_figure} needs matplotlib: pip install 'lightning_koopman[plots]'",
+                    name="matplotlib",
+                )
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self._active or not trainer.is_global_zero:
+            return
+        if not self._resumed and trainer.current_epoch == 0:
+            self.history, self.spectrum, self.surrogate, self.figure_paths = [], None, None, []
+        self._write_history(anew=True)
+
+    def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+        logged = None
+        if trainer.is_global_zero:
+            with self._guard("analysing the spectrum"):
+                logged = self._analyse(epoch, recorded)
+        logged = trainer.strategy.broadcast(logged)
+        if logged is None:
+            # for callbacks that monitor, not for loggers, whose curves should hold only what is known
+            trainer.callback_metrics.update(
+                {f"{self.prefix}/{name}": torch.tensor(value) for name, value in NO_EVIDENCE.items()}
+            )
+        else:
+            for name, value in logged.items():
+                pl_module.log(f"{self.prefix}/{name}", value, batch_size=1, sync_dist=trainer.world_size > 1)
+        if trainer.is_global_zero and self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
+            self._draw(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._active and self.log_figure and trainer.is_global_zero:
+            self._draw(trainer)
+
+    def _analyse(self, epoch: int, recorded: bool) -> dict[str, float] | None:
+        """Spectrum and surrogate of the window, a row of the history, and the scalars to log."""
+        started = time.perf_counter()
+        trajectory = self.recorder.trajectory
+        delays = self._delays(len(self.recorder))
+        scalars: dict[str, float] = dict.fromkeys(NO_EVIDENCE, math.nan)
+        if recorded and trajectory is not None and delays is not None:
+            self.spectrum = trajectory.spectrum(tol=self.tol, delays=delays)
+            self.surrogate = self._walk()
+            scalars = self._scalars(self.spectrum, self.surrogate)
+            if not trajectory.step_norms().any():
+                self._warn(
+                    "constant",
+                    f"the observable {self.settings.observable!r} has not changed over the last {len(trajectory)} "
+                    "snapshots: its only eigenvalue is 1. Are these weights in the optimizer, at a learning rate > 0?",
+                )
+        loss = math.nan if self.train_loss is None else self.train_loss
+        seconds = self._record_seconds + time.perf_counter() - started
+        self.history.append(
+            {"epoch": epoch, "n_snapshots": len(self.recorder), "train_loss": loss, **scalars, "seconds": seconds}
+        )
+        self._write_history()
+        if math.isnan(scalars["rank"]):
+            return None
+        return {name: NO_EVIDENCE[name] if math.isnan(value) else value for name, value in scalars.items()}
+
+    def _walk(self, *, refine: bool = False) -> Spectrum:
+        """The random walk's spectrum, under the same settings as the training's."""
+        assert self.trajectory is not None
+        assert self.spectrum is not None
+        return random_walk_spectrum(
+            self.trajectory.step_norms(),
+            self.trajectory.start_norm(),
+            self.trajectory.n,
+            tol=self.tol,
+            delays=self.spectrum.delays,
+            refine=refine,
+        )
+
+    def _delays(self, count: int) -> int | None:
+        """Snapshots in an embedded one, or None while there are too few to say anything."""
+        if self.settings.observable == WEIGHTS:
+            return 1 if count >= 3 else None
+        return count // 2 + 1 if count >= 6 else None
+
+    def _scalars(self, spectrum: Spectrum, surrogate: Spectrum) -> dict[str, float]:
+        return {
+            "unit_fraction": spectrum.unit_fraction(self.radius),
+            "surrogate_unit_fraction": surrogate.unit_fraction(self.radius),
+            "slowest_modulus": spectrum.slowest_modulus(self.max_residual),
+            "residual_at_one": spectrum.residual_at(1.0),
+            "misfit": spectrum.misfit,
+            "rank": float(spectrum.rank),
+        }
+
+    def _write_history(self, *, anew: bool = False) -> None:
+        """Append the last row to the table, or write it all anew."""
+        if self.history_path is None:
+            return
+        with self._guard("writing the history"), open(self.history_path, "w" if anew else "a", newline="") as f:
+            writer = csv.DictWriter(f, COLUMNS)
+            if anew:
+                writer.writeheader()
+            for row in self.history if anew else self.history[-1:]:
+                writer.writerow({key: "" if math.isnan(value) else value for key, value in row.items()})
+
+    def _draw(self, trainer: pl.Trainer) -> None:
+        if self.spectrum is None:
+            return
+        with self._guard("drawing figures"):
+            from lightning_koopman.plots import plot_history, plot_spectrum
+
+            figures = {
+                "spectrum": plot_spectrum(self.spectrum, self._walk(refine=True), radius=self.radius),
+                "history": plot_history(self.history),
+            }
+            for name, figure in figures.items():
+                paths = deliver(figure, f"{self.prefix}/{name}", trainer.loggers, trainer.global_step, self._directory)
+                self.figure_paths = [*self.figure_paths, *(path for path in paths if path not in self.figure_paths)]
+
+    def _folder(self) -> str:
+        return self.prefix
+
+    def _check_prefix(self, trainer: pl.Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is not self and isinstance(other, KoopmanSpectrumMonitor) and other.prefix == self.prefix:
+                raise ValueError(
+                    f"prefix={self.prefix!r} is used by two monitors, whose scalars would overwrite each other: give "
+                    "one of them another `prefix`."
+                )
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if state:
+            state["history"] = {key: [float(row[key]) for row in self.history] for key in COLUMNS}
+        return state
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        columns = state["history"]
+        self.history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        for row in self.history:
+            row["epoch"], row["n_snapshots"] = int(row["epoch"]), int(row["n_snapshots"])

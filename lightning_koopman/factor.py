@@ -1,0 +1,154 @@
+r"""From snapshots to the small factor ``R`` that every spectrum is computed from.
+
+Dynamic mode decomposition never needs the snapshots :math:`W` (time, n) themselves, only some ``R`` with
+:math:`R^\top R = W W^\top`: any two matrices with equal Gram matrices have the same Ritz values, residuals and
+coefficients.  For a network, n is millions and R is at most (time, time).
+
+A Gram matrix of the raw weights is useless in floating point, because successive weights differ in the third or fourth
+digit only.  The Gram matrix of the *increments* :math:`e_t = w_t - w_{t-1}` (with :math:`e_0 = w_0`), formed in
+float64, is not: Cholesky's error is relative to each increment's own norm.  A cumulative sum over the columns of its
+factor then gives back the factor of the snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+import torch
+from scipy.linalg.blas import dsyrk
+from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+
+CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
+EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
+EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
+
+
+def factor(snapshots: Tensor, *, exact: bool = False) -> Array:
+    r"""Factor ``R`` with :math:`R^\top R = W W^\top` of the snapshots ``W``.
+
+    Args:
+        snapshots: Real tensor (time, n), float32 or float64, on any device: one row a snapshot.
+        exact: Factor by blocked Householder QR in float64 (on the CPU) instead of through the increment Gram matrix.
+
+    Returns:
+        Float64 array (r, time), r ≤ time, upper trapezoidal: column t represents snapshot t.
+    """
+    if exact:
+        return _blocked_qr(snapshots)
+    return factor_from_increment_gram(increment_gram(snapshots))
+
+
+def increment_gram(snapshots: Tensor) -> Array:
+    """Gram matrix (time, time) of the increments of snapshots (time, n), accumulated in float64 over column chunks."""
+    rows = snapshots.shape[0]
+    if snapshots.device.type != "cpu":
+        # LAPACK-free path: one matrix product a chunk, on the device that holds the snapshots
+        gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
+        for increments in _increment_chunks([snapshots], chunk=2**18):
+            gram.addmm_(increments, increments.T)
+        return gram.cpu().numpy()
+    upper = np.zeros((rows, rows), order="F")
+    for increments in _increment_chunks([snapshots]):
+        upper = dsyrk(1.0, increments.numpy().T, beta=1.0, c=upper, trans=1, overwrite_c=1)
+    return upper + np.triu(upper, 1).T
+
+
+def last_increment_products(segments: Iterable[Tensor]) -> Array:
+    """Inner products of the last increment with every increment, in one pass: the newest row of the increment Gram.
+
+    Args:
+        segments: CPU float32 or float64 tensors (rows_i, n) whose concatenation is the snapshots in order of time.
+
+    Returns:
+        Float64 array (time,).
+    """
+    parts = list(segments)
+    products = torch.zeros(sum(part.shape[0] for part in parts), dtype=torch.float64)
+    for increments in _increment_chunks(parts):
+        products.addmv_(increments, increments[-1])
+    return products.numpy()
+
+
+def _increment_chunks(segments: list[Tensor], chunk: int = CHUNK) -> Iterator[Tensor]:
+    """Yield float64 increments of the concatenated segments, a chunk of columns at a time, in one buffer."""
+    rows = sum(segment.shape[0] for segment in segments)
+    columns, device = segments[0].shape[1], segments[0].device
+    width = min(chunk, columns)
+    snapshots = torch.empty(rows, width, dtype=torch.float64, device=device)
+    increments = torch.empty_like(snapshots)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        if stop - start < width:
+            snapshots = torch.empty(rows, stop - start, dtype=torch.float64, device=device)
+            increments = torch.empty_like(snapshots)
+        row = 0
+        for segment in segments:
+            snapshots[row : row + segment.shape[0]].copy_(segment[:, start:stop])
+            row += segment.shape[0]
+        increments[0].copy_(snapshots[0])
+        torch.sub(snapshots[1:], snapshots[:-1], out=increments[1:])
+        yield increments
+
+
+def factor_from_increment_gram(gram: Array) -> Array:
+    """Factor ``R`` (r, time) of the snapshots from the Gram matrix (time, time) of their increments."""
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    scale = np.where(norms > 0, norms, 1.0)
+    # unit diagonal first: Cholesky does not care, the eigendecomposition below does
+    scaled = gram / np.outer(scale, scale)
+    try:
+        root = scipy.linalg.cholesky(scaled, check_finite=False)
+    except np.linalg.LinAlgError:
+        # dependent increments (constant weights, an exact period): the nearest positive semidefinite Gram matrix
+        values, vectors = np.linalg.eigh(scaled)
+        root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+    return np.cumsum(root * scale, axis=1)
+
+
+def merge_oldest(gram: Array, count: int) -> Array:
+    """Increment Gram without the oldest ``count`` snapshots: their increments add up to the new base."""
+    merged = gram[count:, count:].copy()
+    base = gram[: count + 1].sum(axis=0)
+    merged[0, :] = merged[:, 0] = base[count:]
+    merged[0, 0] = base[: count + 1].sum()
+    return merged
+
+
+def hankel(factor: Array, delays: int) -> Array:
+    """Factor of the delay-embedded snapshots ``[w_t, …, w_{t+delays-1}]`` from the factor of the plain ones.
+
+    Stacking shifted factors has the Gram matrix of the stacked snapshots, so the embedding never touches the snapshots.
+
+    Args:
+        factor: Array (r, time).
+        delays: Number of consecutive snapshots in one embedded snapshot, 1 ≤ delays ≤ time.
+
+    Returns:
+        Array (r', time − delays + 1).
+    """
+    if delays == 1:
+        return factor
+    columns = factor.shape[1] - delays + 1
+    stacked = np.concatenate([factor[:, shift : shift + columns] for shift in range(delays)])
+    return stacked if stacked.shape[0] <= columns else triangle(stacked)
+
+
+def triangle(matrix: Array) -> Array:
+    """Triangular factor R (min(r, c), c) of a Householder QR of an array (r, c)."""
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
+
+
+def _blocked_qr(snapshots: Tensor) -> Array:
+    """R of a float64 Householder QR of ``snapshots.T``, by blocks of columns (tall-skinny QR), in bounded memory."""
+    rows, columns = snapshots.shape
+    width = max(2 * rows, EXACT_SIZE // max(rows, 1))
+    root: Array = np.empty((0, rows))
+    for start in range(0, columns, width):
+        block = snapshots[:, start : start + width].T.to(device="cpu", dtype=torch.float64).numpy()
+        root = triangle(np.concatenate([root, block]))
+    return root

@@ -1,0 +1,130 @@
+"""Figures of spectra and of their history. The only module that needs matplotlib."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_koopman.spectrum import Spectrum
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, TRAINING, WALK = "#1b1f24", "#8a929c", "#0b6e99", "#c2571a"
+RESIDUALS = (1e-4, 1.0)  # ends of the colour scale
+
+
+def plot_spectrum(
+    spectrum: Spectrum, surrogate: Spectrum | None = None, *, radius: float = 0.05, title: str = "Training"
+) -> Figure:
+    """Eigenvalues in the unit circle: area by importance, colour by residual, the surrogate beside them.
+
+    Args:
+        spectrum: The training's spectrum.
+        surrogate: Spectrum of the random walk with the same step lengths (default: none drawn).
+        radius: Radius of the disc around 1 that is outlined.
+        title: Heading of the training's panel.
+
+    Returns:
+        A matplotlib figure, not registered with pyplot: nothing needs to be closed.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import dmd_rrr, plot_spectrum
+        >>> figure = plot_spectrum(dmd_rrr(1 + 0.5 ** np.arange(10.0), delays=6))
+        >>> len(figure.axes)
+        2
+    """
+    from matplotlib import colors
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.figure import Figure
+
+    panels = [(title, spectrum)] + ([("Random walk, same step lengths", surrogate)] if surrogate is not None else [])
+    figure = Figure(figsize=(4.6 * len(panels) + 0.9, 4.9), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    scale = colors.LogNorm(*RESIDUALS, clip=True)
+    for axis, (name, drawn) in zip(axes, panels, strict=True):
+        _draw_eigenvalues(axis, drawn, scale, radius)
+        axis.set_title(
+            f"{name}\n{drawn.unit_fraction(radius):.0%} of importance within {radius:g} of 1 · rank {drawn.rank}",
+            fontsize=10,
+            color=INK,
+        )
+    bar = figure.colorbar(ScalarMappable(scale, "viridis_r"), ax=list(axes), fraction=0.05, pad=0.02)
+    bar.set_label("residual of the eigenvalue (dark: uncertain)", fontsize=9, color=INK)
+    return figure
+
+
+def _draw_eigenvalues(axis: Axes, spectrum: Spectrum, scale: object, radius: float) -> None:
+    from matplotlib.patches import Circle
+
+    values = spectrum.eigenvalues
+    axis.add_patch(Circle((0, 0), 1, fill=False, color=MUTED, linewidth=1))
+    axis.add_patch(Circle((1, 0), radius, fill=False, color=WALK, linewidth=1.2, linestyle=(0, (2, 1.5)), zorder=4))
+    axis.axhline(0, color=MUTED, linewidth=0.4)
+    axis.axvline(0, color=MUTED, linewidth=0.4)
+    largest = spectrum.importance.max() or 1.0
+    axis.scatter(
+        values.real,
+        values.imag,
+        s=12 + 300 * spectrum.importance / largest,
+        c=np.clip(spectrum.residuals, *RESIDUALS),
+        norm=scale,  # type: ignore[arg-type]
+        cmap="viridis_r",
+        edgecolors="white",
+        linewidths=0.6,
+        alpha=0.9,
+        zorder=3,
+    )
+    outside = int(np.count_nonzero(np.abs(values) > 1.25))
+    if outside:
+        axis.text(0.02, 0.02, f"{outside} outside the frame", transform=axis.transAxes, fontsize=8, color=MUTED)
+    axis.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal")
+    axis.set_xlabel("Re λ", fontsize=9, color=INK)
+    axis.set_ylabel("Im λ", fontsize=9, color=INK)
+    axis.tick_params(labelsize=8, colors=INK)
+
+
+def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
+    """Training loss beside the unit fraction of the training and of the random walk, over epochs.
+
+    Args:
+        history: Rows with ``epoch``, ``train_loss``, ``unit_fraction`` and ``surrogate_unit_fraction``, such as
+            :attr:`KoopmanSpectrumMonitor.history`.
+
+    Returns:
+        A matplotlib figure, not registered with pyplot.
+
+    Example:
+        >>> from lightning_koopman import plot_history
+        >>> row = {"epoch": 1, "train_loss": 0.5, "unit_fraction": 0.1, "surrogate_unit_fraction": 0.2}
+        >>> len(plot_history([row]).axes)
+        2
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.2), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True)
+    epochs = [row["epoch"] for row in history]
+    losses = np.array([row["train_loss"] for row in history], dtype=float)
+    top.plot(epochs, losses, color=INK, linewidth=1.4)
+    if np.nanmin(losses, initial=np.inf) > 0 and np.isfinite(losses).any():
+        top.set_yscale("log")
+    top.set_ylabel("training loss", fontsize=9, color=INK)
+    for key, label, color, style in (
+        ("unit_fraction", "training", TRAINING, "-"),
+        ("surrogate_unit_fraction", "random walk, same step lengths", WALK, "--"),
+    ):
+        bottom.plot(epochs, [row[key] for row in history], style, color=color, linewidth=1.4, label=label)
+    bottom.set(ylim=(-0.03, 1.03))
+    bottom.set_xlabel("epochs completed", fontsize=9, color=INK)
+    bottom.set_ylabel("importance near 1\n(unit fraction)", fontsize=9, color=INK)
+    bottom.legend(fontsize=8, frameon=False)
+    for axis in (top, bottom):
+        axis.tick_params(labelsize=8, colors=INK)
+        axis.grid(color=MUTED, alpha=0.25, linewidth=0.5)
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure
