@@ -18,7 +18,7 @@ RESIDUALS = (1e-4, 1.0)  # ends of the colour scale
 
 
 def plot_spectrum(
-    spectrum: Spectrum, surrogate: Spectrum | None = None, *, radius: float = 0.05, title: str = "Training"
+    spectrum: Spectrum, surrogate: Spectrum | None = None, *, radius: float = 0.05, title: str = "training"
 ) -> Figure:
     """Eigenvalues in the unit circle: area by importance, colour by residual, the surrogate beside them.
 
@@ -42,7 +42,7 @@ def plot_spectrum(
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
 
-    panels = [(title, spectrum)] + ([("Random walk, same step lengths", surrogate)] if surrogate is not None else [])
+    panels = [(title, spectrum)] + ([("random walk, same step lengths", surrogate)] if surrogate is not None else [])
     figure = Figure(figsize=(4.6 * len(panels) + 0.9, 4.9), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scale = colors.LogNorm(*RESIDUALS, clip=True)

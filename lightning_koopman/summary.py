@@ -75,8 +75,8 @@ def _cluster(spectrum: Spectrum, surrogate: Spectrum, radius: float) -> str:
     if abs(ours - walk) < 0.1:
         return f"{text}. The two are alike, so this figure alone says nothing about convergence."
     if ours > walk:
-        return f"{text}. The training is nearer to standing still than the walk."
-    return f"{text}. The training has more going on away from 1 than the walk."
+        return f"{text}. More of the training stands still than of the walk."
+    return f"{text}. Less of the training stands still than of the walk."
 
 
 def _rate(spectrum: Spectrum, max_residual: float, every_n_epochs: int) -> str:

@@ -1,4 +1,4 @@
-"""What all Koopman callbacks share: taking a snapshot each epoch, keeping it through checkpoints, never failing a run."""
+"""What all Koopman callbacks share: a snapshot each epoch, kept through checkpoints, never failing a run."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ class TrajectoryCallback(LightningCallback):
         self._pending = state_dict
 
     def _restore(self, trainer: pl.Trainer) -> bool:
-        """Go on where the checkpoint left off, if there is one; a sidecar that is gone costs the window, nothing else."""
+        """Go on where the checkpoint left off, if there is one; a lost sidecar costs the window, nothing else."""
         state, self._pending = self._pending, None
         if state is None:
             if trainer.ckpt_path is not None and trainer.is_global_zero:

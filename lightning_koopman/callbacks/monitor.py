@@ -277,7 +277,12 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             from lightning_koopman.plots import plot_history, plot_spectrum
 
             figures = {
-                "spectrum": plot_spectrum(self.spectrum, self._walk(refine=True), radius=self.radius),
+                "spectrum": plot_spectrum(
+                    self.spectrum,
+                    self._walk(refine=True),
+                    radius=self.radius,
+                    title=self.settings.observable,
+                ),
                 "history": plot_history(self.history),
             }
             for name, figure in figures.items():
