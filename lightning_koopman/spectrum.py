@@ -25,7 +25,8 @@ class Spectrum:
         ritz_values: Complex array (k,): plain Ritz values; the ones that ``coefficients`` belong to.
         ritz_residuals: Array (k,), ≥ 0: residuals of the plain Ritz pairs.
         coefficients: Complex array (k,): least-squares :math:`b_j` over all snapshots, in the unit of the weights.
-        misfit: :math:`\|Y - A X\|_F / \|Y\|_F`, in [0, 1]: what the model misses from one snapshot to the next.
+        misfit: :math:`\|Y - A X\|_F / \|Y\|_F`, ≥ 0: what the model misses from one snapshot to the next; 0 at full
+            rank, whatever the data.
         rank: Number k of pairs, the numerical rank of the scaled snapshots.
         n_snapshots: Number of snapshots the spectrum was computed from.
         delays: Number of snapshots in one delay-embedded snapshot (1: no embedding).

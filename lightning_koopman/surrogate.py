@@ -46,7 +46,7 @@ def random_walk_spectrum(
         >>> from lightning_koopman import random_walk_spectrum
         >>> walk = random_walk_spectrum(np.full(99, 0.1), start_norm=10.0, n=1_000_000)
         >>> nearest = walk.eigenvalues[np.argmin(abs(walk.eigenvalues - 1))]
-        >>> bool(abs(nearest - 1) < 1e-3)
+        >>> bool(abs(nearest - 1) < 5e-3)
         True
     """
     steps = np.asarray(step_norms, dtype=np.float64)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,10 +69,10 @@ class Trajectory:
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
         self.n, self.capacity, self.storage, self.dtype = n, capacity, storage, dtype
-        self._temporary = None
         if storage == "disk" and path is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="koopman-")
-            path = Path(self._temporary.name) / "snapshots.bin"
+            folder = tempfile.mkdtemp(prefix="koopman-")
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            path = Path(folder) / "snapshots.bin"
         self._path = None if path is None else Path(path).absolute()
         self._blocks: list[Tensor] = []
         self._block_rows = GROWTH if capacity is None else capacity

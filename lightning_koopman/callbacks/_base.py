@@ -9,9 +9,8 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -19,6 +18,9 @@ from lightning_koopman.callbacks._recorder import Recorder, SnapshotSettings
 from lightning_koopman.callbacks._roots import LightningCallback
 from lightning_koopman.parameters import flatten, select_parameters
 from lightning_koopman.trajectory import STORAGES
+
+if TYPE_CHECKING:  # never at run time: the user may use the other import root
+    import pytorch_lightning as pl
 
 WEIGHTS, TRAIN_LOSS = "weights", "train_loss"
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
@@ -85,7 +87,7 @@ class TrajectoryCallback(LightningCallback):
         self._names: tuple[str, ...] = ()
         self._before_validation: Tensor | None = None
         self._validated: Tensor | None = None  # the observable as the last validation logged it
-        self._from_validation = False
+        self._from_validation = self._has_validated = False
         self._loss_sum: Tensor | None = None
         self._loss_count = 0
         self.train_loss: float | None = None
@@ -98,7 +100,7 @@ class TrajectoryCallback(LightningCallback):
             return
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._warned.clear()
-        self._validated, self._from_validation = None, False
+        self._validated, self._from_validation, self._has_validated = None, False, False
         self._adopt_recorder(trainer)
         if not self._active:
             return
@@ -144,6 +146,7 @@ class TrajectoryCallback(LightningCallback):
         observed = trainer.callback_metrics.get(self.settings.observable)
         if observed is not self._before_validation and not trainer.sanity_checking:
             self._validated, self._from_validation = observed, True
+        self._has_validated |= not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
@@ -152,10 +155,11 @@ class TrajectoryCallback(LightningCallback):
         self.train_loss = self._mean_train_loss(trainer)
         if not self._due(epoch):
             return
-        recorded, started = False, time.perf_counter()
+        started = time.perf_counter()
         with self._guard("recording a snapshot"):
-            recorded = self._record(trainer, pl_module, epoch)
+            self._record(trainer, pl_module, epoch)
         self._record_seconds = time.perf_counter() - started
+        recorded = self.recorder.epochs[-1:] == [epoch]
         self.on_snapshot(trainer, pl_module, epoch, recorded)
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
@@ -163,10 +167,10 @@ class TrajectoryCallback(LightningCallback):
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> bool:
+    def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         observable = self.settings.observable
         if not trainer.is_global_zero:
-            return False
+            return
         values: Tensor | None
         if observable == WEIGHTS:
             values = self._read_weights(pl_module)
@@ -174,9 +178,10 @@ class TrajectoryCallback(LightningCallback):
             values = torch.tensor([self.train_loss], dtype=torch.float64)
         else:
             values = self._read_metric(trainer)
-        return values is not None and self._append(epoch, values)
+        if values is not None:
+            self._append(epoch, values)
 
-    def _append(self, epoch: int, values: Tensor) -> bool:
+    def _append(self, epoch: int, values: Tensor) -> None:
         if not bool(torch.isfinite(values).all()):
             self.recorder.interrupt()
             self._warn(
@@ -184,7 +189,7 @@ class TrajectoryCallback(LightningCallback):
                 f"the observable {self.settings.observable!r} holds NaN or infinite values after epoch {epoch}: it is "
                 "not recorded, and a new trajectory starts once it is finite again.",
             )
-            return False
+            return
         trajectory = self.recorder.trajectory
         if trajectory is not None and trajectory.n != values.numel():
             self._warn(
@@ -192,7 +197,7 @@ class TrajectoryCallback(LightningCallback):
                 f"the number of observed weights changed from {trajectory.n} to {values.numel()} at epoch {epoch}: "
                 "a new trajectory starts here.",
             )
-        return self.recorder.record(epoch, values)
+        self.recorder.record(epoch, values)
 
     def _due(self, epoch: int) -> bool:
         """Whether a snapshot is to be taken after so many completed epochs."""
@@ -211,7 +216,8 @@ class TrajectoryCallback(LightningCallback):
         self._validated = None
         if value is not None:
             return torch.as_tensor(value).detach().reshape(-1)[:1].to(device="cpu", dtype=torch.float64)
-        if not self._from_validation and trainer.is_global_zero:
+        still_to_come = trainer.enable_validation and not self._has_validated
+        if not self._from_validation and not still_to_come:
             known = ", ".join(sorted(map(str, metrics))) or "none"
             self._warn(
                 "metric",

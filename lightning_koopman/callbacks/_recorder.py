@@ -36,10 +36,10 @@ class Recorder:
     def __len__(self) -> int:
         return len(self.epochs)
 
-    def record(self, epoch: int, values: Tensor) -> bool:
-        """Record the values (n,) after ``epoch`` completed epochs; False where that epoch was recorded already."""
+    def record(self, epoch: int, values: Tensor) -> None:
+        """Record the values (n,) after ``epoch`` completed epochs, unless that epoch was recorded already."""
         if self.epochs and epoch == self.epochs[-1] and not self._interrupted:
-            return False
+            return
         another_fit = bool(self.epochs) and epoch < self.epochs[-1]
         if self.trajectory is None or self._interrupted or another_fit or values.numel() != self.trajectory.n:
             self.trajectory = Trajectory(
@@ -48,7 +48,6 @@ class Recorder:
             self.epochs, self._interrupted = [], False
         self.trajectory.append(values)
         self.epochs = [*self.epochs, epoch][-len(self.trajectory) :]
-        return True
 
     def last(self) -> Tensor:
         """The newest snapshot (n,)."""

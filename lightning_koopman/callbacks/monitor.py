@@ -9,9 +9,8 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pytorch_lightning as pl
 import torch
 
 from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback
@@ -21,6 +20,9 @@ from lightning_koopman.spectrum import Spectrum
 from lightning_koopman.summary import summarize
 from lightning_koopman.surrogate import random_walk_spectrum
 from lightning_koopman.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
 
 # what is logged while nothing is known yet: finite for EarlyStopping, and no evidence of convergence
 NO_EVIDENCE = {

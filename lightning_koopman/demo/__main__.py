@@ -42,16 +42,22 @@ class EpochProgress(pl.Callback):
         self.bar.close()
 
 
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Command-line arguments."""
     parser = argparse.ArgumentParser(prog="python -m lightning_koopman.demo", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits", help="digits needs no network (default)")
     parser.add_argument("--data-root", type=Path, help="folder of torchvision's data sets (default: ./data)")
-    parser.add_argument("--n-train", type=int, help="keep only so many training images (default: all)")
+    parser.add_argument("--n-train", type=_positive, help="keep only so many training images (default: all)")
     parser.add_argument("--initialization", choices=sorted(INITIALIZATIONS), default="he")
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adam")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=int, default=100)
+    parser.add_argument("--epochs", type=_positive, default=100)
     parser.add_argument("--window", type=int, default=100, help="snapshots to analyse (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--accelerator", default="auto")

@@ -1,0 +1,47 @@
+"""Trajectories with known answers."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+
+def linear_system(eigenvalues: list[complex], n: int, time: int, seed: int = 0, noise: float = 0.0) -> np.ndarray:
+    """Snapshots (time, n) of w ↦ A w where A has the given eigenvalues (give λ with Im λ > 0 for its pair)."""
+    rng = np.random.default_rng(seed)
+    blocks = []
+    for value in eigenvalues:
+        turn = np.array([[value.real, -value.imag], [value.imag, value.real]])
+        blocks.append(turn if value.imag else turn[:1, :1])
+    size = sum(len(block) for block in blocks)
+    matrix = np.zeros((size, size))
+    at = 0
+    for block in blocks:
+        matrix[at : at + len(block), at : at + len(block)] = block
+        at += len(block)
+    state = np.ones(size)
+    states = [state]
+    for _ in range(time - 1):
+        state = matrix @ state
+        states.append(state)
+    mixing = np.linalg.qr(rng.standard_normal((n, size)))[0] + 0.3 * rng.standard_normal((n, size)) / np.sqrt(n)
+    snapshots = np.stack(states) @ mixing.T
+    return snapshots + noise * rng.standard_normal(snapshots.shape)
+
+
+def full_spectrum(eigenvalues: list[complex]) -> np.ndarray:
+    """The given eigenvalues with the conjugates of the complex ones."""
+    pairs = [[value, np.conj(value)] if complex(value).imag else [value] for value in eigenvalues]
+    return np.array([value for pair in pairs for value in pair], dtype=complex)
+
+
+def match(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices that pair two sets of eigenvalues with the least total distance."""
+    assert len(ours) == len(theirs), f"{len(ours)} eigenvalues against {len(theirs)}"
+    return linear_sum_assignment(np.abs(ours[:, None] - theirs[None]))
+
+
+def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Largest distance of matched eigenvalues."""
+    i, j = match(np.asarray(ours), np.asarray(theirs))
+    return float(np.abs(np.asarray(ours)[i] - np.asarray(theirs)[j]).max())

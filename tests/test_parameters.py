@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_koopman import select_parameters
+from lightning_koopman.parameters import flatten
+
+
+@pytest.fixture
+def network():
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(8, 3))
+
+
+def test_default_is_all_trainable_parameters(network):
+    network[0].weight.requires_grad_(False)
+    assert list(select_parameters(network)) == ["0.bias", "1.weight", "1.bias", "3.weight", "3.bias"]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        ("3.*", ["3.weight", "3.bias"]),
+        (["*.bias"], ["0.bias", "1.bias", "3.bias"]),
+        (["!1.*", "!*.bias"], ["0.weight", "3.weight"]),
+        (["*.weight", "!3.*"], ["0.weight", "1.weight"]),
+        (["0.weight", "3.?ias"], ["0.weight", "3.bias"]),
+    ],
+)
+def test_patterns_include_and_exclude(network, patterns, expected):
+    assert list(select_parameters(network, patterns)) == expected
+
+
+def test_shared_parameters_appear_once():
+    layer = nn.Linear(3, 3)
+    assert len(select_parameters(nn.Sequential(layer, nn.ReLU(), layer))) == 2
+
+
+def test_bad_selections_are_named(network):
+    with pytest.raises(ValueError, match=r"parameters='head\.\*' matches no parameter; the module has 0\.weight"):
+        select_parameters(network, "head.*")
+    with pytest.raises(ValueError, match="the exclusions remove every match"):
+        select_parameters(network, ["3.*", "!*"])
+    with pytest.raises(ValueError, match="no parameters at all"):
+        select_parameters(nn.ReLU())
+    network.requires_grad_(False)
+    with pytest.raises(ValueError, match="unfreeze"):
+        select_parameters(network)
+    with pytest.raises(ValueError, match="lazy"):
+        select_parameters(nn.LazyLinear(3))
+    with pytest.raises(ValueError, match="complex"):
+        select_parameters(nn.Linear(3, 3, dtype=torch.complex64))
+
+
+def test_flatten_is_the_concatenation(network):
+    chosen = select_parameters(network)
+    flat = flatten(chosen)
+    assert flat.dtype == torch.float32
+    assert torch.equal(flat, nn.utils.parameters_to_vector(chosen.values()))
+    network[3].weight.data.add_(1.0)
+    assert not torch.equal(flat, flatten(chosen))  # a copy, not a view
+
+
+def test_a_single_parameter_is_copied_too():
+    layer = nn.Linear(2, 1, bias=False)
+    flat = flatten(select_parameters(layer))
+    layer.weight.data.zero_()
+    assert flat.abs().sum() > 0

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_koopman import KoopmanSpectrumMonitor, KoopmanWarning
+
+
+@pytest.fixture
+def run(root, trainer, regression, tmp_path):
+    """Trains for some epochs, from a checkpoint if given; returns the monitor and the checkpoint folder."""
+
+    def start(name: str, epochs: int, ckpt_path=None, save_top_k=-1, **options):
+        monitor = KoopmanSpectrumMonitor(**{"window": 8, "dirpath": tmp_path / name / "koopman", **options})
+        checkpoint = root.callbacks.ModelCheckpoint(
+            tmp_path / name / "checkpoints", filename="{epoch}", save_top_k=save_top_k, every_n_epochs=1
+        )
+        fit = trainer(callbacks=[monitor, checkpoint], max_epochs=epochs, enable_checkpointing=True)
+        fit.fit(regression(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+        return monitor, tmp_path / name / "checkpoints"
+
+    return start
+
+
+def same(resumed, whole) -> None:
+    ours, theirs = resumed.spectrum, whole.spectrum
+    np.testing.assert_allclose(ours.eigenvalues, theirs.eigenvalues, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ours.residuals, theirs.residuals, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(ours.coefficients, theirs.coefficients, rtol=1e-12)
+    for a, b in zip(resumed.history, whole.history, strict=True):
+        a, b = ({key: value for key, value in row.items() if key != "seconds"} for row in (a, b))
+        np.testing.assert_allclose(list(a.values()), list(b.values()), rtol=1e-12)
+    assert torch.equal(resumed.trajectory.snapshots(), whole.trajectory.snapshots())
+
+
+@pytest.mark.parametrize("observable", ["weights", "train_loss", "val_error"])
+@pytest.mark.parametrize("options", [{}, {"window": None}, {"storage": "disk"}, {"every_n_epochs": 2}])
+def test_a_resumed_run_gives_the_spectrum_of_an_uninterrupted_one(run, observable, options):
+    whole, _ = run("whole", 24, observable=observable, **options)
+    _, checkpoints = run("part", 11, observable=observable, **options)
+    resumed, _ = run("resumed", 24, checkpoints / "epoch=10.ckpt", observable=observable, **options)
+    same(resumed, whole)
+
+
+def test_resuming_in_the_same_folder(run):
+    whole, _ = run("whole", 20)
+    _, checkpoints = run("part", 12)
+    resumed, _ = run("part", 20, checkpoints / "epoch=11.ckpt")
+    same(resumed, whole)
+    rows = resumed.history_path.read_text().splitlines()
+    assert len(rows) == 21
+
+
+def test_a_moved_run_is_found_beside_its_checkpoint(run, tmp_path):
+    whole, _ = run("whole", 20)
+    run("part", 12)
+    shutil.move(tmp_path / "part", tmp_path / "elsewhere")
+    resumed, _ = run("resumed", 20, tmp_path / "elsewhere" / "checkpoints" / "epoch=11.ckpt")
+    same(resumed, whole)
+
+
+def test_an_older_checkpoint_goes_on_with_the_snapshots_that_are_left(run):
+    _, checkpoints = run("part", 12)
+    with pytest.warns(KoopmanWarning, match="3 of the checkpoint's 8 snapshots are no longer in"):
+        resumed, _ = run("resumed", 10, checkpoints / "epoch=8.ckpt")
+    assert resumed.recorder.epochs == [5, 6, 7, 8, 9, 10]
+
+
+def test_a_lost_sidecar_restarts_the_window_with_a_warning(run, tmp_path):
+    _, checkpoints = run("part", 12)
+    (tmp_path / "part" / "koopman" / "snapshots.bin").unlink()
+    with pytest.warns(KoopmanWarning, match="8 of the checkpoint's 8 snapshots are no longer in"):
+        resumed, _ = run("resumed", 14, checkpoints / "epoch=11.ckpt")
+    assert resumed.recorder.epochs == [12, 13, 14]
+    assert len(resumed.history) == 14
+
+
+def test_a_checkpoint_without_the_monitor_starts_the_window_anew(root, run, trainer, regression, tmp_path):
+    checkpoint = root.callbacks.ModelCheckpoint(tmp_path, filename="plain")
+    trainer(callbacks=checkpoint, enable_checkpointing=True, max_epochs=5).fit(regression())
+    with pytest.warns(KoopmanWarning, match="holds no snapshots for this callback"):
+        resumed, _ = run("resumed", 8, tmp_path / "plain.ckpt")
+    assert resumed.recorder.epochs == [5, 6, 7, 8]
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")  # so the weights need not be the same
+@pytest.mark.parametrize(
+    ("when", "checkpoint"),
+    [
+        ({"every_n_train_steps": 6}, "step=30"),  # four batches an epoch: two batches into an epoch
+        ({"every_n_train_steps": 4}, "step=28"),  # after the last batch of an epoch, before its end
+        ({"save_on_train_epoch_end": False}, "step=28"),  # after the validation, before the epoch's end
+    ],
+)
+def test_no_epoch_is_missing_after_resuming_within_one(root, trainer, regression, tmp_path, when, checkpoint):
+    def start(name, ckpt_path=None):
+        monitor = KoopmanSpectrumMonitor(dirpath=tmp_path / name)
+        save = root.callbacks.ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=-1, **when)
+        fit = trainer(callbacks=[monitor, save], max_epochs=12, enable_checkpointing=True)
+        fit.fit(regression(), ckpt_path=ckpt_path)
+        return monitor
+
+    whole, resumed = start("whole"), start("resumed", tmp_path / "c" / f"{checkpoint}.ckpt")
+    assert resumed.recorder.epochs == whole.recorder.epochs == list(range(13))
+    # Lightning runs no epoch-end hook for an epoch whose batches were all done: its row is missing, its snapshot is not
+    assert [row["epoch"] for row in resumed.history] == [
+        e for e in range(1, 13) if when != {"every_n_train_steps": 4} or e != 7
+    ]
+
+
+def test_checkpoints_hold_tensors_and_primitives_only_and_stay_small(run):
+    _, checkpoints = run("part", 12)
+    checkpoint = torch.load(checkpoints / "epoch=11.ckpt", weights_only=True)
+    (state,) = [value for key, value in checkpoint["callbacks"].items() if key.startswith("KoopmanSpectrumMonitor")]
+    assert set(state["recorder"]["trajectory"]) == {"n", "capacity", "double", "first", "gram", "checksums"}
+
+
+def test_shared_trajectories_resume_too(root, trainer, regression, tmp_path):
+    def start(name, epochs, ckpt_path=None):
+        pair = [
+            KoopmanSpectrumMonitor(dirpath=tmp_path / name / "a"),
+            KoopmanSpectrumMonitor(dirpath=tmp_path / name / "b", prefix="other", radius=0.3),
+        ]
+        save = root.callbacks.ModelCheckpoint(tmp_path / name, filename="{epoch}")
+        trainer(callbacks=[*pair, save], max_epochs=epochs, enable_checkpointing=True).fit(
+            regression(), ckpt_path=ckpt_path
+        )
+        return pair
+
+    whole = start("whole", 12)
+    start("part", 6)
+    resumed = start("resumed", 12, tmp_path / "part" / "epoch=5.ckpt")
+    assert resumed[0].trajectory is resumed[1].trajectory
+    for ours, theirs in zip(resumed, whole, strict=True):
+        same(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*")
+def test_validating_with_a_checkpoint_leaves_a_later_fit_alone(trainer, regression, tmp_path, run):
+    _, checkpoints = run("part", 6)
+    monitor = KoopmanSpectrumMonitor(window=8, dirpath=tmp_path / "later")
+    fit = trainer(callbacks=monitor, max_epochs=4)
+    model = regression()
+    fit.validate(model, ckpt_path=str(checkpoints / "epoch=5.ckpt"), verbose=False)
+    fit.fit(model)
+    assert monitor.recorder.epochs == [0, 1, 2, 3, 4]
