@@ -15,6 +15,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from lightning_koopman._threads import single_blas_thread
 from lightning_koopman.factor import EXACT_SIZE, EXACT_TOL, factor, hankel, triangle
 from lightning_koopman.spectrum import Spectrum
 
@@ -77,8 +78,6 @@ def dmd_rrr(
             f"snapshots has {values.shape[0]} row(s), but delays={delays} needs at least {delays + 1}: "
             "record more snapshots or take fewer delays."
         )
-    if not bool(torch.isfinite(values).all()):
-        raise ValueError("snapshots holds NaN or infinite values: cut the trajectory before the first of them.")
     exact = tol < EXACT_TOL or values.numel() <= EXACT_SIZE
     return decompose(factor(values, exact=exact), tol=tol, max_rank=max_rank, delays=delays, refine=refine)
 
@@ -97,6 +96,11 @@ def decompose(
     root: Real, *, tol: float = 1e-3, max_rank: int | None = None, delays: int = 1, refine: bool = True
 ) -> Spectrum:
     """DMD_RRR of the trajectory with factor ``root`` (r, time); the arguments are those of :func:`dmd_rrr`."""
+    with single_blas_thread():
+        return _decompose(root, tol, max_rank, delays, refine)
+
+
+def _decompose(root: Real, tol: float, max_rank: int | None, delays: int, refine: bool) -> Spectrum:
     n_snapshots = root.shape[1]
     embedded = hankel(root, delays)
     x, y = embedded[:, :-1], embedded[:, 1:]

@@ -21,9 +21,12 @@ import torch
 from scipy.linalg.blas import dsyrk
 from torch import Tensor
 
+from lightning_koopman._threads import single_blas_thread
+
 Array = npt.NDArray[np.float64]
 
 CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
+CHUNKS = 64  # at least so many: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
 EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
 EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
 
@@ -37,10 +40,14 @@ def factor(snapshots: Tensor, *, exact: bool = False) -> Array:
 
     Returns:
         Float64 array (r, time), r ≤ time, upper trapezoidal: column t represents snapshot t.
+
+    Raises:
+        ValueError: If a snapshot is not finite.
     """
-    if exact:
-        return _blocked_qr(snapshots)
-    return factor_from_increment_gram(increment_gram(snapshots))
+    small = _blocked_qr(snapshots) if exact else increment_gram(snapshots)
+    if not np.isfinite(small).all():  # every NaN of the snapshots ends up in the small matrix: no pass of its own
+        raise ValueError("snapshots holds NaN or infinite values: cut the trajectory before the first of them.")
+    return small if exact else factor_from_increment_gram(small)
 
 
 def increment_gram(snapshots: Tensor) -> Array:
@@ -49,12 +56,13 @@ def increment_gram(snapshots: Tensor) -> Array:
     if snapshots.device.type != "cpu":
         # LAPACK-free path: one matrix product a chunk, on the device that holds the snapshots
         gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
-        for increments in _increment_chunks([snapshots], chunk=2**18):
+        for increments in _increment_chunks([snapshots], widest=2**18):
             gram.addmm_(increments, increments.T)
         return gram.cpu().numpy()
     upper = np.zeros((rows, rows), order="F")
-    for increments in _increment_chunks([snapshots]):
-        upper = dsyrk(1.0, increments.numpy().T, beta=1.0, c=upper, trans=1, overwrite_c=1)
+    with single_blas_thread():
+        for increments in _increment_chunks([snapshots]):
+            upper = dsyrk(1.0, increments.numpy().T, beta=1.0, c=upper, trans=1, overwrite_c=1)
     return upper + np.triu(upper, 1).T
 
 
@@ -74,11 +82,11 @@ def last_increment_products(segments: Iterable[Tensor]) -> Array:
     return products.numpy()
 
 
-def _increment_chunks(segments: list[Tensor], chunk: int = CHUNK) -> Iterator[Tensor]:
+def _increment_chunks(segments: list[Tensor], widest: int = CHUNK) -> Iterator[Tensor]:
     """Yield float64 increments of the concatenated segments, a chunk of columns at a time, in one buffer."""
     rows = sum(segment.shape[0] for segment in segments)
     columns, device = segments[0].shape[1], segments[0].device
-    width = min(chunk, columns)
+    width = min(widest, -(-columns // CHUNKS) if columns > 2**14 else columns)
     snapshots = torch.empty(rows, width, dtype=torch.float64, device=device)
     increments = torch.empty_like(snapshots)
     for start in range(0, columns, width):

@@ -105,7 +105,7 @@ class Trajectory:
         if row.shape != (self.n,):
             raise ValueError(f"snapshot must have shape ({self.n},), got {tuple(row.shape)}.")
         row = row.to(device="cpu", dtype=self.dtype)
-        if not bool(torch.isfinite(row).all()):
+        if not is_finite(row):
             raise ValueError("snapshot holds NaN or infinite values: it was not recorded.")
         if len(self) == self.capacity:
             self._drop_oldest(1)
@@ -327,6 +327,11 @@ class Trajectory:
             rows = min(self._block_rows - row, stop - start)
             yield self._blocks[block][row : row + rows]
             start += rows
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether all values are finite, in one pass without a temporary: NaN and infinity survive in the sum."""
+    return bool(torch.isfinite(values.sum(dtype=torch.float64)))
 
 
 def _bytes(row: Tensor) -> memoryview:

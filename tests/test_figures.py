@@ -69,7 +69,8 @@ def test_tensorboard_takes_figures(root, trainer, regression, tmp_path):
     assert monitor.figure_paths == []
 
 
-def test_mlflow_takes_figures(root, trainer, regression, tmp_path):
+def test_mlflow_takes_figures(root, trainer, regression, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # its database store would need more packages
     logger = root.loggers.MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns", artifact_location=str(tmp_path / "a"))
     trainer(callbacks=KoopmanSpectrumMonitor(log_figure=True), logger=logger).fit(regression())
     found = [item.path for item in logger.experiment.list_artifacts(logger.run_id, "koopman")]

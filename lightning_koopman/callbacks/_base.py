@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_koopman.callbacks._recorder import Recorder, SnapshotSettings
 from lightning_koopman.callbacks._roots import LightningCallback
 from lightning_koopman.parameters import flatten, select_parameters
-from lightning_koopman.trajectory import STORAGES
+from lightning_koopman.trajectory import STORAGES, is_finite
 
 if TYPE_CHECKING:  # never at run time: the user may use the other import root
     import pytorch_lightning as pl
@@ -182,7 +182,7 @@ class TrajectoryCallback(LightningCallback):
             self._append(epoch, values)
 
     def _append(self, epoch: int, values: Tensor) -> None:
-        if not bool(torch.isfinite(values).all()):
+        if not is_finite(values):
             self.recorder.interrupt()
             self._warn(
                 "finite",

@@ -1,0 +1,31 @@
+"""Time and memory of the spectrum against its peers, and the monitor's share of an epoch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+from pathlib import Path
+
+from benchmarks import monitor, spectrum
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--only", choices=["spectrum", "monitor"], help="run one of the two (default: both)")
+    parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each method (default: 3)")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[65_558, 1_000_000], help="weights n")
+    parser.add_argument("--snapshots", nargs="+", type=int, default=[50, 100], help="snapshots m")
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("LIGHTNING_KOOPMAN_DATA"))
+    parser.add_argument("--epochs", type=int, default=110, help="epochs of the monitored training (default: 110)")
+    options = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python "
+          f"{platform.python_version()}")  # fmt: skip
+    if options.only != "monitor":
+        spectrum.run(options.sizes, options.snapshots, options.rounds)
+    if options.only != "spectrum":
+        monitor.run(options.data_root, options.epochs)
+
+
+if __name__ == "__main__":
+    main()

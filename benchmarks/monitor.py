@@ -1,0 +1,95 @@
+"""What the monitor takes of an epoch: all its hooks timed from outside, in the training of the paper's CNN."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from tqdm import tqdm
+
+from lightning_koopman import KoopmanSpectrumMonitor
+from lightning_koopman.demo.cnn import PaperCNN
+from lightning_koopman.demo.data import load
+
+HOOKS = ("on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end")
+
+
+class TimedMonitor(KoopmanSpectrumMonitor):
+    """The monitor, with the seconds that its hooks took in the current epoch."""
+
+    spent = 0.0
+
+    def __getattribute__(self, name: str) -> Any:
+        found = super().__getattribute__(name)
+        if name not in HOOKS:
+            return found
+
+        def timed(*args: Any, **kwargs: Any) -> None:
+            started = time.perf_counter()
+            found(*args, **kwargs)
+            self.spent += time.perf_counter() - started
+
+        return timed
+
+
+class EpochClock(pl.Callback):
+    """Wall time of each epoch, and the monitor's part in it."""
+
+    def __init__(self, monitor: TimedMonitor) -> None:
+        self.monitor, self.epochs = monitor, []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.bar, self.started = tqdm(total=trainer.max_epochs, unit="epoch"), time.perf_counter()
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch:
+            self._close()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._close()
+        self.bar.close()
+
+    def _close(self) -> None:
+        now = time.perf_counter()
+        self.epochs.append((now - self.started, self.monitor.spent))
+        self.started, self.monitor.spent = now, 0.0
+        self.bar.update()
+
+
+def run(data_root: Path | None, epochs: int) -> None:
+    """Print the share at a full window of 100 snapshots."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    name = "digits" if data_root is None else "mnist"
+    data = load(name, root=data_root, n_train=None if data_root is None else 10_000)
+    pl.seed_everything(0, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = TimedMonitor(window=100, dirpath=Path(folder) / "koopman")
+        clock = EpochClock(monitor)
+        trainer = pl.Trainer(
+            max_epochs=epochs,
+            accelerator="cpu",
+            callbacks=[monitor, clock],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(PaperCNN(), *data.loaders())
+    full = [times for row, times in zip(monitor.history, clock.epochs, strict=True) if row["n_snapshots"] == 100]
+    if not full:
+        print(f"The window of 100 snapshots never filled in {epochs} epochs: no share to report.")
+        return
+    wall, spent = (statistics.median(column) for column in zip(*full, strict=True))
+    source = (
+        f"MNIST, {len(data.train):,} images" if data_root else f"digits, {len(data.train):,} images (no MNIST given)"
+    )
+    print(f"\nMonitor on the paper's CNN ({source}, {torch.get_num_threads()} threads), window full with m = 100:")
+    print(f"epoch {wall:.3f} s, of which the monitor {1000 * spent:.1f} ms: {spent / wall:.2%} (median of {len(full)})")
