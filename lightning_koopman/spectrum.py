@@ -37,7 +37,7 @@ class Spectrum:
         >>> t = np.arange(12)
         >>> spectrum = dmd_rrr(np.stack([3 * 0.5**t + 1, 0.5**t - 2], axis=1))
         >>> spectrum
-        Spectrum(rank=2, n_snapshots=12, misfit=…, eigenvalues=[1.0000, 0.5000])
+        Spectrum(rank=2, n_snapshots=12, misfit=..., eigenvalues=[0.5000, 1.0000])
         >>> bool(spectrum.residuals.max() < 1e-12)
         True
     """
@@ -69,6 +69,14 @@ class Spectrum:
             f"Spectrum(rank={self.rank}, n_snapshots={self.n_snapshots}, misfit={self.misfit:.1e}, "
             f"eigenvalues=[{shown}])"
         )
+
+    @property
+    def full_rank(self) -> bool:
+        """Whether the rank is as large as the number of snapshots allows.
+
+        Any data are then fitted without misfit, and small residuals certify nothing.
+        """
+        return self.rank >= self.n_snapshots - self.delays
 
     @property
     def importance(self) -> Real:

@@ -41,7 +41,7 @@ def summarize(
         _rate(spectrum, max_residual, every_n_epochs),
     ]
     growing = spectrum.trusted(max_residual) & (abs(spectrum.eigenvalues) > 1.0 + spectrum.residuals)
-    if growing.any():
+    if growing.any() and not spectrum.full_rank:
         lines.append(
             f"Growth: {int(growing.sum())} trusted eigenvalue(s) lie outside the unit circle, up to |λ| = "
             f"{abs(spectrum.eigenvalues[growing]).max():.3f}: a part of the training still grows."
@@ -51,7 +51,7 @@ def summarize(
 
 def _model(spectrum: Spectrum, observable: str) -> str:
     text = f"Koopman spectrum of {observable} from the last {spectrum.n_snapshots} snapshots: rank {spectrum.rank}"
-    if spectrum.rank >= spectrum.n_snapshots - spectrum.delays:
+    if spectrum.full_rank:
         return f"{text}, as large as it can be: any data would be fitted, so small residuals certify nothing."
     return f"{text}; from one snapshot to the next this linear model misses {_percent(spectrum.misfit)} of the state."
 
@@ -80,7 +80,7 @@ def _cluster(spectrum: Spectrum, surrogate: Spectrum, radius: float) -> str:
 
 
 def _rate(spectrum: Spectrum, max_residual: float, every_n_epochs: int) -> str:
-    slowest = spectrum.slowest_modulus(max_residual)
+    slowest = math.nan if spectrum.full_rank else spectrum.slowest_modulus(max_residual)
     if math.isnan(slowest):
         return "Rate: no other eigenvalue is certain enough to name a rate of convergence."
     if slowest >= 1.0:

@@ -57,14 +57,17 @@ def test_a_bare_callback_records_the_weights_and_logs_their_spectrum(trainer, re
 
 
 def test_every_epoch_equals_dmd_of_the_snapshots_so_far(trainer, regression, spy):
-    monitor = KoopmanSpectrumMonitor(window=6)
-    trainer(callbacks=[spy, monitor], max_epochs=10).fit(regression())
+    monitor = KoopmanSpectrumMonitor(window=12)
+    trainer(callbacks=[spy, monitor], max_epochs=20).fit(regression())
+    assert len({math.isnan(row["misfit"]) for row in monitor.history[1:]}) == 2  # of full rank first, then not
     for row in monitor.history[1:]:
-        snapshots = np.stack(spy.snapshots[: row["epoch"] + 1])[-6:]
+        snapshots = np.stack(spy.snapshots[: row["epoch"] + 1])[-12:]
         expected = dmd_rrr(snapshots)
         assert row["n_snapshots"] == len(snapshots)
         assert row["rank"] == expected.rank
-        assert row["misfit"] == pytest.approx(expected.misfit, rel=1e-6, abs=1e-12)
+        assert row["misfit"] == pytest.approx(
+            math.nan if expected.rank == len(snapshots) - 1 else expected.misfit, rel=1e-6, nan_ok=True
+        )
         assert row["unit_fraction"] == pytest.approx(expected.unit_fraction(), abs=1e-6)
         assert row["residual_at_one"] == pytest.approx(expected.residual_at(1.0), rel=1e-5)
     assert math.isnan(monitor.history[0]["rank"])  # two snapshots say nothing
@@ -76,15 +79,18 @@ def test_scalars_are_there_for_stock_callbacks_in_the_same_epoch(root, trainer, 
 
     class Stop(root.callbacks.EarlyStopping):
         def on_train_epoch_end(self, trainer, pl_module):
-            seen.append((trainer.current_epoch + 1, float(trainer.callback_metrics["koopman/misfit"])))
+            metrics = trainer.callback_metrics
+            seen.append((trainer.current_epoch + 1, *(float(metrics[f"koopman/{key}"]) for key in ("misfit", "rank"))))
             super().on_train_epoch_end(trainer, pl_module)
 
     stop = Stop("koopman/misfit", patience=100, check_finite=True)
     best = root.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor="koopman/unit_fraction", mode="max")
-    trainer(callbacks=[stop, best, monitor], enable_checkpointing=True).fit(regression())
-    assert [epoch for epoch, _ in seen] == [1, 2, 3, 4, 5, 6]
-    assert seen[0][1] == 1.0  # no evidence yet, and finite
-    assert [value for _, value in seen[1:]] == pytest.approx([row["misfit"] for row in monitor.history[1:]], abs=1e-6)
+    trainer(callbacks=[stop, best, monitor], enable_checkpointing=True, max_epochs=15).fit(regression())
+    assert [epoch for epoch, *_ in seen] == list(range(1, 16))
+    assert seen[0] == (1, 1.0, 0.0)  # no evidence yet, and finite
+    for (_, misfit, rank), row in zip(seen[1:], monitor.history[1:], strict=True):
+        assert rank == row["rank"]
+        assert misfit == pytest.approx(1.0 if math.isnan(row["misfit"]) else row["misfit"], rel=1e-5)
     assert best.best_model_score is not None
 
 

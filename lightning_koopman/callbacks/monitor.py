@@ -52,7 +52,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     - ``koopman/rank``: the numerical rank of the snapshots.
 
     Until the spectrum can be computed (3 snapshots of the weights, 6 values of a scalar) they hold values that are no
-    evidence of convergence (0, 0, 1, 1, 1, 0).  Eigenvalues belong to one step between snapshots, ``every_n_epochs``.
+    evidence of convergence (0, 0, 1, 1, 1, 0), and so do modulus and misfit while the rank is as large as the number of
+    snapshots allows.  Eigenvalues belong to one step between snapshots, ``every_n_epochs``.
 
     Everything written to disk lies in one folder: ``history.csv`` (one row an analysed epoch; empty cells where nothing
     is known), the snapshots that checkpoints refer to, and figures if no logger takes them.
@@ -86,11 +87,15 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         ModuleNotFoundError: Before training starts, if figures are asked for and matplotlib is not installed.
 
     Example:
+        >>> import tempfile
         >>> import pytorch_lightning as pl
         >>> from pytorch_lightning.demos.boring_classes import BoringModel
         >>> from lightning_koopman import KoopmanSpectrumMonitor
         >>> monitor = KoopmanSpectrumMonitor(window=20)
-        >>> trainer = pl.Trainer(max_epochs=4, callbacks=monitor, accelerator="cpu", **QUIET)
+        >>> trainer = pl.Trainer(
+        ...     max_epochs=4, callbacks=monitor, accelerator="cpu", logger=False, default_root_dir=tempfile.mkdtemp(),
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
         >>> trainer.fit(BoringModel())
         >>> [row["epoch"] for row in monitor.history]
         [1, 2, 3, 4]
@@ -252,12 +257,13 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         return count // 2 + 1 if count >= 6 else None
 
     def _scalars(self, spectrum: Spectrum, surrogate: Spectrum) -> dict[str, float]:
+        unknown = spectrum.full_rank  # any data are fitted then, so neither residuals nor misfit mean a thing
         return {
             "unit_fraction": spectrum.unit_fraction(self.radius),
             "surrogate_unit_fraction": surrogate.unit_fraction(self.radius),
-            "slowest_modulus": spectrum.slowest_modulus(self.max_residual),
+            "slowest_modulus": math.nan if unknown else spectrum.slowest_modulus(self.max_residual),
             "residual_at_one": spectrum.residual_at(1.0),
-            "misfit": spectrum.misfit,
+            "misfit": math.nan if unknown else spectrum.misfit,
             "rank": float(spectrum.rank),
         }
 
