@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # never at run time: the user may use the other import root
 WEIGHTS, TRAIN_LOSS = "weights", "train_loss"
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 SIDECAR = "snapshots.bin"
+LOSSES = 512  # batch losses held before they are summed: bounds memory in epochs of a million batches
 
 
 class KoopmanWarning(UserWarning):
@@ -82,13 +83,14 @@ class TrajectoryCallback(LightningCallback):
         self._pending: dict[str, Any] | None = None
         self._resumed = False
         self._record_seconds = 0.0
-        self._restored_loss: tuple[Tensor | None, int] = (None, 0)
+        self._restored_loss = (0.0, 0)
         self._warned: set[str] = set()
         self._names: tuple[str, ...] = ()
         self._before_validation: Tensor | None = None
         self._validated: Tensor | None = None  # the observable as the last validation logged it
         self._from_validation = self._has_validated = False
-        self._loss_sum: Tensor | None = None
+        self._losses: list[Tensor] = []  # of the last batches, not yet in the sum
+        self._loss_sum = 0.0
         self._loss_count = 0
         self.train_loss: float | None = None
 
@@ -117,7 +119,8 @@ class TrajectoryCallback(LightningCallback):
         if not self._active:
             return
         resumed = self._resumed = self._restore(trainer)
-        self._loss_sum, self._loss_count = self._restored_loss if resumed else (None, 0)
+        self._losses.clear()
+        self._loss_sum, self._loss_count = self._restored_loss if resumed else (0.0, 0)
         epoch, recorder = trainer.current_epoch, self.recorder
         if self.settings.observable != WEIGHTS or not trainer.is_global_zero or not self._due(epoch):
             return
@@ -134,10 +137,9 @@ class TrajectoryCallback(LightningCallback):
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and loss.numel() == 1:
-            wide = torch.float32 if loss.device.type == "mps" else torch.float64
-            loss = loss.detach().reshape(()).to(wide)
-            self._loss_sum = loss if self._loss_sum is None else self._loss_sum.to(loss.device) + loss
-            self._loss_count += 1
+            self._losses.append(loss.detach())  # nothing more: this runs after every batch
+            if len(self._losses) == LOSSES:
+                self._fold_losses()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._before_validation = trainer.callback_metrics.get(self.settings.observable)
@@ -228,14 +230,24 @@ class TrajectoryCallback(LightningCallback):
 
     def _mean_train_loss(self, trainer: pl.Trainer) -> float | None:
         """Mean over the epoch's batches and over the ranks of the loss that `training_step` returned, if it did."""
-        if self._loss_sum is None:
+        self._fold_losses()
+        if not self._loss_count:
             return None
-        mean = self._loss_sum / self._loss_count
-        if trainer.world_size > 1:
-            mean = trainer.strategy.reduce(mean, reduce_op="mean")
-        self._loss_sum, self._loss_count = None, 0
         # Lightning hands over the loss divided by the number of accumulated batches
-        return float(mean) * trainer.accumulate_grad_batches
+        mean = self._loss_sum / self._loss_count * trainer.accumulate_grad_batches
+        self._loss_sum, self._loss_count = 0.0, 0
+        if trainer.world_size > 1:
+            device = trainer.strategy.root_device
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            mean = float(trainer.strategy.reduce(torch.tensor(mean, device=device, dtype=wide), reduce_op="mean"))
+        return mean
+
+    def _fold_losses(self) -> None:
+        """Add the pending losses to the sum: one operation and one transfer for all of them."""
+        if self._losses:
+            self._loss_sum += sum(torch.stack([loss.detach().reshape(()) for loss in self._losses]).tolist())
+            self._loss_count += len(self._losses)
+            self._losses.clear()
 
     # -- checks before training ---------------------------------------------------------------------------------------
 
@@ -308,9 +320,8 @@ class TrajectoryCallback(LightningCallback):
     def state_dict(self) -> dict[str, Any]:
         if self._directory is None or self.recorder.trajectory is None:
             return {}
-        state: dict[str, Any] = {"loss_count": self._loss_count}
-        if self._loss_sum is not None:
-            state["loss_sum"] = self._loss_sum.cpu()
+        self._fold_losses()
+        state: dict[str, Any] = {"loss_sum": self._loss_sum, "loss_count": self._loss_count}
         with self._guard("saving the snapshots beside the checkpoint"):
             state["recorder"] = self.recorder.save(self._directory / SIDECAR)
         return state
@@ -329,7 +340,7 @@ class TrajectoryCallback(LightningCallback):
                     "settings: its trajectory starts anew.",
                 )
             return False
-        self._restored_loss = state.get("loss_sum"), int(state["loss_count"])
+        self._restored_loss = float(state["loss_sum"]), int(state["loss_count"])
         if not trainer.is_global_zero:
             return True
         with self._guard("restoring the snapshots"):
