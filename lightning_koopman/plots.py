@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,14 @@ if TYPE_CHECKING:
 
 INK, MUTED, TRAINING, WALK = "#1b1f24", "#8a929c", "#0b6e99", "#c2571a"
 RESIDUALS = (1e-4, 1.0)  # ends of the colour scale
+
+
+def check_matplotlib() -> None:
+    """Raise ModuleNotFoundError, with the mend, where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError(
+            "figures need matplotlib, which is not installed: pip install 'lightning_koopman[plots]'", name="matplotlib"
+        )
 
 
 def plot_spectrum(
@@ -38,6 +47,7 @@ def plot_spectrum(
         >>> len(figure.axes)
         2
     """
+    check_matplotlib()
     from matplotlib import colors
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -104,6 +114,7 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
         >>> len(plot_history([row]).axes)
         2
     """
+    check_matplotlib()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")

@@ -6,6 +6,8 @@ import math
 
 from lightning_koopman.spectrum import Spectrum
 
+NOTABLE_GROWTH = 1.05  # over the whole window
+
 
 def summarize(
     spectrum: Spectrum | None,
@@ -40,11 +42,13 @@ def summarize(
         _cluster(spectrum, surrogate, radius),
         _rate(spectrum, max_residual, every_n_epochs),
     ]
-    growing = spectrum.trusted(max_residual) & (abs(spectrum.eigenvalues) > 1.0 + spectrum.residuals)
+    moduli = abs(spectrum.eigenvalues)
+    growing = spectrum.trusted(max_residual) & (moduli > 1.0 + spectrum.residuals)
+    growing &= moduli**spectrum.n_snapshots > NOTABLE_GROWTH
     if growing.any() and not spectrum.full_rank:
         lines.append(
             f"Growth: {int(growing.sum())} trusted eigenvalue(s) lie outside the unit circle, up to |λ| = "
-            f"{abs(spectrum.eigenvalues[growing]).max():.3f}: a part of the training still grows."
+            f"{moduli[growing].max():.4f}: a part of the training still grows."
         )
     return "\n".join(f"- {line}" for line in lines)
 

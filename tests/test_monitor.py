@@ -472,3 +472,13 @@ def test_a_new_trainer_starts_anew(trainer, regression):
         trainer(callbacks=monitor, max_epochs=4).fit(regression())
         assert monitor.recorder.epochs == [0, 1, 2, 3, 4]
         assert len(monitor.history) == 4
+
+
+def test_a_new_trainer_starts_anew_for_metrics_too(trainer, regression):
+    monitor = KoopmanSpectrumMonitor("fit_error")
+    losses = []
+    for lr in (0.0, 0.1):
+        trainer(callbacks=monitor, max_epochs=1).fit(regression(lr=lr))
+        losses.append(float(monitor.trajectory.last()))
+    assert losses[0] != losses[1]
+    assert monitor.recorder.epochs == [1]

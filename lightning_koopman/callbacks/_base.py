@@ -47,7 +47,7 @@ class TrajectoryCallback(LightningCallback):
         parameters: Name patterns of the parameters in the weights' trajectory.
         every_n_epochs: Epochs between two snapshots, ≥ 1.
         window: Snapshots kept and analysed, ≥ 3, or None for all.
-        storage: ``"ram"`` or ``"disk"``.
+        storage: ``"ram"``, or ``"disk"`` for a memory-mapped file in the folder below.
         dirpath: Folder for everything written to disk (default: ``koopman`` in the run's log folder).
     """
 
@@ -122,6 +122,8 @@ class TrajectoryCallback(LightningCallback):
         self._losses.clear()
         self._loss_sum, self._loss_count = self._restored_loss if resumed else (0.0, 0)
         epoch, recorder = trainer.current_epoch, self.recorder
+        if not resumed and epoch == 0:
+            recorder.interrupt()  # the callback may have served another fit
         if self.settings.observable != WEIGHTS or not trainer.is_global_zero or not self._due(epoch):
             return
         with self._guard("recording the initial weights"):
@@ -293,6 +295,7 @@ class TrajectoryCallback(LightningCallback):
             return
         continues = trainer.ckpt_path is not None or trainer.current_epoch > 0
         self._directory = directory.absolute() if continues else _unused(directory.absolute())
+        self.recorder.folder = self._directory
         probe = self._directory / f".probe-{uuid.uuid4().hex}"
         try:
             self._directory.mkdir(parents=True, exist_ok=True)

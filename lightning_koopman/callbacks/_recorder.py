@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lightning_koopman.trajectory import Trajectory
 
+STORE = "trajectory.bin"  # apart from the sidecar, which must not change between two checkpoints
+
 
 @dataclass(frozen=True)
 class SnapshotSettings:
@@ -30,6 +32,7 @@ class Recorder:
     def __init__(self, settings: SnapshotSettings) -> None:
         self.settings = settings
         self.trajectory: Trajectory | None = None
+        self.folder: Path | None = None  # for snapshots on disk
         self.epochs: list[int] = []
         self._interrupted = False
 
@@ -40,10 +43,9 @@ class Recorder:
         """Record the values (n,) after ``epoch`` completed epochs, unless that epoch was recorded already."""
         if self.epochs and epoch == self.epochs[-1] and not self._interrupted:
             return
-        another_fit = bool(self.epochs) and epoch < self.epochs[-1]
-        if self.trajectory is None or self._interrupted or another_fit or values.numel() != self.trajectory.n:
+        if self.trajectory is None or self._interrupted or values.numel() != self.trajectory.n:
             self.trajectory = Trajectory(
-                values.numel(), capacity=self.settings.window, storage=self.settings.storage, dtype=values.dtype
+                values.numel(), capacity=self.settings.window, dtype=values.dtype, **self._storage()
             )
             self.epochs, self._interrupted = [], False
         self.trajectory.append(values)
@@ -59,6 +61,11 @@ class Recorder:
         """Let the next snapshot start a new trajectory: what follows does not continue what was recorded."""
         self._interrupted = True
 
+    def _storage(self) -> dict[str, Any]:
+        storage = self.settings.storage
+        path = self.folder / STORE if storage == "disk" and self.folder is not None else None
+        return {"storage": storage, "path": path}
+
     def save(self, sidecar: Path) -> dict[str, Any]:
         """State for a checkpoint; the snapshots go to the sidecar file."""
         if self.trajectory is None:
@@ -73,7 +80,7 @@ class Recorder:
 
     def load(self, state: dict[str, Any], sidecar: Path) -> int:
         """Restore what :meth:`save` wrote; returns how many snapshots could not be restored."""
-        self.trajectory = Trajectory.load(state["trajectory"], sidecar, storage=self.settings.storage)
+        self.trajectory = Trajectory.load(state["trajectory"], sidecar, **self._storage())
         epochs = state["epochs"].tolist()
         self.epochs = epochs[len(epochs) - len(self.trajectory) :]
         self._interrupted = bool(state["interrupted"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 import os
 import time
@@ -16,6 +15,7 @@ import torch
 from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback
 from lightning_koopman.callbacks._figures import deliver
 from lightning_koopman.dmd import check_options
+from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectrum
 from lightning_koopman.spectrum import Spectrum
 from lightning_koopman.summary import summarize
 from lightning_koopman.surrogate import random_walk_spectrum
@@ -69,7 +69,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         radius: Radius of the disc around 1 for the unit fraction, > 0.
         tol: Relative singular value below which directions count as zero, in [0, 1).
         max_residual: Largest residual of a trusted eigenvalue, > 0.
-        storage: ``"ram"``, or ``"disk"`` for memory-mapped snapshots.
+        storage: ``"ram"``, or ``"disk"`` for a memory-mapped file, ``trajectory.bin`` in the folder below.
         log_figure: Draw the spectrum and the history when training ends; with a number k, also every k epochs.
             Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
         dirpath: Folder for everything written to disk (default: named like ``prefix``, in the run's log folder).
@@ -175,11 +175,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             self._check_prefix(trainer)
-            if self.log_figure and importlib.util.find_spec("matplotlib") is None:
-                raise ModuleNotFoundError(
-                    f"log_figure={self.log_figure} needs matplotlib: pip install 'lightning_koopman[plots]'",
-                    name="matplotlib",
-                )
+            if self.log_figure:
+                check_matplotlib()
         super().setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -282,8 +279,6 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         if self.spectrum is None:
             return
         with self._guard("drawing figures"):
-            from lightning_koopman.plots import plot_history, plot_spectrum
-
             figures = {
                 "spectrum": plot_spectrum(
                     self.spectrum,
