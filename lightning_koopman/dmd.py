@@ -22,6 +22,9 @@ from lightning_koopman.spectrum import Spectrum
 if TYPE_CHECKING:
     from lightning_koopman.spectrum import Complex, Real
 
+REFINE_COST = 2 * 10**9  # k³ summed over the refined pairs: about two seconds
+REFINE_MEMORY = 10**6  # entries k² of the matrices held at a time
+
 
 def dmd_rrr(
     snapshots: npt.ArrayLike | Tensor,
@@ -48,7 +51,7 @@ def dmd_rrr(
         delays: Snapshots in one delay-embedded (Hankel) snapshot, ≥ 1.  For a scalar such as the loss take more than
             half of the number of snapshots.
         refine: Replace each Ritz pair in ``eigenvalues`` and ``residuals`` by the refined one, whose residual is the
-            smallest that the data allow; costs O(k³) a pair.
+            smallest that the data allow.  At O(k³) a pair, beyond rank 200 only the most important pairs are refined.
 
     Returns:
         The spectrum.
@@ -126,7 +129,7 @@ def _decompose(root: Real, tol: float, max_rank: int | None, delays: int, refine
     residuals = _residuals(rayleigh, complement, values, vectors)
     refined = (values, residuals)
     if refine:
-        refined = _refine(rayleigh, complement, values)
+        refined = _refine(rayleigh, complement, refined)
     return Spectrum(
         eigenvalues=refined[0],
         residuals=refined[1],
@@ -192,19 +195,25 @@ def _residuals(rayleigh: Real, complement: Real, values: Complex, vectors: Compl
     return np.asarray(np.hypot(inside, np.linalg.norm(complement @ vectors, axis=0)))
 
 
-def _refine(rayleigh: Real, complement: Real, values: Complex) -> tuple[Complex, Real]:
+def _refine(rayleigh: Real, complement: Real, plain: tuple[Complex, Real]) -> tuple[Complex, Real]:
     """Refined Ritz pairs: for each λ the unit vector of least residual, and its Rayleigh quotient with its residual."""
+    values = plain[0]
     rank = values.size
     upper = np.flatnonzero(values.imag >= 0)
-    shifted = np.empty((upper.size, rank + complement.shape[0], rank), dtype=np.complex128)
-    shifted[:, :rank] = rayleigh - values[upper, None, None] * np.eye(rank)
-    shifted[:, rank:] = complement
-    vectors = np.linalg.svd(np.linalg.qr(shifted, mode="r"))[2][:, -1].conj().T
+    upper = upper[: max(8, REFINE_COST // rank**3)]
+    vectors = np.empty((rank, upper.size), dtype=np.complex128)
+    batch = max(1, REFINE_MEMORY // rank**2)
+    for start in range(0, upper.size, batch):
+        some = values[upper[start : start + batch]]
+        shifted = np.empty((some.size, rank + complement.shape[0], rank), dtype=np.complex128)
+        shifted[:, :rank] = rayleigh - some[:, None, None] * np.eye(rank)
+        shifted[:, rank:] = complement
+        vectors[:, start : start + batch] = np.linalg.svd(np.linalg.qr(shifted, mode="r"))[2][:, -1].conj().T
     quotients = np.einsum("ij,ij->j", vectors.conj(), rayleigh @ vectors)
     quotients[values[upper].imag == 0] = quotients[values[upper].imag == 0].real
     residuals = _residuals(rayleigh, complement, quotients, vectors)
 
-    refined, refined_residuals = np.empty(rank, dtype=np.complex128), np.empty(rank)
+    refined, refined_residuals = plain[0].copy(), plain[1].copy()
     refined[upper], refined_residuals[upper] = quotients, residuals
     paired = upper[values[upper].imag > 0]
     refined[paired + 1], refined_residuals[paired + 1] = refined[paired].conj(), refined_residuals[paired]

@@ -66,19 +66,22 @@ def increment_gram(snapshots: Tensor) -> Array:
     return upper + np.triu(upper, 1).T
 
 
-def last_increment_products(segments: Iterable[Tensor]) -> Array:
-    """Inner products of the last increment with every increment, in one pass: the newest row of the increment Gram.
+def border_products(segments: Iterable[Tensor]) -> Array:
+    """Inner products of the first and of the last increment with every increment, in one pass over the snapshots.
+
+    They are the rows of the increment Gram matrix that change when a snapshot is appended and the oldest has left.
 
     Args:
         segments: CPU float32 or float64 tensors (rows_i, n) whose concatenation is the snapshots in order of time.
 
     Returns:
-        Float64 array (time,).
+        Float64 array (2, time).
     """
     parts = list(segments)
-    products = torch.zeros(sum(part.shape[0] for part in parts), dtype=torch.float64)
+    products = torch.zeros(2, sum(part.shape[0] for part in parts), dtype=torch.float64)
     for increments in _increment_chunks(parts):
-        products.addmv_(increments, increments[-1])
+        products[0].addmv_(increments, increments[0])
+        products[1].addmv_(increments, increments[-1])
     return products.numpy()
 
 

@@ -87,6 +87,8 @@ def _rate(spectrum: Spectrum, max_residual: float, every_n_epochs: int) -> str:
     slowest = math.nan if spectrum.full_rank else spectrum.slowest_modulus(max_residual)
     if math.isnan(slowest):
         return "Rate: no other eigenvalue is certain enough to name a rate of convergence."
+    if slowest == 0.0:
+        return "Rate: every trusted eigenvalue other than 1 is 0: that part of the trajectory is gone in one step."
     if slowest >= 1.0:
         return f"Rate: the slowest trusted eigenvalue other than 1 has |λ| = {slowest:.4f}: that part does not decay."
     halving = every_n_epochs * math.log(0.5) / math.log(slowest)

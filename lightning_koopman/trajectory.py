@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.dmd import check_options, decompose
-from lightning_koopman.factor import CHUNK, Array, factor_from_increment_gram, last_increment_products, merge_oldest
+from lightning_koopman.factor import CHUNK, Array, border_products, factor_from_increment_gram, merge_oldest
 from lightning_koopman.spectrum import Spectrum
 
 GROWTH = 32  # rows added at a time while there is no capacity; pages are committed only when written
@@ -111,10 +112,12 @@ class Trajectory:
             self._drop_oldest(1)
         index = self._first + len(self)
         self._row(index).copy_(row)
-        products = last_increment_products(self._segments(self._first, index + 1))
-        gram = np.empty((len(products), len(products)))
+        first, last = border_products(self._segments(self._first, index + 1))
+        gram = np.empty((len(last), len(last)))
         gram[:-1, :-1] = self._gram
-        gram[-1] = gram[:, -1] = products
+        # the oldest row anew too: merging what left into it would cancel digits where the trajectory started far off
+        gram[0] = gram[:, 0] = first
+        gram[-1] = gram[:, -1] = last
         self._gram = gram
 
     def snapshots(self) -> Tensor:
@@ -317,6 +320,8 @@ class Trajectory:
         offset = len(self._blocks) * size
         with open(self._path, "r+b" if self._path.exists() else "w+b") as file:
             file.truncate(max(offset + size, file.seek(0, 2)))
+            if hasattr(os, "posix_fallocate"):  # a full disk is then an error here, not a crash at the first write
+                os.posix_fallocate(file.fileno(), offset, size)
         mapped = np.memmap(self._path, dtype=DTYPES[self.dtype], mode="r+", offset=offset, shape=shape)
         return torch.from_numpy(mapped)
 

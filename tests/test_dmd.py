@@ -231,6 +231,16 @@ def test_bad_input_is_named(snapshots, options, error, message):
         dmd_rrr(snapshots, **options)
 
 
+def test_refining_stays_cheap_at_high_rank():
+    snapshots = np.random.default_rng(0).standard_normal((260, 400)).cumsum(0)
+    spectrum = dmd_rrr(snapshots, tol=1e-6)
+    assert spectrum.rank > 240
+    refined = spectrum.eigenvalues != spectrum.ritz_values
+    assert 100 < refined.sum() < spectrum.rank
+    assert distance(spectrum.eigenvalues, spectrum.eigenvalues.conj()) < 1e-12
+    assert np.all(spectrum.residuals <= spectrum.ritz_residuals + 1e-9)
+
+
 def test_max_rank_bounds_the_rank():
     snapshots = linear_system(SYSTEM, n=30, time=20, noise=1e-2)
     assert dmd_rrr(snapshots, max_rank=3).rank == 3

@@ -83,7 +83,7 @@ def test_wandb_takes_pixels_by_its_logger_interface(spectrum, tmp_path):
         experiment=object(), log_image=lambda key, images, step: calls.append((key, images[0].shape, step))
     )
     figure = plot_spectrum(spectrum)
-    assert deliver(figure, "koopman/spectrum", [logger], 7, tmp_path) == []
+    assert deliver(figure, "koopman/spectrum", [logger], 7, tmp_path) == (None, [])
     width, height = (round(150 * side) for side in figure.get_size_inches())
     assert calls == [("koopman/spectrum", (height, width, 4), 7)]
 
@@ -101,6 +101,21 @@ def test_a_logger_that_fails_warns_and_training_goes_on(trainer, regression, mon
     monkeypatch.setattr("lightning_koopman.callbacks.monitor.deliver", fail)
     with pytest.warns(KoopmanWarning, match="drawing figures failed.*no network"):
         trainer(callbacks=KoopmanSpectrumMonitor(log_figure=True)).fit(regression())
+
+
+def test_one_failing_logger_does_not_keep_figures_from_the_others(spectrum, tmp_path):
+    def fail(**_):
+        raise ConnectionError("no network")
+
+    failing = SimpleNamespace(experiment=object(), log_image=fail)
+    taken = []
+    working = SimpleNamespace(experiment=object(), log_image=lambda **given: taken.append(given["key"]))
+    figure = plot_spectrum(spectrum)
+    path, failures = deliver(figure, "k/spectrum", [failing, working], 1, tmp_path)
+    assert (path, taken) == (None, ["k/spectrum"])
+    assert "ConnectionError: no network" in failures[0]
+    path, _ = deliver(figure, "k/spectrum", [failing], 1, tmp_path)
+    assert path == tmp_path / "spectrum.png"
 
 
 def test_figures_are_not_registered_with_pyplot(spectrum):

@@ -178,13 +178,14 @@ def test_the_training_is_the_same_with_and_without(trainer, regression):
     np.testing.assert_array_equal(weights(plain), weights(watched))
 
 
-def test_fast_dev_run_is_silent(trainer, regression, tmp_path):
+def test_fast_dev_run_records_and_writes_nothing(trainer, regression, tmp_path):
     monitor = KoopmanSpectrumMonitor()
     fit = trainer(callbacks=monitor, fast_dev_run=True)
     fit.fit(regression())
     assert monitor.trajectory is None
     assert not list(tmp_path.rglob("*.csv"))
-    assert not any(key.startswith("koopman") for key in fit.callback_metrics)
+    shown = {key: float(value) for key, value in fit.callback_metrics.items() if key.startswith("koopman/")}
+    assert shown == {f"koopman/{name}": value for name, value in NO_EVIDENCE.items()}  # for a scheduler that monitors
 
 
 def test_manual_optimization_with_two_optimizers(trainer, regression):
@@ -215,7 +216,7 @@ def test_manual_optimization_with_two_optimizers(trainer, regression):
 def test_the_history_is_one_tidy_table(trainer, regression, tmp_path):
     monitor = KoopmanSpectrumMonitor(dirpath=tmp_path / "out")
     trainer(callbacks=monitor).fit(regression())
-    assert monitor.history_path == tmp_path / "out" / "history.csv"
+    assert monitor.history_path == tmp_path / "out" / "koopman" / "history.csv"
     with open(monitor.history_path, newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
@@ -243,6 +244,88 @@ def test_the_summary_speaks_of_the_walk_beside(trainer, regression):
     assert "rank" in text
 
 
+def test_two_monitors_with_one_dirpath_keep_apart(trainer, regression, tmp_path):
+    pair = [KoopmanSpectrumMonitor(dirpath=tmp_path), KoopmanSpectrumMonitor("fit_error", prefix="l", dirpath=tmp_path)]
+    trainer(callbacks=pair).fit(regression())
+    for monitor, folder in zip(pair, ("koopman", "l"), strict=True):
+        assert monitor.history_path == tmp_path / folder / "history.csv"
+        assert len(monitor.history_path.read_text().splitlines()) == 7
+
+
+# -- beside stock callbacks and schedulers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("monitor_options", "trainer_options"),
+    [({"every_n_epochs": 2}, {}), ({}, {"val_check_interval": 0.5}), ({}, {"check_val_every_n_epoch": 2})],
+)
+def test_the_scalars_are_never_missing(root, trainer, regression, tmp_path, monitor_options, trainer_options):
+    class Plateau(regression):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {
+                "optimizer": optimizer,
+                "lr_scheduler": {"scheduler": scheduler, "monitor": "koopman/misfit"},
+            }
+
+    callbacks = [
+        root.callbacks.EarlyStopping("koopman/misfit", patience=99),
+        root.callbacks.ModelCheckpoint(tmp_path / "c", monitor="koopman/unit_fraction"),
+        KoopmanSpectrumMonitor(**monitor_options),
+    ]
+    fit = trainer(callbacks=callbacks, enable_checkpointing=True, **trainer_options)
+    fit.fit(Plateau())
+    assert fit.current_epoch == 6
+    trainer(callbacks=KoopmanSpectrumMonitor(), fast_dev_run=True).fit(Plateau())
+
+
+def test_a_metric_is_taken_only_when_it_was_logged(trainer, regression):
+    class Rare(regression):
+        def training_step(self, batch, batch_idx):
+            if self.current_epoch % 3 == 0:
+                self.log("rare", float(self.current_epoch), on_step=False, on_epoch=True)
+            return super().training_step(batch, batch_idx)
+
+    monitor = KoopmanSpectrumMonitor("rare")
+    trainer(callbacks=monitor, max_epochs=8).fit(Rare())
+    assert monitor.trajectory.snapshots().ravel().tolist() == [0.0, 3.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [lambda x: {"loss": x.to_sparse()}, lambda x: {"loss": x * 1j}, lambda _: None, lambda x: {"loss": x.half()}],
+    ids=["sparse", "complex", "none", "half"],
+)
+def test_odd_losses_of_manual_optimization_do_no_harm(trainer, regression, loss):
+    class Odd(regression):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            found = nn.functional.mse_loss(self(batch[0]), batch[1])
+            self.optimizers().zero_grad()
+            self.manual_backward(found)
+            self.optimizers().step()
+            return loss(found.detach())
+
+    monitor = KoopmanSpectrumMonitor()
+    trainer(callbacks=monitor).fit(Odd())
+    assert len(monitor.history) == 6
+
+
+def test_layers_built_in_setup_can_be_named(trainer, regression):
+    class Late(regression):
+        def setup(self, stage):
+            self.late = nn.Linear(1, 1)
+
+        def forward(self, x):
+            return self.late(super().forward(x))
+
+    monitor = KoopmanSpectrumMonitor(parameters="late.*")
+    trainer(callbacks=monitor).fit(Late())
+    assert monitor.trajectory.n == 2
+
+
 # -- bad input: known before training ---------------------------------------------------------------------------------
 
 
@@ -252,6 +335,11 @@ def test_the_summary_speaks_of_the_walk_beside(trainer, regression):
         ({"observable": ""}, "observable must be"),
         ({"observable": None}, "observable must be"),
         ({"window": 2}, "window must be at least 3"),
+        ({"window": 3.7}, "window must be at least 3 snapshots and whole"),
+        ({"every_n_epochs": 1.5}, "every_n_epochs must be at least 1 and whole"),
+        ({"radius": math.inf}, "radius must be positive and finite"),
+        ({"prefix": "k/dataloader_idx_0"}, "Lightning keeps that for itself"),
+        ({"dirpath": "s3://bucket/run"}, "dirpath must be a local folder"),
         ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
         ({"tol": 2.0}, "tol must lie in"),
         ({"radius": 0.0}, "radius must be positive"),
@@ -290,6 +378,12 @@ def test_a_read_only_folder_is_an_error_before_training(trainer, regression, tmp
     folder.mkdir(mode=0o500)
     with pytest.raises(ValueError, match="cannot be written"):
         trainer(callbacks=KoopmanSpectrumMonitor(dirpath=folder)).fit(regression())
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_training(trainer, regression, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"of disk are free.*pass another `dirpath`"):
+        trainer(callbacks=KoopmanSpectrumMonitor(storage="disk")).fit(regression())
 
 
 def test_snapshots_that_cannot_fit_are_an_error_before_training(trainer, regression, monkeypatch):
@@ -464,6 +558,27 @@ def test_fitting_on_from_other_weights_starts_anew(trainer, regression):
     fit.fit_loop.max_epochs = 8
     fit.fit(model)
     assert monitor.recorder.epochs == [4, 5, 6, 7, 8]
+
+
+def test_fitting_on_stays_in_its_own_folder(trainer, regression, tmp_path):
+    first, second = KoopmanSpectrumMonitor(dirpath=tmp_path), KoopmanSpectrumMonitor(dirpath=tmp_path)
+    trainer(callbacks=first, max_epochs=5).fit(regression())
+    before = first.history_path.read_text()
+    fit, model = trainer(callbacks=second, max_epochs=3), regression()
+    fit.fit(model)
+    fit.fit_loop.max_epochs = 6
+    fit.fit(model)
+    assert second.history_path.parent.name == "koopman-v1"
+    assert len(second.history_path.read_text().splitlines()) == 7
+    assert first.history_path.read_text() == before
+
+
+def test_constant_zero_weights_warn_of_just_that(trainer, regression):
+    model = regression(lr=0.0)
+    nn.init.zeros_(model.head.bias)
+    with pytest.warns(KoopmanWarning, match="has not changed") as caught:
+        trainer(callbacks=KoopmanSpectrumMonitor(parameters="head.bias")).fit(model)
+    assert len(koopman_warnings(caught)) == 1
 
 
 def test_a_new_trainer_starts_anew(trainer, regression):

@@ -14,7 +14,7 @@ def run(root, trainer, regression, tmp_path):
     """Trains for some epochs, from a checkpoint if given; returns the monitor and the checkpoint folder."""
 
     def start(name: str, epochs: int, ckpt_path=None, save_top_k=-1, **options):
-        monitor = KoopmanSpectrumMonitor(**{"window": 8, "dirpath": tmp_path / name / "koopman", **options})
+        monitor = KoopmanSpectrumMonitor(**{"window": 8, "dirpath": tmp_path / name, **options})
         checkpoint = root.callbacks.ModelCheckpoint(
             tmp_path / name / "checkpoints", filename="{epoch}", save_top_k=save_top_k, every_n_epochs=1
         )
@@ -45,13 +45,15 @@ def test_a_resumed_run_gives_the_spectrum_of_an_uninterrupted_one(run, observabl
     same(resumed, whole)
 
 
-def test_resuming_in_the_same_folder(run):
+def test_resuming_into_the_same_folder_leaves_the_first_run_as_it_was(run, tmp_path):
     whole, _ = run("whole", 20)
-    _, checkpoints = run("part", 12)
+    part, checkpoints = run("part", 12)
+    before = part.history_path.read_text()
     resumed, _ = run("part", 20, checkpoints / "epoch=11.ckpt")
     same(resumed, whole)
-    rows = resumed.history_path.read_text().splitlines()
-    assert len(rows) == 21
+    assert resumed.history_path == tmp_path / "part" / "koopman-v1" / "history.csv"
+    assert len(resumed.history_path.read_text().splitlines()) == 21
+    assert part.history_path.read_text() == before
 
 
 def test_a_moved_run_is_found_beside_its_checkpoint(run, tmp_path):
@@ -109,6 +111,66 @@ def test_no_epoch_is_missing_after_resuming_within_one(root, trainer, regression
     assert [row["epoch"] for row in resumed.history] == [
         e for e in range(1, 13) if when != {"every_n_train_steps": 4} or e != 7
     ]
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")
+def test_a_metric_validated_before_the_checkpoint_is_not_lost(root, trainer, regression, tmp_path):
+    def start(name, ckpt_path=None, **options):
+        monitor = KoopmanSpectrumMonitor("val_error", dirpath=tmp_path / name, **options)
+        save = root.callbacks.ModelCheckpoint(
+            tmp_path / "c", filename="{step}", save_top_k=-1, save_on_train_epoch_end=False
+        )
+        fit = trainer(callbacks=[monitor, save], enable_checkpointing=True)
+        fit.fit(regression(), ckpt_path=ckpt_path)
+        return monitor
+
+    whole, resumed = start("whole"), start("resumed", tmp_path / "c" / "step=12.ckpt")
+    assert resumed.recorder.epochs == whole.recorder.epochs == [1, 2, 3, 4, 5, 6]
+    assert torch.equal(resumed.trajectory.snapshots()[:3], whole.trajectory.snapshots()[:3])
+
+
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")
+def test_the_first_epochs_loss_survives_a_checkpoint_within_it(root, trainer, regression, tmp_path):
+    class Listed(regression):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.losses = [*getattr(self, "losses", []), float(loss.detach())]
+            return loss
+
+    def start(name, ckpt_path=None):
+        monitor, model = KoopmanSpectrumMonitor("train_loss", dirpath=tmp_path / name), Listed()
+        save = root.callbacks.ModelCheckpoint(tmp_path / "c", filename="{step}", save_top_k=-1, every_n_train_steps=2)
+        fit = trainer(callbacks=[monitor, save], enable_checkpointing=True, max_epochs=3)
+        fit.fit(model, ckpt_path=ckpt_path)
+        return monitor, model.losses
+
+    _, before = start("whole")
+    resumed, after = start("resumed", tmp_path / "c" / "step=2.ckpt")  # two of four batches into the first epoch
+    assert resumed.history[0]["train_loss"] == pytest.approx(np.mean(before[:2] + after[:2]))
+
+
+def test_a_reused_callback_takes_up_the_checkpoint_not_its_own_past(root, trainer, regression, tmp_path):
+    monitor = KoopmanSpectrumMonitor(dirpath=tmp_path / "k")
+
+    def start(name, lr, epochs, ckpt_path=None):
+        save = root.callbacks.ModelCheckpoint(tmp_path / name, filename="last")
+        fit = trainer(callbacks=[monitor, save], enable_checkpointing=True, max_epochs=epochs)
+        fit.fit(regression(lr=lr), ckpt_path=ckpt_path)
+
+    start("a", 0.05, 4)
+    first = monitor.trajectory.snapshots()
+    start("b", 0.01, 4)
+    start("c", 0.05, 6, tmp_path / "a" / "last.ckpt")
+    assert monitor.recorder.epochs == list(range(7))
+    assert torch.equal(monitor.trajectory.snapshots()[:5], first)
+    assert [row["epoch"] for row in monitor.history] == list(range(1, 7))
+
+
+def test_monitors_that_share_write_each_snapshot_once(root, trainer, regression, tmp_path):
+    pair = [KoopmanSpectrumMonitor(), KoopmanSpectrumMonitor(prefix="other")]
+    save = root.callbacks.ModelCheckpoint(tmp_path / "c", save_top_k=-1)
+    trainer(callbacks=[*pair, save], enable_checkpointing=True).fit(regression())
+    assert len(list(tmp_path.rglob("snapshots.bin"))) == 1
 
 
 def test_checkpoints_hold_tensors_and_primitives_only_and_stay_small(run):

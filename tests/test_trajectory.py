@@ -65,6 +65,14 @@ def test_a_ring_that_turned_a_thousand_times_does_not_drift():
     assert distance(trajectory.spectrum().eigenvalues, decompose(np.linalg.qr(kept.T, mode="r")).eigenvalues) < 1e-9
 
 
+@pytest.mark.parametrize("start", [1e4, 1e8])
+def test_a_start_far_off_leaves_no_trace_once_it_has_left_the_window(start):
+    values = 0.3 + 0.1 * 0.97 ** np.arange(60.0)
+    values[:5] = start
+    trajectory = filled(values[:, None], capacity=20, dtype=torch.float64)
+    assert distance(trajectory.spectrum(delays=11).eigenvalues, np.array([1.0, 0.97])) < 1e-6
+
+
 def test_part_of_the_window(digits_trajectory):
     trajectory = filled(digits_trajectory[:30])
     part = dmd_rrr(digits_trajectory[20:30])

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import time
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from lightning_koopman.callbacks._loss import LossMeter
 from lightning_koopman.callbacks._recorder import Recorder, SnapshotSettings
 from lightning_koopman.callbacks._roots import LightningCallback
 from lightning_koopman.parameters import flatten, select_parameters
@@ -24,8 +27,6 @@ if TYPE_CHECKING:  # never at run time: the user may use the other import root
 
 WEIGHTS, TRAIN_LOSS = "weights", "train_loss"
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
-SIDECAR = "snapshots.bin"
-LOSSES = 512  # batch losses held before they are summed: bounds memory in epochs of a million batches
 
 
 class KoopmanWarning(UserWarning):
@@ -48,8 +49,10 @@ class TrajectoryCallback(LightningCallback):
         every_n_epochs: Epochs between two snapshots, ≥ 1.
         window: Snapshots kept and analysed, ≥ 3, or None for all.
         storage: ``"ram"``, or ``"disk"`` for a memory-mapped file in the folder below.
-        dirpath: Folder for everything written to disk (default: ``koopman`` in the run's log folder).
+        dirpath: Folder below which everything is written to disk (default: the run's log folder).
     """
+
+    folder = "koopman"  # name of the folder made there
 
     def __init__(
         self,
@@ -68,10 +71,14 @@ class TrajectoryCallback(LightningCallback):
             )
         if parameters is not None and observable != WEIGHTS:
             raise ValueError(f"parameters goes with observable='weights', got observable={observable!r}: drop it.")
-        if every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1, got {every_n_epochs}.")
-        if window is not None and window < 3:
-            raise ValueError(f"window must be at least 3 snapshots, got {window}: pass None to keep all.")
+        if not _is_integer(every_n_epochs) or every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be at least 1 and whole, got {every_n_epochs}.")
+        if window is not None and (not _is_integer(window) or window < 3):
+            raise ValueError(f"window must be at least 3 snapshots and whole, got {window}: pass None to keep all.")
+        if dirpath is not None and "://" in os.fspath(dirpath):
+            raise ValueError(
+                f"dirpath must be a local folder, got {os.fspath(dirpath)!r}: snapshots are mapped from it."
+            )
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {list(STORAGES)}, got {storage!r}.")
         patterns = (parameters,) if isinstance(parameters, str) else None if parameters is None else tuple(parameters)
@@ -83,15 +90,13 @@ class TrajectoryCallback(LightningCallback):
         self._pending: dict[str, Any] | None = None
         self._resumed = False
         self._record_seconds = 0.0
-        self._restored_loss = (0.0, 0)
         self._warned: set[str] = set()
         self._names: tuple[str, ...] = ()
-        self._before_validation: Tensor | None = None
-        self._validated: Tensor | None = None  # the observable as the last validation logged it
-        self._from_validation = self._has_validated = False
-        self._losses: list[Tensor] = []  # of the last batches, not yet in the sum
-        self._loss_sum = 0.0
-        self._loss_count = 0
+        self._base: Path | None = None
+        self._seen: object = None  # the observed metric as it was when the epoch began: what is logged anew differs
+        self._validated: float | None = None  # the observed metric as the last validation logged it, until recorded
+        self._has_validated = False
+        self._losses = LossMeter()
         self.train_loss: float | None = None
 
     # -- when ---------------------------------------------------------------------------------------------------------
@@ -102,55 +107,52 @@ class TrajectoryCallback(LightningCallback):
             return
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._warned.clear()
-        self._validated, self._from_validation, self._has_validated = None, False, False
-        self._adopt_recorder(trainer)
-        if not self._active:
-            return
-        self._check_strategy(trainer)
-        if next(pl_module.parameters(), None) is not None:  # else `configure_model` has yet to build them
-            self._check_parameters(trainer, pl_module)
-        self._resolve_directory(trainer)
+        self._seen, self._validated, self._has_validated = None, None, False
+        adopted = self._adopt_recorder(trainer)
+        if self._active:
+            self._check_strategy(trainer)
+            self._resolve_directory(trainer)
+            if not adopted:
+                self.recorder.prepare(self._directory)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        # not earlier: layers may be built in `setup` or `configure_model`, which come after our own `setup`
         if self._active and self.settings.observable == WEIGHTS:
             self._names = tuple(self._check_parameters(trainer, pl_module))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
             return
+        self._losses.restore(0.0, 0)
         resumed = self._resumed = self._restore(trainer)
-        self._losses.clear()
-        self._loss_sum, self._loss_count = self._restored_loss if resumed else (0.0, 0)
         epoch, recorder = trainer.current_epoch, self.recorder
-        if not resumed and epoch == 0:
+        if not resumed and (epoch == 0 or trainer.ckpt_path is not None):
             recorder.interrupt()  # the callback may have served another fit
         if self.settings.observable != WEIGHTS or not trainer.is_global_zero or not self._due(epoch):
             return
         with self._guard("recording the initial weights"):
             values = self._read_weights(pl_module)
-            recorded = bool(recorder.epochs) and recorder.epochs[-1] == epoch
+            recorded = recorder.epochs[-1:] == [epoch]
             # a resumed epoch may have begun, so its weights differ; otherwise this is a further fit from other weights
             if recorded and not resumed and not torch.equal(values, recorder.last()):
                 recorder.interrupt()
             self._append(epoch, values)
 
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._seen = trainer.callback_metrics.get(self.settings.observable)
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor) and loss.numel() == 1:
-            self._losses.append(loss.detach())  # nothing more: this runs after every batch
-            if len(self._losses) == LOSSES:
-                self._fold_losses()
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._before_validation = trainer.callback_metrics.get(self.settings.observable)
+        with self._guard("averaging the training loss"):
+            self._losses.add(outputs)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        observed = trainer.callback_metrics.get(self.settings.observable)
-        if observed is not self._before_validation and not trainer.sanity_checking:
-            self._validated, self._from_validation = observed, True
-        self._has_validated |= not trainer.sanity_checking
+        if self._active and not trainer.sanity_checking:
+            self._has_validated = True
+            with self._guard("reading the observed metric"):
+                value = self._logged_anew(trainer)
+                self._validated = self._validated if value is None else value
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
@@ -175,15 +177,12 @@ class TrajectoryCallback(LightningCallback):
         observable = self.settings.observable
         if not trainer.is_global_zero:
             return
-        values: Tensor | None
         if observable == WEIGHTS:
-            values = self._read_weights(pl_module)
-        elif observable == TRAIN_LOSS and self.train_loss is not None:
-            values = torch.tensor([self.train_loss], dtype=torch.float64)
-        else:
-            values = self._read_metric(trainer)
-        if values is not None:
-            self._append(epoch, values)
+            self._append(epoch, self._read_weights(pl_module))
+            return
+        value = self.train_loss if observable == TRAIN_LOSS and self.train_loss is not None else self._metric(trainer)
+        if value is not None:
+            self._append(epoch, torch.tensor([value], dtype=torch.float64))
 
     def _append(self, epoch: int, values: Tensor) -> None:
         if not is_finite(values):
@@ -195,7 +194,7 @@ class TrajectoryCallback(LightningCallback):
             )
             return
         trajectory = self.recorder.trajectory
-        if trajectory is not None and trajectory.n != values.numel():
+        if trajectory is not None and trajectory.n != values.numel() and not self.recorder.interrupted:
             self._warn(
                 "count",
                 f"the number of observed weights changed from {trajectory.n} to {values.numel()} at epoch {epoch}: "
@@ -213,43 +212,39 @@ class TrajectoryCallback(LightningCallback):
             self._names = tuple(select_parameters(pl_module, self.settings.parameters))
         return flatten({name: named[name] for name in self._names})
 
-    def _read_metric(self, trainer: pl.Trainer) -> Tensor | None:
-        name = self.settings.observable
-        metrics = trainer.callback_metrics
-        value = self._validated if self._from_validation else metrics.get(name)
-        self._validated = None
-        if value is not None:
-            return torch.as_tensor(value).detach().reshape(-1)[:1].to(device="cpu", dtype=torch.float64)
+    def _metric(self, trainer: pl.Trainer) -> float | None:
+        """The observed metric as logged in this epoch, or by a validation since the last snapshot."""
+        name, metrics = self.settings.observable, trainer.callback_metrics
+        value = self._logged_anew(trainer)
+        value, self._validated = self._validated if value is None else value, None
         still_to_come = trainer.enable_validation and not self._has_validated
-        if not self._from_validation and not still_to_come:
-            known = ", ".join(sorted(map(str, metrics))) or "none"
+        if value is None and name not in metrics and not still_to_come:
+            known = ", ".join(sorted(key for key in metrics if not key.startswith(f"{self.folder}/"))) or "none"
             self._warn(
                 "metric",
-                f"observable={name!r} was not logged in epoch {trainer.current_epoch}, so there is nothing to record; "
-                f"logged so far: {known}. Log it with `self.log({name!r}, ...)` in a training or validation step.",
+                f"observable={name!r} was not logged by the end of epoch {trainer.current_epoch}, so nothing is "
+                f"recorded; logged so far: {known}. Log it with `self.log({name!r}, ...)` in a training or validation "
+                "step (what `LightningModule.on_train_epoch_end` logs comes too late).",
             )
-        return None
+        return value
+
+    def _logged_anew(self, trainer: pl.Trainer) -> float | None:
+        """The observed metric if it was logged since the epoch began; Lightning keeps old values as the same objects."""
+        value = trainer.callback_metrics.get(self.settings.observable)
+        return None if value is None or value is self._seen else float(value)
 
     def _mean_train_loss(self, trainer: pl.Trainer) -> float | None:
         """Mean over the epoch's batches and over the ranks of the loss that `training_step` returned, if it did."""
-        self._fold_losses()
-        if not self._loss_count:
-            return None
-        # Lightning hands over the loss divided by the number of accumulated batches
-        mean = self._loss_sum / self._loss_count * trainer.accumulate_grad_batches
-        self._loss_sum, self._loss_count = 0.0, 0
+        total, count = 0.0, 0
+        with self._guard("averaging the training loss"):
+            total, count = self._losses.take()
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
             wide = torch.float32 if device.type == "mps" else torch.float64
-            mean = float(trainer.strategy.reduce(torch.tensor(mean, device=device, dtype=wide), reduce_op="mean"))
-        return mean
-
-    def _fold_losses(self) -> None:
-        """Add the pending losses to the sum: one operation and one transfer for all of them."""
-        if self._losses:
-            self._loss_sum += sum(torch.stack([loss.detach().reshape(()) for loss in self._losses]).tolist())
-            self._loss_count += len(self._losses)
-            self._losses.clear()
+            both = torch.tensor([total, count], device=device, dtype=wide)
+            total, count = trainer.strategy.reduce(both, reduce_op="sum").tolist()
+        # Lightning hands over the loss divided by the number of accumulated batches
+        return total / count * trainer.accumulate_grad_batches if count else None
 
     # -- checks before training ---------------------------------------------------------------------------------------
 
@@ -262,8 +257,6 @@ class TrajectoryCallback(LightningCallback):
             )
 
     def _check_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-        if self.settings.observable != WEIGHTS:
-            return []
         chosen = select_parameters(pl_module, self.settings.parameters)
         halves = [name for name, parameter in chosen.items() if parameter.dtype.itemsize < 4]
         if halves and trainer.is_global_zero:
@@ -276,57 +269,61 @@ class TrajectoryCallback(LightningCallback):
         if rows is None and trainer.max_epochs is not None and trainer.max_epochs > 0:
             rows = trainer.max_epochs // self.settings.every_n_epochs + 1
         needed = 4 * sum(parameter.numel() for parameter in chosen.values()) * (rows or 0)
-        available = _available_memory()
-        if self.settings.storage == "ram" and trainer.is_global_zero and available is not None and needed > available:
-            raise ValueError(
-                f"window={self.settings.window} keeps {rows} snapshots of {needed / (rows or 1) / 2**30:.2f} GiB, "
-                f"{needed / 2**30:.1f} GiB in all, but {available / 2**30:.1f} GiB of memory are free: take a smaller "
-                "window, observe fewer `parameters`, or set storage='disk'."
-            )
+        in_memory = self.settings.storage == "ram"
+        if trainer.is_global_zero and self._directory is not None:
+            free = _available_memory() if in_memory else shutil.disk_usage(self._directory).free
+            if free is not None and needed > free:
+                raise ValueError(
+                    f"window={self.settings.window} keeps {rows} snapshots of {needed / (rows or 1) / 2**30:.2f} GiB, "
+                    f"{needed / 2**30:.1f} GiB in all, but {free / 2**30:.1f} GiB of "
+                    f"{'memory' if in_memory else 'disk'} are free: take a smaller window, observe fewer `parameters`, "
+                    f"or {'set storage=' + repr('disk') if in_memory else 'pass another `dirpath`'}."
+                )
         return list(chosen)
 
     def _resolve_directory(self, trainer: pl.Trainer) -> None:
         """Make the output folder and prove that it can be written, before any work starts."""
-        if self.dirpath is not None:
-            directory = self.dirpath
-        else:
-            directory = Path(trainer.log_dir or trainer.default_root_dir) / self._folder()
+        parent = self.dirpath if self.dirpath is not None else trainer.log_dir or trainer.default_root_dir
         if not trainer.is_global_zero:
             return
-        continues = trainer.ckpt_path is not None or trainer.current_epoch > 0
-        self._directory = directory.absolute() if continues else _unused(directory.absolute())
-        self.recorder.folder = self._directory
-        probe = self._directory / f".probe-{uuid.uuid4().hex}"
+        # a remote log folder cannot be mapped: write below the working directory
+        base = (Path() if "://" in str(parent) else Path(parent)).absolute() / self.folder
+        goes_on = trainer.current_epoch > 0 and base == self._base and self._directory is not None
+        self._base = base
+        directory = self._directory if goes_on and self._directory is not None else _unused(base)
+        probe = directory / f".probe-{uuid.uuid4().hex}"
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             probe.touch()
             probe.unlink()
         except OSError as error:
             raise ValueError(
-                f"dirpath={str(self._directory)!r} cannot be written ({error.strerror}): pass another `dirpath`."
+                f"dirpath={str(parent)!r} cannot be written ({error.strerror}): pass another `dirpath`."
             ) from error
+        self._directory = directory
 
-    def _folder(self) -> str:
-        return "koopman"
-
-    def _adopt_recorder(self, trainer: pl.Trainer) -> None:
-        """Share the trajectory of an earlier callback that records the same."""
+    def _adopt_recorder(self, trainer: pl.Trainer) -> bool:
+        """Share the trajectory of an earlier callback that records the same, if there is one."""
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if other is self:
-                return
+                break
             if isinstance(other, TrajectoryCallback) and other.settings == self.settings:
                 self.recorder = other.recorder
-                return
+                return True
+        return False
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        if self._directory is None or self.recorder.trajectory is None:
+        if self._directory is None:
             return {}
-        self._fold_losses()
-        state: dict[str, Any] = {"loss_sum": self._loss_sum, "loss_count": self._loss_count}
+        state: dict[str, Any] = {"loss_total": 0.0, "loss_count": 0}
+        with self._guard("averaging the training loss"):
+            self._losses.fold()
+            state = {"loss_total": self._losses.total, "loss_count": self._losses.count}
+        state |= {"validated": self._validated, "has_validated": self._has_validated}
         with self._guard("saving the snapshots beside the checkpoint"):
-            state["recorder"] = self.recorder.save(self._directory / SIDECAR)
+            state["recorder"] = self.recorder.save()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -343,16 +340,21 @@ class TrajectoryCallback(LightningCallback):
                     "settings: its trajectory starts anew.",
                 )
             return False
-        self._restored_loss = float(state["loss_sum"]), int(state["loss_count"])
+        self._validated, self._has_validated = state["validated"], bool(state["has_validated"])
         if not trainer.is_global_zero:
             return True
+        self._losses.restore(float(state["loss_total"]), int(state["loss_count"]))
         with self._guard("restoring the snapshots"):
             self._restore_state(state)
             saved = state.get("recorder")
-            if not saved or self.recorder.epochs == saved["epochs"].tolist():
-                return True  # nothing saved, or another callback that shares the recorder was first
+            if self.recorder.restored:  # another callback that shares the recorder was first
+                return True
+            self.recorder.clear()
+            if not saved:
+                return True
             sidecar = self._find_sidecar(Path(saved["sidecar"]), trainer.ckpt_path)
             lost = len(saved["epochs"]) if sidecar is None else self.recorder.load(saved, sidecar)
+            self.recorder.restored = True
             if lost:
                 self._warn(
                     "sidecar",
@@ -367,11 +369,10 @@ class TrajectoryCallback(LightningCallback):
     def _find_sidecar(self, written: Path, ckpt_path: object) -> Path | None:
         """The sidecar where it was written, or in a folder of the same name near the checkpoint (the run was moved)."""
         candidates = [written]
-        if self._directory is not None:
-            candidates.append(self._directory / written.name)
         if isinstance(ckpt_path, (str, os.PathLike)):
             near = list(Path(ckpt_path).absolute().parents)[:3]
-            candidates += [folder / written.parent.name / written.name for folder in near]
+            # the folder's own name, and with a parent for prefixes such as "koopman/head"
+            candidates += [folder / Path(*written.parts[-depth:]) for folder in near for depth in (2, 3)]
         return next((path for path in candidates if path.is_file()), None)
 
     # -- never in the way ---------------------------------------------------------------------------------------------
@@ -399,12 +400,17 @@ def _unused(directory: Path) -> Path:
     return candidate
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _available_memory() -> int | None:
     """Memory in bytes that can be had without swapping, or None where the system does not tell."""
+    known = []
     with contextlib.suppress(OSError, IndexError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    with contextlib.suppress(AttributeError, ValueError, OSError):
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):  # a container's own limit ("max" where there is none)
+        group = Path("/sys/fs/cgroup")
+        known.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(known) if known else None

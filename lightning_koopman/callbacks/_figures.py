@@ -13,21 +13,28 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def deliver(figure: Figure, name: str, loggers: Iterable[Any], step: int, directory: Path | None) -> list[Path]:
+def deliver(
+    figure: Figure, name: str, loggers: Iterable[Any], step: int, directory: Path | None
+) -> tuple[Path | None, list[str]]:
     """Give the figure to every logger that takes figures; where none does, write ``<last part of name>.png``.
 
     Loggers are told apart by what they can do, not by class, so both import roots and look-alikes work.
 
     Returns:
-        The files written.
+        The file written, if any, and what went wrong with each logger that failed.
     """
-    taken = [_give(figure, name, logger, step) for logger in loggers]
-    if any(taken) or directory is None:
-        return []
+    taken, failures = False, []
+    for logger in loggers:
+        try:
+            taken |= _give(figure, name, logger, step)
+        except Exception as error:  # noqa: PERF203 - one logger's failure must not keep the figure from the others
+            failures.append(f"{type(logger).__name__} did not take the figure {name}: {type(error).__name__}: {error}")
+    if taken or directory is None:
+        return None, failures
     path = directory / f"{name.rsplit('/', 1)[-1]}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    return [path]
+    return path, failures
 
 
 def _give(figure: Figure, name: str, logger: Any, step: int) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_koopman.trajectory import Trajectory
 
+SIDECAR = "snapshots.bin"
 STORE = "trajectory.bin"  # apart from the sidecar, which must not change between two checkpoints
 
 
@@ -32,22 +33,31 @@ class Recorder:
     def __init__(self, settings: SnapshotSettings) -> None:
         self.settings = settings
         self.trajectory: Trajectory | None = None
-        self.folder: Path | None = None  # for snapshots on disk
+        self.folder: Path | None = None  # for snapshots on disk and beside checkpoints
+        self.restored = False  # from the checkpoint of this fit
         self.epochs: list[int] = []
-        self._interrupted = False
+        self.interrupted = False
 
     def __len__(self) -> int:
         return len(self.epochs)
 
+    def prepare(self, folder: Path | None) -> None:
+        """Get ready for a fit that writes into the folder."""
+        self.folder, self.restored = folder, False
+
+    def clear(self) -> None:
+        """Forget everything recorded."""
+        self.trajectory, self.epochs, self.interrupted = None, [], False
+
     def record(self, epoch: int, values: Tensor) -> None:
         """Record the values (n,) after ``epoch`` completed epochs, unless that epoch was recorded already."""
-        if self.epochs and epoch == self.epochs[-1] and not self._interrupted:
+        if self.epochs and epoch == self.epochs[-1] and not self.interrupted:
             return
-        if self.trajectory is None or self._interrupted or values.numel() != self.trajectory.n:
+        if self.trajectory is None or self.interrupted or values.numel() != self.trajectory.n:
             self.trajectory = Trajectory(
                 values.numel(), capacity=self.settings.window, dtype=values.dtype, **self._storage()
             )
-            self.epochs, self._interrupted = [], False
+            self.epochs, self.interrupted = [], False
         self.trajectory.append(values)
         self.epochs = [*self.epochs, epoch][-len(self.trajectory) :]
 
@@ -59,22 +69,23 @@ class Recorder:
 
     def interrupt(self) -> None:
         """Let the next snapshot start a new trajectory: what follows does not continue what was recorded."""
-        self._interrupted = True
+        self.interrupted = True
 
     def _storage(self) -> dict[str, Any]:
         storage = self.settings.storage
         path = self.folder / STORE if storage == "disk" and self.folder is not None else None
         return {"storage": storage, "path": path}
 
-    def save(self, sidecar: Path) -> dict[str, Any]:
-        """State for a checkpoint; the snapshots go to the sidecar file."""
-        if self.trajectory is None:
+    def save(self) -> dict[str, Any]:
+        """State for a checkpoint; the snapshots go to the sidecar file in the folder."""
+        if self.trajectory is None or self.folder is None:
             return {}
-        sidecar.parent.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sidecar = self.folder / SIDECAR
         return {
             "trajectory": self.trajectory.save(sidecar),
             "epochs": torch.tensor(self.epochs, dtype=torch.int64),
-            "interrupted": self._interrupted,
+            "interrupted": self.interrupted,
             "sidecar": os.fspath(sidecar),
         }
 
@@ -83,7 +94,7 @@ class Recorder:
         self.trajectory = Trajectory.load(state["trajectory"], sidecar, **self._storage())
         epochs = state["epochs"].tolist()
         self.epochs = epochs[len(epochs) - len(self.trajectory) :]
-        self._interrupted = bool(state["interrupted"])
+        self.interrupted = bool(state["interrupted"])
         if not self.epochs:
-            self.trajectory = None
+            self.clear()
         return len(epochs) - len(self.epochs)

@@ -72,7 +72,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         storage: ``"ram"``, or ``"disk"`` for a memory-mapped file, ``trajectory.bin`` in the folder below.
         log_figure: Draw the spectrum and the history when training ends; with a number k, also every k epochs.
             Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
-        dirpath: Folder for everything written to disk (default: named like ``prefix``, in the run's log folder).
+        dirpath: Local folder below which a folder named like ``prefix`` is made for everything written to disk; where
+            that exists and is not empty, ``prefix-v1`` and so on, so that no run overwrites another or the run it is
+            resumed from (default: the run's log folder).
         prefix: First part of the logged names; give monitors on one Trainer different ones.
 
     Attributes:
@@ -128,14 +130,19 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         )
         check_options(tol=tol, max_rank=None, delays=1)
         for name, value in (("radius", radius), ("max_residual", max_residual)):
-            if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}.")
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}.")
         if log_figure is not True and log_figure < 0:
             raise ValueError(f"log_figure must be True, False or a number of epochs ≥ 1, got {log_figure}.")
         if not prefix.strip("/"):
             raise ValueError(f"prefix must not be empty, got {prefix!r}: logged names begin with it.")
+        if "/dataloader_idx_" in prefix:
+            raise ValueError(
+                f"prefix must not hold '/dataloader_idx_', got {prefix!r}: Lightning keeps that for itself."
+            )
         self.radius, self.tol, self.max_residual = radius, tol, max_residual
         self.log_figure, self.prefix = log_figure, prefix.strip("/")
+        self.folder = self.prefix
         self.spectrum: Spectrum | None = None
         self.surrogate: Spectrum | None = None
         self.history: list[dict[str, float]] = []
@@ -181,11 +188,13 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not self._active or not trainer.is_global_zero:
-            return
-        if not self._resumed and trainer.current_epoch == 0:
-            self.history, self.spectrum, self.surrogate, self.figure_paths = [], None, None, []
-        self._write_history(anew=True)
+        anew = not self._resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
+        if self._active and trainer.is_global_zero:
+            if anew:
+                self.history, self.spectrum, self.surrogate, self.figure_paths = [], None, None, []
+            self._write_history(anew=True)
+        known = self._logged(self.history[-1]) if self.history and not anew else None
+        self._publish(trainer, trainer.strategy.broadcast(known))
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         logged = None
@@ -194,10 +203,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
                 logged = self._analyse(epoch, recorded)
         logged = trainer.strategy.broadcast(logged)
         if logged is None:
-            # for callbacks that monitor, not for loggers, whose curves should hold only what is known
-            trainer.callback_metrics.update(
-                {f"{self.prefix}/{name}": torch.tensor(value) for name, value in NO_EVIDENCE.items()}
-            )
+            self._publish(trainer, None)
         else:
             for name, value in logged.items():
                 pl_module.log(f"{self.prefix}/{name}", value, batch_size=1, sync_dist=trainer.world_size > 1)
@@ -214,25 +220,35 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         trajectory = self.recorder.trajectory
         delays = self._delays(len(self.recorder))
         scalars: dict[str, float] = dict.fromkeys(NO_EVIDENCE, math.nan)
-        if recorded and trajectory is not None and delays is not None:
+        still = trajectory is not None and delays is not None and not trajectory.step_norms().any()
+        if still:
+            self._warn(
+                "constant",
+                f"the observable {self.settings.observable!r} has not changed over the last {len(self.recorder)} "
+                "snapshots: its only eigenvalue is 1. Are these weights in the optimizer, at a learning rate > 0?",
+            )
+        if recorded and trajectory is not None and delays is not None and not (still and trajectory.start_norm() == 0):
             self.spectrum = trajectory.spectrum(tol=self.tol, delays=delays)
             self.surrogate = self._walk()
             scalars = self._scalars(self.spectrum, self.surrogate)
-            if not trajectory.step_norms().any():
-                self._warn(
-                    "constant",
-                    f"the observable {self.settings.observable!r} has not changed over the last {len(trajectory)} "
-                    "snapshots: its only eigenvalue is 1. Are these weights in the optimizer, at a learning rate > 0?",
-                )
         loss = math.nan if self.train_loss is None else self.train_loss
         seconds = self._record_seconds + time.perf_counter() - started
         self.history.append(
             {"epoch": epoch, "n_snapshots": len(self.recorder), "train_loss": loss, **scalars, "seconds": seconds}
         )
         self._write_history()
-        if math.isnan(scalars["rank"]):
+        return self._logged(scalars)
+
+    def _logged(self, row: dict[str, float]) -> dict[str, float] | None:
+        """The scalars of a row as they are logged, unknown ones replaced; None where nothing is known."""
+        if math.isnan(row["rank"]):
             return None
-        return {name: NO_EVIDENCE[name] if math.isnan(value) else value for name, value in scalars.items()}
+        return {name: unknown if math.isnan(row[name]) else row[name] for name, unknown in NO_EVIDENCE.items()}
+
+    def _publish(self, trainer: pl.Trainer, scalars: dict[str, float] | None) -> None:
+        """Show scalars to callbacks that monitor, not to loggers, whose curves should hold only what was analysed."""
+        shown = {f"{self.prefix}/{name}": torch.tensor(value) for name, value in (scalars or NO_EVIDENCE).items()}
+        trainer.callback_metrics.update(shown)
 
     def _walk(self, *, refine: bool = False) -> Spectrum:
         """The random walk's spectrum, under the same settings as the training's."""
@@ -289,11 +305,12 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
                 "history": plot_history(self.history),
             }
             for name, figure in figures.items():
-                paths = deliver(figure, f"{self.prefix}/{name}", trainer.loggers, trainer.global_step, self._directory)
-                self.figure_paths = [*self.figure_paths, *(path for path in paths if path not in self.figure_paths)]
-
-    def _folder(self) -> str:
-        return self.prefix
+                where = (trainer.loggers, trainer.global_step, self._directory)
+                path, failures = deliver(figure, f"{self.prefix}/{name}", *where)
+                if path is not None and path not in self.figure_paths:
+                    self.figure_paths.append(path)
+                for failure in failures:
+                    self._warn("logger", failure)
 
     def _check_prefix(self, trainer: pl.Trainer) -> None:
         for other in trainer.callbacks:  # type: ignore[attr-defined]
