@@ -70,7 +70,7 @@ def test_a_start_far_off_leaves_no_trace_once_it_has_left_the_window(start):
     values = 0.3 + 0.1 * 0.97 ** np.arange(60.0)
     values[:5] = start
     trajectory = filled(values[:, None], capacity=20, dtype=torch.float64)
-    assert distance(trajectory.spectrum(delays=11).eigenvalues, np.array([1.0, 0.97])) < 1e-6
+    assert distance(trajectory.spectrum(delays=11, tol=1e-6).eigenvalues, np.array([1.0, 0.97])) < 1e-6
 
 
 def test_part_of_the_window(digits_trajectory):

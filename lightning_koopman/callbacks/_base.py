@@ -229,7 +229,7 @@ class TrajectoryCallback(LightningCallback):
         return value
 
     def _logged_anew(self, trainer: pl.Trainer) -> float | None:
-        """The observed metric if it was logged since the epoch began; Lightning keeps old values as the same objects."""
+        """The observed metric if logged since the epoch began; Lightning keeps old values as the same objects."""
         value = trainer.callback_metrics.get(self.settings.observable)
         return None if value is None or value is self._seen else float(value)
 
