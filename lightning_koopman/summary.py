@@ -63,10 +63,10 @@ def _model(spectrum: Spectrum, observable: str) -> str:
 def _fixed_point(spectrum: Spectrum) -> str:
     nearest = abs(spectrum.eigenvalues - 1.0).argmin()
     distance, residual = abs(spectrum.eigenvalues[nearest] - 1.0), spectrum.residuals[nearest]
-    verdict = "cannot be told from 1" if distance <= residual else "is not 1"
+    same = "it cannot be told from 1. A random walk has such an eigenvalue too."
     return (
         f"Fixed direction: the eigenvalue nearest to 1 is {_number(spectrum.eigenvalues[nearest])} with residual "
-        f"{residual:.1e}: it {verdict}. A random walk has such an eigenvalue too."
+        f"{residual:.1e}: {same if distance <= residual else 'it is not 1.'}"
     )
 
 
