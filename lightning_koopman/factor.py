@@ -56,12 +56,12 @@ def increment_gram(snapshots: Tensor) -> Array:
     if snapshots.device.type != "cpu":
         # LAPACK-free path: one matrix product a chunk, on the device that holds the snapshots
         gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
-        for increments in _increment_chunks([snapshots], widest=2**18):
+        for increments in _increment_chunks(snapshots, widest=2**18):
             gram.addmm_(increments, increments.T)
         return gram.cpu().numpy()
     upper = np.zeros((rows, rows), order="F")
     with single_blas_thread():
-        for increments in _increment_chunks([snapshots]):
+        for increments in _increment_chunks(snapshots):
             upper = dsyrk(1.0, increments.numpy().T, beta=1.0, c=upper, trans=1, overwrite_c=1)
     return upper + np.triu(upper, 1).T
 
@@ -69,7 +69,9 @@ def increment_gram(snapshots: Tensor) -> Array:
 def border_products(segments: Iterable[Tensor]) -> Array:
     """Inner products of the first and of the last increment with every increment, in one pass over the snapshots.
 
-    They are the rows of the increment Gram matrix that change when a snapshot is appended and the oldest has left.
+    They are the rows of the increment Gram matrix that change when a snapshot is appended and the oldest has left.  The
+    products with the snapshots are accumulated in float64 and then differenced: that loses log10(‖w‖/‖e‖) of its 16
+    digits, as many as storing the snapshots in float32 has already taken from its 7.
 
     Args:
         segments: CPU float32 or float64 tensors (rows_i, n) whose concatenation is the snapshots in order of time.
@@ -78,32 +80,40 @@ def border_products(segments: Iterable[Tensor]) -> Array:
         Float64 array (2, time).
     """
     parts = list(segments)
-    products = torch.zeros(2, sum(part.shape[0] for part in parts), dtype=torch.float64)
-    for increments in _increment_chunks(parts):
-        products[0].addmv_(increments, increments[0])
-        products[1].addmv_(increments, increments[-1])
-    return products.numpy()
+    rows = sum(part.shape[0] for part in parts)
+    products = torch.zeros(2, rows, dtype=torch.float64)
+    for snapshots in _wide_chunks(parts, CHUNKS // 2):
+        increment = snapshots[-1] - snapshots[-2] if rows > 1 else snapshots[0]
+        products.addmm_(torch.stack([snapshots[0], increment]), snapshots.T)
+    return np.diff(products.numpy(), prepend=0.0)
 
 
-def _increment_chunks(segments: list[Tensor], widest: int = CHUNK) -> Iterator[Tensor]:
-    """Yield float64 increments of the concatenated segments, a chunk of columns at a time, in one buffer."""
+def _increment_chunks(snapshots: Tensor, widest: int = CHUNK) -> Iterator[Tensor]:
+    """Yield the float64 increments of the snapshots, a chunk of columns at a time, in one buffer."""
+    increments = torch.empty(0)
+    for wide in _wide_chunks([snapshots], CHUNKS, widest):
+        if increments.shape != wide.shape:
+            increments = torch.empty_like(wide)
+        increments[0].copy_(wide[0])
+        torch.sub(wide[1:], wide[:-1], out=increments[1:])
+        yield increments
+
+
+def _wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Iterator[Tensor]:
+    """Yield the concatenated segments in float64, a chunk of columns at a time, in one buffer."""
     rows = sum(segment.shape[0] for segment in segments)
-    columns, device = segments[0].shape[1], segments[0].device
-    width = min(widest, -(-columns // CHUNKS) if columns > 2**14 else columns)
-    snapshots = torch.empty(rows, width, dtype=torch.float64, device=device)
-    increments = torch.empty_like(snapshots)
+    columns = segments[0].shape[1]
+    width = min(widest, -(-columns // chunks) if columns > 2**14 else columns)
+    buffer = torch.empty(0)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
-        if stop - start < width:
-            snapshots = torch.empty(rows, stop - start, dtype=torch.float64, device=device)
-            increments = torch.empty_like(snapshots)
+        if buffer.shape != (rows, stop - start):
+            buffer = torch.empty(rows, stop - start, dtype=torch.float64, device=segments[0].device)
         row = 0
         for segment in segments:
-            snapshots[row : row + segment.shape[0]].copy_(segment[:, start:stop])
+            buffer[row : row + segment.shape[0]].copy_(segment[:, start:stop])
             row += segment.shape[0]
-        increments[0].copy_(snapshots[0])
-        torch.sub(snapshots[1:], snapshots[:-1], out=increments[1:])
-        yield increments
+        yield buffer
 
 
 def factor_from_increment_gram(gram: Array) -> Array:
