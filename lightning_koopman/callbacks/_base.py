@@ -84,7 +84,7 @@ class TrajectoryCallback(LightningCallback):
         patterns = (parameters,) if isinstance(parameters, str) else None if parameters is None else tuple(parameters)
         self.settings = SnapshotSettings(observable, patterns, every_n_epochs, window, storage)
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.recorder = Recorder(self.settings)
+        self.recorder, self._adopted = Recorder(self.settings), False
         self._active = True
         self._directory: Path | None = None
         self._pending: dict[str, Any] | None = None
@@ -310,8 +310,10 @@ class TrajectoryCallback(LightningCallback):
             if other is self:
                 break
             if isinstance(other, TrajectoryCallback) and other.settings == self.settings:
-                self.recorder = other.recorder
+                self.recorder, self._adopted = other.recorder, True
                 return True
+        if self._adopted:  # in another Trainer: the shared one stays with its owner
+            self.recorder, self._adopted = Recorder(self.settings), False
         return False
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
