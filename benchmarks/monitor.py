@@ -7,6 +7,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from lightning_koopman import KoopmanSpectrumMonitor
 from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
 
-HOOKS = ("on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end")
+HOOKS = ("on_train_epoch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end")
 
 
 class TimedMonitor(KoopmanSpectrumMonitor):
@@ -26,17 +27,18 @@ class TimedMonitor(KoopmanSpectrumMonitor):
 
     spent = 0.0
 
-    def __getattribute__(self, name: str) -> Any:
-        found = super().__getattribute__(name)
-        if name not in HOOKS:
-            return found
 
-        def timed(*args: Any, **kwargs: Any) -> None:
-            started = time.perf_counter()
-            found(*args, **kwargs)
-            self.spent += time.perf_counter() - started
+def _timed(hook: Callable[..., None]) -> Callable[..., None]:
+    def timed(self: TimedMonitor, *args: Any) -> None:
+        started = time.perf_counter()
+        hook(self, *args)
+        self.spent += time.perf_counter() - started
 
-        return timed
+    return timed
+
+
+for name in HOOKS:
+    setattr(TimedMonitor, name, _timed(getattr(KoopmanSpectrumMonitor, name)))
 
 
 class EpochClock(pl.Callback):
