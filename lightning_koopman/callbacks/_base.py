@@ -414,7 +414,7 @@ def _available_memory() -> int | None:
     with contextlib.suppress(OSError, IndexError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    with contextlib.suppress(OSError, ValueError):  # a container's own limit ("max" where there is none)
-        group = Path("/sys/fs/cgroup")
-        known.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    with contextlib.suppress(OSError, ValueError):
+        # a container's limit ("max" where there is none); what it uses counts caches too, so it says little
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(known) if known else None
