@@ -82,7 +82,7 @@ def border_products(segments: Iterable[Tensor]) -> Array:
     parts = list(segments)
     rows = sum(part.shape[0] for part in parts)
     products = torch.zeros(2, rows, dtype=torch.float64)
-    for snapshots in _wide_chunks(parts, CHUNKS // 2):
+    for snapshots in wide_chunks(parts, CHUNKS // 2):
         increment = snapshots[-1] - snapshots[-2] if rows > 1 else snapshots[0]
         products.addmm_(torch.stack([snapshots[0], increment]), snapshots.T)
     return np.diff(products.numpy(), prepend=0.0)
@@ -91,7 +91,7 @@ def border_products(segments: Iterable[Tensor]) -> Array:
 def _increment_chunks(snapshots: Tensor, widest: int = CHUNK) -> Iterator[Tensor]:
     """Yield the float64 increments of the snapshots, a chunk of columns at a time, in one buffer."""
     increments = torch.empty(0)
-    for wide in _wide_chunks([snapshots], CHUNKS, widest):
+    for wide in wide_chunks([snapshots], CHUNKS, widest):
         if increments.shape != wide.shape:
             increments = torch.empty_like(wide)
         increments[0].copy_(wide[0])
@@ -99,7 +99,7 @@ def _increment_chunks(snapshots: Tensor, widest: int = CHUNK) -> Iterator[Tensor
         yield increments
 
 
-def _wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Iterator[Tensor]:
+def wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Iterator[Tensor]:
     """Yield the concatenated segments in float64, a chunk of columns at a time, in one buffer."""
     rows = sum(segment.shape[0] for segment in segments)
     columns = segments[0].shape[1]

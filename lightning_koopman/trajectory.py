@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.dmd import check_options, decompose
-from lightning_koopman.factor import CHUNK, Array, border_products, factor_from_increment_gram, merge_oldest
+from lightning_koopman.factor import (
+    CHUNKS,
+    Array,
+    border_products,
+    factor_from_increment_gram,
+    merge_oldest,
+    wide_chunks,
+)
 from lightning_koopman.spectrum import Spectrum
 
 GROWTH = 32  # rows added at a time while there is no capacity; pages are committed only when written
@@ -204,9 +211,10 @@ class Trajectory:
         segments = list(self._segments(self._first, self._first + len(self)))
         rows = matrix.reshape(-1, len(self))
         combined = torch.empty(rows.shape[0], self.n, dtype=self.dtype)
-        for start in range(0, self.n, CHUNK):
-            chunk = torch.cat([segment[:, start : start + CHUNK] for segment in segments]).double()
-            combined[:, start : start + CHUNK] = rows @ chunk
+        start = 0
+        for chunk in wide_chunks(segments, CHUNKS):
+            combined[:, start : start + chunk.shape[1]] = rows @ chunk
+            start += chunk.shape[1]
         return combined[0] if matrix.ndim == 1 else combined
 
     def save(self, path: str | Path) -> dict[str, Any]:
