@@ -88,7 +88,7 @@ class TrajectoryCallback(LightningCallback):
         self._active = True
         self._directory: Path | None = None
         self._pending: dict[str, Any] | None = None
-        self._resumed = False
+        self._anew = True  # this fit continues neither a checkpoint nor an earlier fit
         self._record_seconds = 0.0
         self._warned: set[str] = set()
         self._names: tuple[str, ...] = ()
@@ -102,7 +102,7 @@ class TrajectoryCallback(LightningCallback):
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._pending = None
+        self._pending, self._anew = None, True
         if stage != "fit":
             return
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -124,9 +124,10 @@ class TrajectoryCallback(LightningCallback):
         if not self._active:
             return
         self._losses.restore(0.0, 0)
-        resumed = self._resumed = self._restore(trainer)
+        resumed = self._restore(trainer)
         epoch, recorder = trainer.current_epoch, self.recorder
-        if not resumed and (epoch == 0 or trainer.ckpt_path is not None):
+        self._anew = not resumed and (epoch == 0 or trainer.ckpt_path is not None)
+        if self._anew:
             recorder.interrupt()  # the callback may have served another fit
         if self.settings.observable != WEIGHTS or not trainer.is_global_zero or not self._due(epoch):
             return

@@ -188,12 +188,11 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        anew = not self._resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
         if self._active and trainer.is_global_zero:
-            if anew:
+            if self._anew:
                 self.history, self.spectrum, self.surrogate, self.figure_paths = [], None, None, []
             self._write_history(anew=True)
-        known = self._logged(self.history[-1]) if self.history and not anew else None
+        known = self._logged(self.history[-1]) if self.history and not self._anew else None
         self._publish(trainer, trainer.strategy.broadcast(known))
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
