@@ -1,7 +1,10 @@
 """Treat training as a dynamical system: the Koopman spectrum of a network's weights, for PyTorch Lightning."""
 
 from lightning_koopman.callbacks._base import KoopmanWarning
+from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalues
+from lightning_koopman.callbacks.initialization import RestartOnBadInitialization
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
+from lightning_koopman.convergence import StoppingReason
 from lightning_koopman.dmd import dmd_rrr
 from lightning_koopman.parameters import select_parameters
 from lightning_koopman.plots import plot_history, plot_spectrum
@@ -11,9 +14,12 @@ from lightning_koopman.trajectory import Trajectory
 
 __version__ = "0.1.0"
 __all__ = [
+    "EarlyStopOnUnitEigenvalues",
     "KoopmanSpectrumMonitor",
     "KoopmanWarning",
+    "RestartOnBadInitialization",
     "Spectrum",
+    "StoppingReason",
     "Trajectory",
     "dmd_rrr",
     "plot_history",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -37,26 +37,44 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         if not chosen:
             raise ValueError(
-                f"parameters=None selects the trainable parameters, but the module has none among {_names(named)}: "
-                "name the ones to observe, or unfreeze some."
+                f"parameters=None selects the trainable parameters, but the module has none among "
+                f"{_listed(list(named)) or 'no parameters at all'}: name the ones to observe, or unfreeze some."
             )
     else:
-        wanted = [patterns] if isinstance(patterns, str) else list(patterns)
-        for pattern in wanted:
-            if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in named):
-                raise ValueError(f"parameters={pattern!r} matches no parameter; the module has {_names(named)}.")
-        include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
-        exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
-        chosen = {
-            name: parameter
-            for name, parameter in named.items()
-            if any(fnmatchcase(name, pattern) for pattern in include)
-            and not any(fnmatchcase(name, pattern) for pattern in exclude)
-        }
-        if not chosen:
-            raise ValueError(f"parameters={wanted!r} selects nothing: the exclusions remove every match.")
+        names = match_names(named, patterns, argument="parameters", kind="parameter")
+        chosen = {name: named[name] for name in names}
     for name, parameter in chosen.items():
         _check_observable(name, parameter)
+    return chosen
+
+
+def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument: str, kind: str) -> list[str]:
+    """The names that match one of the shell-style patterns and none of those that begin with ``!``, in their order.
+
+    Args:
+        names: All names.
+        patterns: One pattern or several; ``"*"`` is understood where all exclude.
+        argument: The user's name of ``patterns``, for messages.
+        kind: What the names are names of, for messages.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing is left.
+    """
+    known = list(names)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in known):
+            raise ValueError(f"{argument}={pattern!r} matches no {kind}; the module has {_listed(known) or 'none'}.")
+    include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
+    exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
+    chosen = [
+        name
+        for name in known
+        if any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not chosen:
+        raise ValueError(f"{argument}={wanted!r} selects nothing: the exclusions remove every match.")
     return chosen
 
 
@@ -80,6 +98,6 @@ def _check_observable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"parameter {name!r} {problem}.")
 
 
-def _names(named: Mapping[str, object]) -> str:
+def _listed(names: list[str]) -> str:
     """The first few names, for messages."""
-    return ", ".join(list(named)[:8]) + (", …" if len(named) > 8 else "") if named else "no parameters at all"
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

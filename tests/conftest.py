@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import nn
 
 from lightning_koopman.demo.cnn import PaperCNN
@@ -83,6 +84,68 @@ def regression(root: ModuleType) -> Callable[..., Any]:
         train_dataloader = val_dataloader = _loader
 
     return Regression
+
+
+def make_classifier(root: ModuleType) -> Callable[..., Any]:
+    """Module class: a small network on scikit-learn's 8×8 digits, with batch norm and dropout; deterministic."""
+
+    class Classifier(root.LightningModule):
+        def __init__(
+            self,
+            optimizer: str = "adam",
+            scheduler: Callable[[Any], Any] | None = None,
+            n: int = 600,
+            dropout: float = 0.02,
+            wrong: float = 0.0,
+        ) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.network = nn.Sequential(
+                nn.Flatten(), nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Dropout(dropout), nn.Linear(32, 10)
+            )
+            bunch = load_digits()
+            self.images = torch.as_tensor(bunch.images[: n + 200], dtype=torch.float32) / 16
+            self.labels = torch.as_tensor(bunch.target[: n + 200])
+            drawn = torch.randint(10, self.labels.shape)
+            self.labels = torch.where(torch.rand(self.labels.shape) < wrong, drawn, self.labels)
+            self.n, self.optimizer, self.scheduler = n, optimizer, scheduler
+            self.calls = 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.calls += 1
+            loss = nn.functional.cross_entropy(self.network(batch[0]), batch[1])
+            self.log("step_loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", nn.functional.cross_entropy(self.network(batch[0]), batch[1]))
+
+        def configure_optimizers(self) -> Any:
+            if self.optimizer == "adam":
+                optimizer: Any = torch.optim.Adam(self.parameters(), lr=1e-2)
+            else:
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+            if self.optimizer == "decayed":
+                return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 8, gamma=0.3)]
+            return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
+
+        def _loader(self, part: slice) -> Any:
+            data = torch.utils.data.TensorDataset(self.images[part], self.labels[part])
+            return torch.utils.data.DataLoader(data, batch_size=60)
+
+        def train_dataloader(self) -> Any:
+            return self._loader(slice(None, self.n))
+
+        def val_dataloader(self) -> Any:
+            return self._loader(slice(self.n, None))
+
+    return Classifier
+
+
+@pytest.fixture
+def classifier(root: ModuleType) -> Callable[..., Any]:
+    """Small classifiers of real images, converged within a few dozen epochs."""
+    return make_classifier(root)
 
 
 def record(data: Any, epochs: int) -> np.ndarray:

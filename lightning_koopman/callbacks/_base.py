@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import csv
+import math
 import os
 import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Sequence
-from numbers import Integral
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:  # never at run time: the user may use the other import root
     import pytorch_lightning as pl
 
 WEIGHTS, TRAIN_LOSS = "weights", "train_loss"
+HISTORY = "history.csv"
 SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
 
@@ -53,6 +56,9 @@ class TrajectoryCallback(LightningCallback):
     """
 
     folder = "koopman"  # name of the folder made there
+    columns: tuple[str, ...] = ()  # of the history; without any, none is kept
+    enough: float = math.inf  # snapshots after a resume; with fewer than were saved, and than this, it warns
+    any_window = False  # whether a trajectory longer than the window asked for does as well
 
     def __init__(
         self,
@@ -71,8 +77,7 @@ class TrajectoryCallback(LightningCallback):
             )
         if parameters is not None and observable != WEIGHTS:
             raise ValueError(f"parameters goes with observable='weights', got observable={observable!r}: drop it.")
-        if not _is_integer(every_n_epochs) or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be at least 1 and whole, got {every_n_epochs}.")
+        check_count("every_n_epochs", every_n_epochs, 1)
         if window is not None and (not _is_integer(window) or window < 3):
             raise ValueError(f"window must be at least 3 snapshots and whole, got {window}: pass None to keep all.")
         if dirpath is not None and "://" in os.fspath(dirpath):
@@ -84,7 +89,10 @@ class TrajectoryCallback(LightningCallback):
         patterns = (parameters,) if isinstance(parameters, str) else None if parameters is None else tuple(parameters)
         self.settings = SnapshotSettings(observable, patterns, every_n_epochs, window, storage)
         self.dirpath = None if dirpath is None else Path(dirpath)
-        self.recorder, self._adopted = Recorder(self.settings), False
+        self._own_recorder = Recorder(self.settings)
+        self.recorder = self._own_recorder  # or that of another callback, if it records what this one needs
+        self.history: list[dict[str, Any]] = []
+        self._watched = "" if observable == WEIGHTS else observable  # the metric read from what the module logs
         self._active = True
         self._directory: Path | None = None
         self._pending: dict[str, Any] | None = None
@@ -108,12 +116,11 @@ class TrajectoryCallback(LightningCallback):
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self._warned.clear()
         self._seen, self._validated, self._has_validated = None, None, False
-        adopted = self._adopt_recorder(trainer)
+        self._share_recorder(trainer)
         if self._active:
             self._check_strategy(trainer)
             self._resolve_directory(trainer)
-            if not adopted:
-                self.recorder.prepare(self._directory)
+            self._own_recorder.prepare(self._directory)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # not earlier: layers may be built in `setup` or `configure_model`, which come after our own `setup`
@@ -129,7 +136,10 @@ class TrajectoryCallback(LightningCallback):
         self._anew = not resumed and (epoch == 0 or trainer.ckpt_path is not None)
         if self._anew:
             recorder.interrupt()  # the callback may have served another fit
-        if self.settings.observable != WEIGHTS or not trainer.is_global_zero or not self._due(epoch):
+            self.history = []
+        if trainer.is_global_zero:
+            self._write_history(anew=True)
+        if not self._keeps_weights(trainer, epoch):
             return
         with self._guard("recording the initial weights"):
             values = self._read_weights(pl_module)
@@ -140,7 +150,7 @@ class TrajectoryCallback(LightningCallback):
             self._append(epoch, values)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._seen = trainer.callback_metrics.get(self.settings.observable)
+        self._seen = trainer.callback_metrics.get(self._watched)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -174,6 +184,13 @@ class TrajectoryCallback(LightningCallback):
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         """Called on all ranks after each epoch with a snapshot due; the trajectory exists on global rank zero only."""
 
+    def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begin a new trajectory from the present weights, which were not trained from those recorded last."""
+        self.recorder.interrupt()
+        if self._active and self._keeps_weights(trainer, trainer.current_epoch):
+            with self._guard("recording the weights anew"):
+                self._append(trainer.current_epoch, self._read_weights(pl_module))
+
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
@@ -183,9 +200,14 @@ class TrajectoryCallback(LightningCallback):
         if observable == WEIGHTS:
             self._append(epoch, self._read_weights(pl_module))
             return
-        value = self.train_loss if observable == TRAIN_LOSS and self.train_loss is not None else self._metric(trainer)
+        value = self._scalar(trainer)
         if value is not None:
             self._append(epoch, torch.tensor([value], dtype=torch.float64))
+
+    def _scalar(self, trainer: pl.Trainer) -> float | None:
+        """The epoch's value of the watched loss or metric, if there is one."""
+        use_loss = self._watched == TRAIN_LOSS and self.train_loss is not None
+        return self.train_loss if use_loss else self._metric(trainer)
 
     def _append(self, epoch: int, values: Tensor) -> None:
         if not is_finite(values):
@@ -205,6 +227,10 @@ class TrajectoryCallback(LightningCallback):
             )
         self.recorder.record(epoch, values)
 
+    def _keeps_weights(self, trainer: pl.Trainer, epoch: int) -> bool:
+        """Whether this process records the weights after so many completed epochs."""
+        return self.settings.observable == WEIGHTS and trainer.is_global_zero and self._due(epoch)
+
     def _due(self, epoch: int) -> bool:
         """Whether a snapshot is to be taken after so many completed epochs."""
         return epoch % self.settings.every_n_epochs == 0
@@ -217,7 +243,7 @@ class TrajectoryCallback(LightningCallback):
 
     def _metric(self, trainer: pl.Trainer) -> float | None:
         """The observed metric as logged in this epoch, or by a validation since the last snapshot."""
-        name, metrics = self.settings.observable, trainer.callback_metrics
+        name, metrics = self._watched, trainer.callback_metrics
         value = self._logged_anew(trainer)
         value, self._validated = self._validated if value is None else value, None
         still_to_come = trainer.enable_validation and not self._has_validated
@@ -233,7 +259,7 @@ class TrajectoryCallback(LightningCallback):
 
     def _logged_anew(self, trainer: pl.Trainer) -> float | None:
         """The observed metric if logged since the epoch began; Lightning keeps old values as the same objects."""
-        value = trainer.callback_metrics.get(self.settings.observable)
+        value = trainer.callback_metrics.get(self._watched)
         return None if value is None or value is self._seen else float(value)
 
     def _mean_train_loss(self, trainer: pl.Trainer) -> float | None:
@@ -305,17 +331,31 @@ class TrajectoryCallback(LightningCallback):
             ) from error
         self._directory = directory
 
-    def _adopt_recorder(self, trainer: pl.Trainer) -> bool:
-        """Share the trajectory of an earlier callback that records the same, if there is one."""
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is self:
-                break
-            if isinstance(other, TrajectoryCallback) and other.settings == self.settings:
-                self.recorder, self._adopted = other.recorder, True
-                return True
-        if self._adopted:  # in another Trainer: the shared one stays with its owner
-            self.recorder, self._adopted = Recorder(self.settings), False
-        return False
+    def _share_recorder(self, trainer: pl.Trainer) -> None:
+        """Share one trajectory with the first callback that records the same, or the longest one that will do."""
+        found = [other for other in trainer.callbacks if isinstance(other, TrajectoryCallback)]  # type: ignore[attr-defined]
+        alike = [other for other in found if other.settings == self.settings]
+        if self.any_window:
+            alike += [other for other in found if other.settings.covers(self.settings)]
+        self.recorder = max(alike, key=lambda other: other.settings.length)._own_recorder
+
+    # -- a table of all epochs ----------------------------------------------------------------------------------------
+
+    @property
+    def history_path(self) -> Path | None:
+        """The table that :attr:`history` is written to, once training has started."""
+        return None if self._directory is None else self._directory / HISTORY
+
+    def _write_history(self, *, anew: bool = False) -> None:
+        """Append the last row to the table, or write it all anew."""
+        if self.history_path is None or not self.columns:
+            return
+        with self._guard("writing the history"), open(self.history_path, "w" if anew else "a", newline="") as f:
+            writer = csv.DictWriter(f, self.columns)
+            if anew:
+                writer.writeheader()
+            for row in self.history if anew else self.history[-1:]:
+                writer.writerow({key: "" if value != value else value for key, value in row.items()})  # NaN: unknown
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -327,6 +367,7 @@ class TrajectoryCallback(LightningCallback):
             self._losses.fold()
             state = {"loss_total": self._losses.total, "loss_count": self._losses.count}
         state |= {"validated": self._validated, "has_validated": self._has_validated}
+        state["history"] = {key: [row[key] for row in self.history] for key in self.columns}
         with self._guard("saving the snapshots beside the checkpoint"):
             state["recorder"] = self.recorder.save()
         return state
@@ -360,7 +401,7 @@ class TrajectoryCallback(LightningCallback):
             sidecar = self._find_sidecar(Path(saved["sidecar"]), trainer.ckpt_path)
             lost = len(saved["epochs"]) if sidecar is None else self.recorder.load(saved, sidecar)
             self.recorder.restored = True
-            if lost:
+            if lost and len(self.recorder) < self.enough:
                 self._warn(
                     "sidecar",
                     f"{lost} of the checkpoint's {len(saved['epochs'])} snapshots are no longer in "
@@ -369,7 +410,9 @@ class TrajectoryCallback(LightningCallback):
         return True
 
     def _restore_state(self, state: dict[str, Any]) -> None:
-        """Take up what the callback itself keeps, besides the trajectory."""
+        """Take up what the callback itself keeps, besides the trajectory; on global rank zero only."""
+        columns: Mapping[str, list[Any]] = state["history"]
+        self.history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def _find_sidecar(self, written: Path, ckpt_path: object) -> Path | None:
         """The sidecar where it was written, or in a folder of the same name near the checkpoint (the run was moved)."""
@@ -407,6 +450,18 @@ def _unused(directory: Path) -> Path:
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def check_count(name: str, value: object, least: int) -> None:
+    """Raise ValueError unless a count is whole and large enough."""
+    if not _is_integer(value) or value < least:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least {least} and whole, got {value!r}.")
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ValueError unless a number is positive and finite."""
+    if not isinstance(value, Real) or not 0 < float(value) < math.inf:
+        raise ValueError(f"{name} must be positive and finite, got {value!r}.")
 
 
 def _available_memory() -> int | None:

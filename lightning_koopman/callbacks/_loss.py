@@ -10,6 +10,14 @@ from torch import Tensor
 PENDING = 512  # batch losses held before they are summed: bounds memory in epochs of a million batches
 
 
+def batch_loss(outputs: Any) -> Tensor | None:
+    """The loss in what ``training_step`` returned or ``on_train_batch_end`` was given, if it is one real number."""
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    if isinstance(loss, Tensor) and loss.layout == torch.strided and loss.numel() == 1 and not loss.is_complex():
+        return loss.detach()
+    return None
+
+
 class LossMeter:
     """Sum and number of the batch losses since the last :meth:`take`; costs next to nothing for a batch."""
 
@@ -18,10 +26,10 @@ class LossMeter:
         self._pending: list[Tensor] = []
 
     def add(self, outputs: Any) -> None:
-        """Note the loss in what ``on_train_batch_end`` was given, if it is one real number."""
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor) and loss.layout == torch.strided and loss.numel() == 1 and not loss.is_complex():
-            self._pending.append(loss.detach())
+        """Note the batch's loss."""
+        loss = batch_loss(outputs)
+        if loss is not None:
+            self._pending.append(loss)
             if len(self._pending) == PENDING:
                 self.fold()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ class SnapshotSettings:
     every_n_epochs: int
     window: int | None
     storage: str
+
+    @property
+    def length(self) -> float:
+        """Number of snapshots kept."""
+        return math.inf if self.window is None else self.window
+
+    def covers(self, other: SnapshotSettings) -> bool:
+        """Whether the same is recorded at the same epochs, and at least as much of it is kept."""
+        return replace(self, window=other.window, storage=other.storage) == other and self.length >= other.length
 
 
 class Recorder:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback
+from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_positive
 from lightning_koopman.callbacks._figures import deliver
 from lightning_koopman.dmd import check_options
 from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectrum
@@ -34,7 +33,6 @@ NO_EVIDENCE = {
     "rank": 0.0,
 }
 COLUMNS = ("epoch", "n_snapshots", "train_loss", *NO_EVIDENCE, "seconds")
-HISTORY = "history.csv"
 
 
 class KoopmanSpectrumMonitor(TrajectoryCallback):
@@ -105,6 +103,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         True
     """
 
+    columns = COLUMNS
+
     def __init__(
         self,
         observable: str = WEIGHTS,
@@ -130,8 +130,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         )
         check_options(tol=tol, max_rank=None, delays=1)
         for name, value in (("radius", radius), ("max_residual", max_residual)):
-            if not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}.")
+            check_positive(name, value)
         if log_figure is not True and log_figure < 0:
             raise ValueError(f"log_figure must be True, False or a number of epochs ≥ 1, got {log_figure}.")
         if not prefix.strip("/"):
@@ -145,7 +144,6 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         self.folder = self.prefix
         self.spectrum: Spectrum | None = None
         self.surrogate: Spectrum | None = None
-        self.history: list[dict[str, float]] = []
         self.figure_paths: list[Path] = []
 
     @property
@@ -162,11 +160,6 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     @property
     def trajectory(self) -> Trajectory | None:
         return self.recorder.trajectory
-
-    @property
-    def history_path(self) -> Path | None:
-        """The table that :attr:`history` is written to, once training has started."""
-        return None if self._directory is None else self._directory / HISTORY
 
     def summary(self) -> str:
         """What the last spectrum says, in plain words, several lines."""
@@ -188,10 +181,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._active and trainer.is_global_zero:
-            if self._anew:
-                self.history, self.spectrum, self.surrogate, self.figure_paths = [], None, None, []
-            self._write_history(anew=True)
+        if self._active and self._anew:
+            self.spectrum, self.surrogate, self.figure_paths = None, None, []
         known = self._logged(self.history[-1]) if self.history and not self._anew else None
         self._publish(trainer, trainer.strategy.broadcast(known))
 
@@ -279,17 +270,6 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             "rank": float(spectrum.rank),
         }
 
-    def _write_history(self, *, anew: bool = False) -> None:
-        """Append the last row to the table, or write it all anew."""
-        if self.history_path is None:
-            return
-        with self._guard("writing the history"), open(self.history_path, "w" if anew else "a", newline="") as f:
-            writer = csv.DictWriter(f, COLUMNS)
-            if anew:
-                writer.writeheader()
-            for row in self.history if anew else self.history[-1:]:
-                writer.writerow({key: "" if math.isnan(value) else value for key, value in row.items()})
-
     def _draw(self, trainer: pl.Trainer) -> None:
         if self.spectrum is None:
             return
@@ -318,15 +298,3 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
                     f"prefix={self.prefix!r} is used by two monitors, whose scalars would overwrite each other: give "
                     "one of them another `prefix`."
                 )
-
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if state:
-            state["history"] = {key: [float(row[key]) for row in self.history] for key in COLUMNS}
-        return state
-
-    def _restore_state(self, state: dict[str, Any]) -> None:
-        columns = state["history"]
-        self.history = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        for row in self.history:
-            row["epoch"], row["n_snapshots"] = int(row["epoch"]), int(row["n_snapshots"])

@@ -1,0 +1,303 @@
+"""Stop a training that has converged."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_koopman.callbacks._base import TRAIN_LOSS, WEIGHTS, TrajectoryCallback, check_count, check_positive
+from lightning_koopman.callbacks._chance import ChanceProbe
+from lightning_koopman.callbacks._schedule import current_rates, planned_rates
+from lightning_koopman.convergence import (
+    LEAST_HORIZON,
+    Chance,
+    ConvergenceRule,
+    Hold,
+    StoppingReason,
+    Verdict,
+    rate_will_matter,
+)
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+SPARE = 2  # snapshots, so that a checkpoint older than the file of snapshots by so many epochs loses none it needs
+MODES = ("stop", "report")
+LOGGED = ("predicted_change", "actual_change", "predicted_then", "weights_unit_fraction")
+COLUMNS = ("epoch", "value", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
+
+
+class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
+    r"""Stop when the weights' eigenvalues cluster at 1 and the loss is predicted to stand still (paper, section 3).
+
+    The paper proposes to end a training when Koopman eigenvalues cluster around 1.  Alone that is no sign of
+    convergence: a random walk has it too, and a frozen bad start.  So it takes two witnesses, ``patience`` epochs
+    running:
+
+    - the weights: at least ``fraction`` of the importance of the last ``horizon`` + 1 snapshots lies within ``radius``
+      of 1;
+    - the loss: the delay-embedded DMD of its last ``horizon`` + 2 values predicts that within ``horizon`` epochs its
+      level will change by no more than ``tolerance`` times the loss at chance.
+
+    and none of these doubts: the loss is no better than at chance; the steps of the weights cannot be told from a
+    random walk's; they have a direction that does not fade (a saddle); the learning rate is scheduled to change by more
+    than it already has without effect (warm-up, next cycle, next decay).
+
+    The loss at chance is measured: the loss of ``training_step`` on the first 32 batches with all weights at zero (ln C
+    for C classes, the targets' mean square in regression).  No validation data are used; hence a network that overfits
+    while its training loss stands still is stopped, one whose training loss falls on is not.
+
+    Each epoch is a row of ``history.csv``, with what still speaks against stopping; logged are
+    ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
+    last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/weights_unit_fraction``.
+
+    Args:
+        observable: What must stand still: ``"train_loss"``, the epoch's mean of the loss that ``training_step``
+            returns, or the name of a logged metric (then one epoch is one logged value).
+        radius: Radius of the disc around 1, > 0.
+        fraction: Least share of the weights' importance in it, in (0, 1].
+        horizon: Epochs to look ahead, and back, ≥ 4.  No decision falls before epoch ``horizon`` + 2 + ``patience`` −
+            1.
+        tolerance: Largest predicted change that counts as none, relative to the loss at chance, > 0.  Where chance is
+            unknown (a metric, manual optimization), relative to the range of the values so far.
+        patience: Epochs running for which all must agree, ≥ 1.
+        min_epochs: Epochs that are trained in any case, ≥ 0; the Trainer's ``min_epochs`` is kept as well.
+        mode: ``"stop"``, or ``"report"`` to train on and only say when it would have stopped.
+        parameters: Shell-style patterns of the names of the weights to observe (default: all that require a gradient).
+        chance_loss: The loss at chance, > 0, in place of the measurement.
+        dirpath: Local folder below which ``koopman_stop`` is made for the history and the snapshots that checkpoints
+            refer to (default: the run's log folder).
+
+    Attributes:
+        stopping_reason: :class:`StoppingReason`.
+        message: Why it stopped, or what speaks against it, in plain words.
+        stopped_epoch: Completed epochs when it stopped, or None.
+        would_stop_epoch: Completed epochs when the rule was first met, or None; in mode ``"report"`` training goes on.
+        history: List of dicts, one an epoch, with the columns of ``history.csv``.
+        chance: The loss at chance, or None.
+
+    Raises:
+        ValueError: At construction or before training starts, for arguments out of range.
+
+    Example:
+        >>> import tempfile
+        >>> import pytorch_lightning as pl
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> from lightning_koopman import EarlyStopOnUnitEigenvalues
+        >>> stop = EarlyStopOnUnitEigenvalues(mode="report", chance_loss=1.0)
+        >>> trainer = pl.Trainer(
+        ...     max_epochs=3, callbacks=stop, accelerator="cpu", logger=False, default_root_dir=tempfile.mkdtemp(),
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> stop.history[-1]["epoch"], stop.history[-1]["hold"]
+        (3, 'too few epochs to tell')
+    """
+
+    folder = "koopman_stop"
+    columns = COLUMNS
+    any_window = True
+
+    def __init__(
+        self,
+        observable: str = TRAIN_LOSS,
+        *,
+        radius: float = 0.05,
+        fraction: float = 0.8,
+        horizon: int = 10,
+        tolerance: float = 1.5e-3,
+        patience: int = 2,
+        min_epochs: int = 0,
+        mode: str = "stop",
+        parameters: str | Sequence[str] | None = None,
+        chance_loss: float | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if observable == WEIGHTS or not isinstance(observable, str) or not observable:
+            raise ValueError(
+                f"observable must be 'train_loss' or the name of a logged metric, got {observable!r}: the weights are "
+                "observed in any case."
+            )
+        for name, count, least in (
+            ("horizon", horizon, LEAST_HORIZON),
+            ("patience", patience, 1),
+            ("min_epochs", min_epochs, 0),
+        ):
+            check_count(name, count, least)
+        super().__init__(
+            observable=WEIGHTS,
+            parameters=parameters,
+            every_n_epochs=1,
+            window=horizon + 1 + SPARE,
+            storage="ram",
+            dirpath=dirpath,
+        )
+        check_positive("radius", radius)
+        check_positive("tolerance", tolerance)
+        if chance_loss is not None:
+            check_positive("chance_loss", chance_loss)
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction must lie in (0, 1], got {fraction}: it is a share of the weights' importance.")
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}.")
+        self.observable = self._watched = observable
+        self.enough = horizon + 1
+        self.rule = ConvergenceRule(radius, fraction, horizon, tolerance)
+        self.patience, self.min_epochs, self.mode = patience, min_epochs, mode
+        self.chance_loss = chance_loss
+        self._probe = ChanceProbe()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
+        self.stopped_epoch: int | None = None
+        self.would_stop_epoch: int | None = None
+        self.chance = None if self.chance_loss is None else Chance(self.chance_loss)
+        self._rates: list[list[float]] = []
+        self._segment = 0  # rows of the history before the weights were last drawn anew
+        self._agreed = 0
+        self._probe.restart()
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            observable=self.observable, parameters=self.settings.parameters, horizon=self.rule.horizon
+        )
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._active and self._anew:
+            self._forget()
+        known = (self.chance, self.would_stop_epoch, self.message)  # restored on global rank zero only
+        self.chance, self.would_stop_epoch, self.message = trainer.strategy.broadcast(known)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._active and self.chance is None and self.observable == TRAIN_LOSS and self._probe.wanted:
+            with self._guard("measuring the loss at chance"):
+                self._probe.observe(trainer, pl_module, batch, batch_idx)
+
+    def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+        logged, met = None, False
+        self.chance = self.chance or self._probe.measured()
+        value = self._scalar(trainer)
+        if trainer.is_global_zero and value is not None:
+            with self._guard("judging convergence"):
+                met = self._judge(trainer, epoch, value, recorded)
+                logged = {name: self.history[-1][name] for name in LOGGED}
+        for name, number in (trainer.strategy.broadcast(logged) or {}).items():
+            if not math.isnan(number):
+                pl_module.log(f"koopman/{name}", number, batch_size=1, sync_dist=trainer.world_size > 1)
+        if trainer.strategy.reduce_boolean_decision(met, all=False):
+            self._conclude(trainer, epoch)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.mode == "report" and self.would_stop_epoch is not None and trainer.is_global_zero:
+            values = {row["epoch"]: row["value"] for row in self.history}
+            change = self.history[-1]["value"] - values[self.would_stop_epoch]
+            rank_zero_info(
+                f"{type(self).__name__}: stopping after epoch {self.would_stop_epoch} would have saved "
+                f"{self.history[-1]['epoch'] - self.would_stop_epoch} epochs, in which {self.observable} changed by "
+                f"{change:+.2g}."
+            )
+
+    def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().start_segment(trainer, pl_module)
+        self._segment, self._agreed = len(self.history), 0
+
+    # -- what ---------------------------------------------------------------------------------------------------------
+
+    def _judge(self, trainer: pl.Trainer, epoch: int, value: float, recorded: bool) -> bool:
+        """Add the epoch's row to the history; returns whether the rule is met."""
+        horizon, trajectory = self.rule.horizon, self.recorder.trajectory
+        values = [*(row["value"] for row in self.history[self._segment :]), value]
+        self._rates.append(current_rates(trainer))
+        factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
+        verdict = self.rule.judge(values, factor, self.chance)
+        hold = verdict.hold
+        if hold is None and not verdict.at_floor and self._rate_will_matter(trainer, values, verdict):
+            hold = Hold.SCHEDULE
+        self._agreed = self._agreed + 1 if hold is None else 0
+        if hold is None and self._agreed < self.patience:
+            hold = Hold.PATIENCE
+        then = self.history[-horizon] if len(values) > horizon else None
+        self.history.append(
+            {
+                "epoch": epoch,
+                "value": value,
+                "predicted_change": verdict.forecast.change,
+                "actual_change": math.nan if then is None else value - then["value"],
+                "predicted_then": math.nan if then is None else then["predicted_change"],
+                "weights_unit_fraction": verdict.unit_fraction,
+                "bound": verdict.forecast.bound,
+                "swing": verdict.forecast.swing,
+                "scale": verdict.scale,
+                "learning_rate": max(self._rates[-1], default=math.nan),
+                "hold": "" if hold is None else hold.value,
+            }
+        )
+        self._write_history()
+        return hold is None
+
+    def _rate_will_matter(self, trainer: pl.Trainer, values: list[float], verdict: Verdict) -> bool:
+        """Whether the schedule speaks against stopping; one that cannot be read ahead does not."""
+        planned: list[list[float]] = []
+        with self._guard("reading the learning rates ahead"):
+            planned = planned_rates(trainer)
+        tolerance = self.rule.tolerance * verdict.scale
+        past = self._rates[-len(values) :]
+        return rate_will_matter(past, planned, values, span=self.rule.horizon, tolerance=tolerance)
+
+    def _conclude(self, trainer: pl.Trainer, epoch: int) -> None:
+        too_early = epoch < max(self.min_epochs, trainer.min_epochs or 0)
+        if too_early or trainer.global_step < (trainer.min_steps or 0):
+            return
+        stops = self.mode == "stop"
+        if self.would_stop_epoch is None:
+            self.would_stop_epoch = epoch
+            if trainer.is_global_zero:
+                row = self.history[-1]
+                self.message = (
+                    f"{type(self).__name__}: {'stopped' if stops else 'would have stopped'} after epoch {epoch}: "
+                    f"{row['weights_unit_fraction']:.0%} of the weights' importance lies within {self.rule.radius:g} "
+                    f"of eigenvalue 1, and {self.observable} = {row['value']:.3g} is predicted to change by "
+                    f"{row['predicted_change']:+.1g} over the next {self.rule.horizon} epochs, at most "
+                    f"{row['bound']:.1g}: less than {self.rule.tolerance:g} of {row['scale']:.3g}, "
+                    f"{'its range so far' if self.chance is None else 'the loss at chance'}."
+                )
+            self.message = trainer.strategy.broadcast(self.message)
+            rank_zero_info(self.message)
+        if stops:
+            self.stopping_reason, self.stopped_epoch = StoppingReason.CONVERGED, epoch
+            trainer.should_stop = True
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if state:
+            state |= {
+                "rates": self._rates,
+                "segment": self._segment,
+                "agreed": self._agreed,
+                "would_stop_epoch": self.would_stop_epoch,
+                "message": self.message,
+                "chance": None if self.chance is None else [self.chance.loss, self.chance.error],
+            }
+        return state
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        super()._restore_state(state)
+        self._forget()
+        self._rates, self._segment, self._agreed = state["rates"], state["segment"], state["agreed"]
+        self.would_stop_epoch, self.message = state["would_stop_epoch"], state["message"]
+        if self.chance is None and state["chance"] is not None:
+            self.chance = Chance(*state["chance"])

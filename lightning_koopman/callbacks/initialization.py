@@ -1,0 +1,249 @@
+"""Start a badly initialised training anew."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import nn
+
+from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count, check_positive
+from lightning_koopman.callbacks._chance import ChanceProbe
+from lightning_koopman.callbacks._schedule import current_rates, planned_rates
+from lightning_koopman.convergence import RECENT, Chance, StartRule, StoppingReason
+from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is too early to judge
+
+
+class RestartOnBadInitialization(TrajectoryCallback):
+    """Draw the weights anew where the initialisation was bad: the loss is no better than chance after some epochs.
+
+    The paper's third initialisation, standard normal weights, leaves the network at a loss above that of guessing
+    (section 3), with weights that look converged: frozen.  After ``check_epoch`` epochs a start counts as bad if the
+    loss
+
+    - is not finite (this is seen at once);
+    - or is worse than chance, the loss of ``training_step`` with all weights at zero;
+    - or equals chance, is predicted to stay there, and the weights' importance lies at eigenvalue 1.
+
+    Then, before the next epoch, the chosen modules are initialised anew, optimizers and schedulers are built anew by
+    ``configure_optimizers``, and every Koopman callback starts a new trajectory.  After ``max_restarts`` such restarts
+    the training is ended instead, with the reason.  While the learning rate is still warming up, judgement is put off.
+
+    All trainable modules are drawn anew, pretrained ones too: when you fine-tune, name the new ones in ``modules``.
+
+    Args:
+        check_epoch: Epochs after a start until it is judged, ≥ 1.
+        max_restarts: Restarts until the training is ended, ≥ 0.
+        scheme: None for each module's own ``reset_parameters``; ``"he"``, ``"xavier"`` or ``"orthogonal"``; or a
+            callable that is given each module.
+        modules: Shell-style patterns of the names of the modules to draw anew, such as ``["*", "!backbone.*"]``
+            (default: all that own a parameter which requires a gradient).
+        seed: Seed of the first restart, ≥ 0; later ones count up.  The run's own random state is left alone.
+        chance_loss: The loss at chance, > 0, in place of the measurement; manual optimization needs it.
+        dirpath: Local folder below which ``koopman_restart`` is made for the snapshots that checkpoints refer to
+            (default: the run's log folder).
+
+    Attributes:
+        restarts: List of dicts, one a restart: completed ``epoch`` and the ``reason`` in plain words.
+        stopping_reason: :class:`StoppingReason`.
+        message: Why it restarted or ended the training last, in plain words.
+        stopped_epoch: Completed epochs when it ended the training, or None.
+
+    Raises:
+        ValueError: At construction or before training starts, for arguments out of range, patterns that match nothing,
+            or a module that cannot be drawn anew.
+
+    Example:
+        >>> from lightning_koopman import RestartOnBadInitialization
+        >>> restart = RestartOnBadInitialization(check_epoch=5, scheme="he", max_restarts=1)
+        >>> restart.restarts
+        []
+    """
+
+    folder = "koopman_restart"
+    enough = RECENT
+    any_window = True
+
+    def __init__(
+        self,
+        check_epoch: int = 10,
+        *,
+        max_restarts: int = 3,
+        scheme: str | Callable[[nn.Module], Any] | None = None,
+        modules: str | Sequence[str] | None = None,
+        seed: int = 0,
+        chance_loss: float | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+    ) -> None:
+        for name, count, least in (
+            ("check_epoch", check_epoch, 1),
+            ("max_restarts", max_restarts, 0),
+            ("seed", seed, 0),
+        ):
+            check_count(name, count, least)
+        super().__init__(
+            observable=WEIGHTS,
+            parameters=None,
+            every_n_epochs=1,
+            window=RECENT,
+            storage="ram",
+            dirpath=dirpath,
+        )
+        if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
+            raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
+        if chance_loss is not None:
+            check_positive("chance_loss", chance_loss)
+        self.check_epoch, self.max_restarts, self.seed = check_epoch, max_restarts, seed
+        self.scheme, self.chance_loss = scheme, chance_loss
+        self.modules = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
+        self.rule = StartRule(horizon=check_epoch)
+        self._probe = ChanceProbe()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.restarts: list[dict[str, Any]] = []
+        self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
+        self.stopped_epoch: int | None = None
+        self._begin(0)
+        self._settled = False  # the start was found good, or there was none to judge
+        self._due_restart = False
+
+    def _begin(self, epoch: int) -> None:
+        self._start = epoch
+        self._start_losses: list[float] = []
+        self._start_rates: list[float] = []
+        self._probe.restart()
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self._active:
+            select_modules(pl_module, self.modules, self.scheme)
+            if not pl_module.automatic_optimization and self.chance_loss is None and trainer.is_global_zero:
+                self._warn(
+                    "chance",
+                    "the loss at chance cannot be measured under manual optimization, so only losses that are not "
+                    "finite are found: pass `chance_loss`, for instance ln C for C classes.",
+                )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._active:
+            if self._anew:
+                self._forget()
+                self._settled = trainer.current_epoch > 0  # resumed from a checkpoint that knows nothing of us
+            self._share_state(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._active and self._due_restart:
+            self._restart(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        judged = not self._settled and trainer.current_epoch + 1 >= self._start + self.check_epoch
+        if self._active and judged and self.chance_loss is None and self._probe.wanted:
+            with self._guard("measuring the loss at chance"):
+                self._probe.observe(trainer, pl_module, batch, batch_idx)
+
+    def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+        if self._settled or self._due_restart:
+            return
+        reason = None
+        if trainer.is_global_zero:
+            with self._guard("judging the start"):
+                reason = self._judge(trainer, epoch, recorded)
+        reason, self._settled = trainer.strategy.broadcast((reason, self._settled))
+        if reason is not None:
+            self._act(trainer, epoch, reason)
+
+    # -- what ---------------------------------------------------------------------------------------------------------
+
+    def _judge(self, trainer: pl.Trainer, epoch: int, recorded: bool) -> str | None:
+        """Why the start is bad, or None."""
+        loss = self.train_loss
+        if not recorded or (loss is not None and not math.isfinite(loss)):
+            return f"{'the weights are' if loss is None or math.isfinite(loss) else f'the loss is {loss}:'} not finite"
+        if loss is not None:
+            self._start_losses.append(loss)
+        self._start_rates.append(max(current_rates(trainer), default=0.0))
+        if epoch < self._start + self.check_epoch:
+            return None
+        chance = self._probe.measured() if self.chance_loss is None else Chance(self.chance_loss)
+        self._probe.restart()
+        if self._warming_up(trainer):
+            return None
+        self._settled = True
+        if chance is None or not self._start_losses:
+            return None
+        trajectory = self.recorder.trajectory
+        factor = None if trajectory is None else trajectory.factor(last=RECENT)
+        reason = self.rule.judge(self._start_losses, factor, chance)
+        self._settled = reason is None
+        return reason
+
+    def _warming_up(self, trainer: pl.Trainer) -> bool:
+        planned = 0.0
+        with self._guard("reading the learning rates ahead"):
+            planned = max((max(rates) for rates in planned_rates(trainer)), default=0.0)
+        return planned > WARMING_UP * max(self._start_rates, default=0.0)
+
+    def _act(self, trainer: pl.Trainer, epoch: int, reason: str) -> None:
+        """Restart before the next epoch, so that this epoch's checkpoints hold what this epoch trained; or give up."""
+        if len(self.restarts) < self.max_restarts:
+            self._due_restart = True
+            self.restarts.append({"epoch": epoch, "reason": reason})
+            follow = f"restart {len(self.restarts)} of at most {self.max_restarts} with newly drawn weights"
+        else:
+            self.stopping_reason, self.stopped_epoch = StoppingReason.BAD_START, epoch
+            self._settled = trainer.should_stop = True
+            follow = f"training ends after {len(self.restarts)} restarts"
+        self.message = f"{type(self).__name__}: bad start, after epoch {epoch} {reason}; {follow}."
+        rank_zero_info(self.message)
+
+    def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._due_restart = False
+        chosen = select_modules(pl_module, self.modules, self.scheme)
+        reinitialize(list(chosen.values()), self.scheme, seed=self.seed + len(self.restarts) - 1)
+        trainer.strategy.setup_optimizers(trainer)
+        self._begin(trainer.current_epoch)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, TrajectoryCallback):
+                other.start_segment(trainer, pl_module)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if state:
+            state |= {
+                "restarts": self.restarts,
+                "message": self.message,
+                "start": [self._start, self._start_losses, self._start_rates],
+                "settled": self._settled,
+                "due_restart": self._due_restart,
+            }
+        return state
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        super()._restore_state(state)
+        self._forget()
+        self.restarts, self.message = state["restarts"], state["message"]
+        self._start, self._start_losses, self._start_rates = state["start"]
+        self._settled, self._due_restart = state["settled"], state["due_restart"]
+
+    def _share_state(self, trainer: pl.Trainer) -> None:
+        """Give every rank what was restored on global rank zero."""
+        known = (self.restarts, self.message, self._start, self._settled, self._due_restart)
+        self.restarts, self.message, self._start, self._settled, self._due_restart = trainer.strategy.broadcast(known)

@@ -1,0 +1,103 @@
+"""Draw the weights of chosen modules anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.parameters import match_names
+
+Scheme = str | Callable[[nn.Module], Any] | None
+
+SCHEMES: dict[str, Callable[[Tensor], Any]] = {
+    "he": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+    "xavier": nn.init.xavier_normal_,
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, scheme: Scheme) -> dict[str, nn.Module]:
+    """Modules by name that own parameters and can be initialised anew.
+
+    Args:
+        module: Any module.
+        patterns: Shell-style patterns over the names of ``module.named_modules()``, such as ``"head*"`` or
+            ``["*", "!backbone.*"]``; one that begins with ``!`` excludes (default: all that own a parameter which
+            requires a gradient).
+        scheme: As for :func:`reinitialize`.
+
+    Raises:
+        ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be initialised.
+    """
+    owners = {name: owner for name, owner in module.named_modules() if list(owner.parameters(recurse=False))}
+    if patterns is None:
+        chosen = {
+            name: owner
+            for name, owner in owners.items()
+            if any(parameter.requires_grad for parameter in owner.parameters(recurse=False))
+        }
+    else:
+        names = match_names(owners, patterns, argument="modules", kind="module that owns parameters")
+        chosen = {name: owners[name] for name in names}
+    if not chosen:
+        raise ValueError("modules=None selects the modules with trainable parameters, but there are none: name them.")
+    if not callable(scheme):
+        for name, owner in chosen.items():
+            if _own_reset(owner) is None and not (scheme and _matrices(owner)):
+                raise ValueError(
+                    f"module {name or 'itself'!r} ({type(owner).__name__}) owns parameters but has no "
+                    "`reset_parameters`: give it one, pass a callable `scheme`, or exclude it from `modules` with '!'."
+                )
+    return chosen
+
+
+def reinitialize(modules: Sequence[nn.Module], scheme: Scheme = None, *, seed: int) -> None:
+    """Draw the parameters of modules anew, reproducibly; the global random state stays as it was.
+
+    Args:
+        modules: The modules; only what they own themselves is touched.
+        scheme: None for each module's own ``reset_parameters``; ``"he"``, ``"xavier"`` or ``"orthogonal"`` for its
+            matrices and kernels, with zero biases (modules without any, such as norms, and embeddings use their own);
+            or a callable that is given each module.
+        seed: Seed of the draw.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman.initialization import reinitialize
+        >>> layer = torch.nn.Linear(3, 3)
+        >>> reinitialize([layer], "orthogonal", seed=0)
+        >>> bool(torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-6))
+        True
+    """
+    devices = {parameter.device for module in modules for parameter in module.parameters(recurse=False)}
+    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
+        torch.manual_seed(seed)
+        for module in modules:
+            if callable(scheme):
+                scheme(module)
+                continue
+            own = _own_reset(module)
+            if own is not None:
+                own()  # with a named scheme too: it resets what is neither matrix nor bias, such as running statistics
+            if scheme is not None and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                for matrix in _matrices(module):
+                    SCHEMES[scheme](matrix)
+                if _matrices(module):
+                    for name, parameter in module.named_parameters(recurse=False):
+                        if "bias" in name:
+                            parameter.zero_()
+
+
+def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
+    """The module's own way to draw its parameters (``nn.MultiheadAttention`` has it under a private name)."""
+    found: Callable[[], Any] | None = getattr(module, "reset_parameters", None) or getattr(
+        module, "_reset_parameters", None
+    )
+    return found
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2]
