@@ -158,8 +158,8 @@ def drifts(steps: Real, max_residual: float = 0.1) -> bool:
         steps: Factor (r, time) of the steps.
         max_residual: Largest residual of an eigenvalue that counts, > 0.
     """
-    if not steps.any():
-        return False
+    if not steps[:, :-1].any():
+        return bool(steps.any())
     spectrum = decompose(steps, tol=1e-2, max_rank=3)
     moduli, trusted = np.abs(spectrum.eigenvalues), spectrum.trusted(max_residual)
     return bool((trusted & (moduli + spectrum.residuals >= 1.0)).any())
@@ -275,47 +275,29 @@ class ConvergenceRule:
         return Verdict(hold, fraction, forecast, scale, at_floor)
 
 
-@dataclass(frozen=True)
-class StartRule:
-    """A start is bad if the loss is no better than chance after some epochs, and is not about to become better.
+def bad_start(losses: npt.ArrayLike, factor: Real | None, chance: Chance, *, horizon: int) -> str | None:
+    """Why a training started badly, in words, or None: its loss is no better than chance, nor about to become so.
 
     Worse than chance is bad outright: no network at a sane scale of its weights is.  At chance, the loss must be
-    predicted to stand still and the weights' importance must lie at eigenvalue 1: that is how a dead network looks.
+    predicted to stay there, as that of a dead network does.  The weights of both look converged (paper, section 3).
 
-    Attributes:
-        radius: Radius of the disc around 1, > 0.
-        fraction: Least share of the importance in it that counts as frozen, in [0, 1].
+    Args:
+        losses: Array (t,): the losses of all epochs since the start, newest last.
+        factor: Factor (r, time) of the newest weights (None: unknown), for the words only.
+        chance: Loss of a network that ignores its input.
         horizon: Epochs to look ahead, ≥ 1.
     """
-
-    radius: float = 0.05
-    fraction: float = 0.8
-    horizon: int = 10
-
-    def judge(self, losses: npt.ArrayLike, factor: Real | None, chance: Chance) -> str | None:
-        """Why the start is bad, in words, or None.
-
-        Args:
-            losses: Array (t,): the losses of all epochs since the start, newest last.
-            factor: Factor (r, time) of the newest weights, at most ``RECENT`` snapshots (None: unknown).
-            chance: Loss of a network that ignores its input.
-        """
-        newest = np.asarray(losses, dtype=np.float64)[-RECENT:]
-        order = chance.compare(newest[-1])
-        compared = f"the loss, {newest[-1]:.3g},"
-        of_chance = f"{chance.loss:.3g}, that of a network which ignores its input"
-        if order < 0:
-            return None
-        if order > 0:
-            return f"{compared} is worse than {of_chance}"
-        if newest.size == RECENT and forecast_change(newest, self.horizon).change < -MARGIN * chance.loss:
-            return None
-        fraction = 1.0
-        if factor is not None and factor.shape[1] >= 3 and np.any(factor):
-            fraction = decompose(factor, tol=1e-3, refine=False).unit_fraction(self.radius)
-        if fraction < self.fraction:
-            return None
-        return (
-            f"{compared} is no better than {of_chance}, and the weights are frozen ({fraction:.0%} of their "
-            "importance at eigenvalue 1)"
-        )
+    newest = np.asarray(losses, dtype=np.float64)[-RECENT:]
+    order = chance.compare(newest[-1])
+    if order < 0:
+        return None
+    if order == 0 and newest.size == RECENT and forecast_change(newest, horizon).change < -MARGIN * chance.loss:
+        return None
+    reason = (
+        f"the loss, {newest[-1]:.3g}, is {'worse' if order > 0 else 'no better'} than {chance.loss:.3g}, that of a "
+        "network which ignores its input"
+    )
+    if factor is not None and factor.shape[1] >= 3 and np.any(factor):
+        fraction = decompose(factor, tol=1e-3, refine=False).unit_fraction()
+        reason += f", while {fraction:.0%} of the weights' importance lies at eigenvalue 1"
+    return reason

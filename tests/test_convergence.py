@@ -13,7 +13,7 @@ from lightning_koopman.convergence import (
     Chance,
     ConvergenceRule,
     Hold,
-    StartRule,
+    bad_start,
     drifts,
     forecast_change,
     rate_will_matter,
@@ -296,16 +296,19 @@ def test_every_group_counts():
 
 
 def test_starts():
-    rule, chance = StartRule(), Chance(2.3)
+    chance = Chance(2.3)
     frozen = factor(torch.ones(6, 4, dtype=torch.float64))
     flat = np.full(10, 2.3)
-    assert "worse than 2.3" in rule.judge(flat + 40, frozen, chance)
-    assert "frozen" in rule.judge(flat, frozen, chance)
-    assert "frozen" in rule.judge(np.concatenate([[1e6], flat]), frozen, chance)
-    assert rule.judge(np.linspace(2.3, 0.5, 10), frozen, chance) is None
-    assert rule.judge(2.35 - 0.008 * np.arange(10), frozen, chance) is None  # slow, but about to be better
-    moving = factor(torch.from_numpy(np.random.default_rng(0).standard_normal((6, 40))))
-    assert rule.judge(flat, moving, chance) is None
+
+    def judged(losses):
+        return bad_start(losses, frozen, chance, horizon=10)
+
+    assert "worse than 2.3" in judged(flat + 40)
+    assert "100% of the weights' importance lies at eigenvalue 1" in judged(flat)
+    assert "no better than 2.3" in judged(np.concatenate([[1e6], flat]))
+    assert "no better" in bad_start(flat[:3], None, chance, horizon=10)
+    assert judged(np.linspace(2.3, 0.5, 10)) is None
+    assert judged(2.35 - 0.008 * np.arange(10)) is None  # slow, but about to be better
 
 
 def test_doubt_about_chance_is_allowed_for():

@@ -74,7 +74,7 @@ def test_a_plateau_scheduler_plans_its_next_reduction_until_it_has_reached_its_m
     assert run(plateau(0.05)).planned == [pytest.approx([0.05, 0.05])] * 6
 
 
-def test_without_schedulers_nothing_is_planned(root, trainer, regression):
+def test_without_schedulers_nothing_is_planned(trainer, regression):
     fit = trainer(max_epochs=1)
     fit.fit(regression())
     assert planned_rates(fit) == []

@@ -13,12 +13,13 @@ from torch import nn
 from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count, check_positive
 from lightning_koopman.callbacks._chance import ChanceProbe
 from lightning_koopman.callbacks._schedule import current_rates, planned_rates
-from lightning_koopman.convergence import RECENT, Chance, StartRule, StoppingReason
+from lightning_koopman.convergence import RECENT, Chance, StoppingReason, bad_start
 from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+FAR_SEED = 7_919_000_000  # far from the seed that drew the bad start, or the same weights would be drawn again
 WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is too early to judge
 
 
@@ -31,7 +32,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
 
     - is not finite (this is seen at once);
     - or is worse than chance, the loss of ``training_step`` with all weights at zero;
-    - or equals chance, is predicted to stay there, and the weights' importance lies at eigenvalue 1.
+    - or equals chance, and is predicted to stay there.
 
     Then, before the next epoch, the chosen modules are initialised anew, optimizers and schedulers are built anew by
     ``configure_optimizers``, and every Koopman callback starts a new trajectory.  After ``max_restarts`` such restarts
@@ -104,7 +105,6 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.check_epoch, self.max_restarts, self.seed = check_epoch, max_restarts, seed
         self.scheme, self.chance_loss = scheme, chance_loss
         self.modules = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
-        self.rule = StartRule(horizon=check_epoch)
         self._probe = ChanceProbe()
         self._forget()
 
@@ -189,7 +189,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
             return None
         trajectory = self.recorder.trajectory
         factor = None if trajectory is None else trajectory.factor(last=RECENT)
-        reason = self.rule.judge(self._start_losses, factor, chance)
+        reason = bad_start(self._start_losses, factor, chance, horizon=self.check_epoch)
         self._settled = reason is None
         return reason
 
@@ -215,7 +215,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
     def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._due_restart = False
         chosen = select_modules(pl_module, self.modules, self.scheme)
-        reinitialize(list(chosen.values()), self.scheme, seed=self.seed + len(self.restarts) - 1)
+        reinitialize(list(chosen.values()), self.scheme, seed=FAR_SEED + self.seed + len(self.restarts) - 1)
         trainer.strategy.setup_optimizers(trainer)
         self._begin(trainer.current_epoch)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
