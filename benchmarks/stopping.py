@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_koopman import EarlyStopOnUnitEigenvalues, RestartOnBadInitialization
-from lightning_koopman.convergence import Chance, ConvergenceRule
+from lightning_koopman.convergence import Chance, ConvergenceRule, bad_start, forecast_change
 from lightning_koopman.demo.cnn import INITIALIZATIONS, PaperCNN
 from lightning_koopman.demo.data import load
 
@@ -261,6 +261,16 @@ class Recorded:
         return self._verdicts[tolerance, fraction]
 
     @cached_property
+    def bad_by(self) -> int:
+        """Epoch by which the start is found bad, or 0."""
+        check = RestartOnBadInitialization().check_epoch
+        broken = np.flatnonzero(~np.isfinite(self.losses[:check]))
+        if broken.size:
+            return int(broken[0]) + 1
+        factor = _unpadded(self.factors[check - 1])
+        return check if bad_start(self.losses[:check], factor, self.chance, horizon=check) else 0
+
+    @cached_property
     def best(self) -> float:
         return float(np.nanmax(self.points))
 
@@ -337,6 +347,7 @@ class Outcome:
     saved: float  # % of the epochs
     least_saved: float
     lost: float  # points of accuracy below the best epoch
+    doubt: float  # standard error of that mean
     most_lost: float
     loss_excess: float  # % of the least test loss
     false_stops: int
@@ -356,7 +367,8 @@ def outcome(rule: Rule, runs: list[Recorded]) -> Outcome:
             )
         )
     saved, lost, excess, wrong = np.array(rows, dtype=float).T
-    return Outcome(saved.mean(), saved.min(), lost.mean(), lost.max(), excess.mean(), int(wrong.sum()))
+    doubt = lost.std(ddof=1) / np.sqrt(lost.size) if lost.size > 1 else np.nan
+    return Outcome(saved.mean(), saved.min(), lost.mean(), doubt, lost.max(), excess.mean(), int(wrong.sum()))
 
 
 def choose(runs: list[Recorded]) -> dict[str, float]:
@@ -394,8 +406,6 @@ def exponential_change(values: np.ndarray) -> float:
 
 def forecast_errors(runs: list[Recorded]) -> dict[str, np.ndarray]:
     """Errors of the predicted change over the horizon, in % of the chance loss, over all epochs of all runs."""
-    from lightning_koopman.convergence import forecast_change
-
     errors: dict[str, list[float]] = {"Hankel DMD (ours)": [], "exponential fit": [], "no change": []}
     for run in runs:
         for epoch in range(HORIZON + 2, len(run.losses) - HORIZON + 1):
@@ -418,15 +428,17 @@ def report(folder: Path, figure: Path | None) -> str:
     known, unseen = ([run for run in sane if run.case.seed in seeds] for seeds in (KNOWN, UNSEEN))
     default = EarlyStopOnUnitEigenvalues()
     options = choose(known)
+    heading = (
+        "| {} | epochs saved | least | accuracy lost (points) | most | test loss above least | false stops |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"
+    )
     lines = [
         f"{len(runs)} trainings, {len(sane)} of them from He or Xavier weights: {len(known)} to choose thresholds "
         f"(seeds 0 and 1), {len(unseen)} to report (seeds 2 and 3).",
         f"Chosen: {', '.join(f'{name} {value:g}' for name, value in options.items())}; the callback's defaults: "
         f"tolerance {default.rule.tolerance:g}, fraction {default.rule.fraction:g}, patience {default.patience:g}.",
         "",
-        "| rule, on the unseen half | epochs saved | least | accuracy lost (points) | most | test loss above least | "
-        "false stops |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        heading.format("rule, on the unseen half"),
     ]
     defaults = {"tolerance": default.rule.tolerance, "fraction": default.rule.fraction, "patience": default.patience}
     named: list[tuple[str, Rule]] = [
@@ -445,30 +457,25 @@ def report(folder: Path, figure: Path | None) -> str:
     curves = {name: [outcome(rule, unseen) for _, rule in family] for name, family in FAMILIES.items()}
     lines += [
         "",
-        f"At equal epochs saved ({chosen.saved:.1f} %), accuracy lost: ours {chosen.lost:.2f} points; "
+        f"At equal epochs saved ({chosen.saved:.1f} %), accuracy lost: ours {chosen.lost:.2f} ± {chosen.doubt:.2f} points; "
         + "; ".join(f"{name}: {at_equal_saving(curve, chosen.saved):.2f}" for name, curve in curves.items())
         + ".",
     ]
-    lines += ["", "| unseen half, by problem | epochs saved | least | accuracy lost (points) | most | test loss above least | "
-              "false stops |", "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines += ["", heading.format("unseen half, by problem")]
     for problem in PROBLEMS:
         part = [run for run in unseen if run.case.problem == problem]
         if part:
             lines += [_row(f"{problem}: {name}", outcome(rule, part)) for name, rule in named]
-    lines += _starts(runs)
+    lines += _starts(runs, ours(**defaults))  # type: ignore[arg-type]
     errors = forecast_errors(sane)
     lines += ["", f"| predicted change over {HORIZON} epochs | median error | mean error | 95th percentile |",
               "| --- | ---: | ---: | ---: |"]  # fmt: skip
     for name, values in errors.items():
         lines.append(f"| {name} | {np.median(values):.3f} | {values.mean():.3f} | {np.percentile(values, 95):.3f} |")
     lines.append(f"\nErrors in % of the chance loss, {len(values):,} forecasts from the {len(sane)} trainings.")
-    live = unseen
-    replayed = [ours(**defaults)(run) for run in live]  # type: ignore[arg-type]
-    same = sum(stopped == (run.would_stop or len(run.losses)) for (stopped, _), run in zip(replayed, live, strict=True))
-    lines.append(
-        f'\nThe callback itself, in mode "report", decided as the replay does in {same} of the {len(live)} unseen '
-        "trainings."
-    )
+    rule = ours(**defaults)  # type: ignore[arg-type]
+    live = [run.bad_by == run.noticed and (run.would_stop or len(run.losses)) == rule(run)[0] for run in runs]
+    lines.append(f"\nThe callbacks themselves decided as the replay does in {sum(live)} of {len(live)} trainings.")
     if figure is not None:
         grid = [
             outcome(ours(tolerance, options["fraction"], int(options["patience"])), unseen)
@@ -480,23 +487,26 @@ def report(folder: Path, figure: Path | None) -> str:
 
 def _row(name: str, result: Outcome) -> str:
     return (
-        f"| {name} | {result.saved:.1f} % | {result.least_saved:.0f} % | {result.lost:.2f} | {result.most_lost:.2f} | "
+        f"| {name} | {result.saved:.1f} % | {result.least_saved:.0f} % | {result.lost:.2f} ± {result.doubt:.2f} | "
+        f"{result.most_lost:.2f} | "
         f"{result.loss_excess:.1f} % | {result.false_stops} |"
     )
 
 
-def _starts(runs: list[Recorded]) -> list[str]:
-    lines = ["", "| start | trainings | found bad | by epoch | stopped as converged | best accuracy reached |",
-             "| --- | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+def _starts(runs: list[Recorded], rule: Rule) -> list[str]:
+    lines = ["", "| start | trainings | found bad | by epoch | stopped as converged | falsely | best accuracy reached |",
+             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
     for problem, start in product(PROBLEMS, STARTS):
         part = [run for run in runs if (run.case.problem, run.case.start) == (problem, start)]
         if not part:
             continue
-        found = [run.noticed for run in part if run.noticed]
+        found = [epoch for run in part if (epoch := run.bad_by)]
         finite = [run.best for run in part if np.isfinite(run.points).any()]
-        stops = sum(run.would_stop > 0 for run in part) if start != "5he" else "–"
+        whole = start != "5he"
+        stops = sum(rule(run)[0] < len(run.losses) for run in part) if whole else "–"
+        falsely = outcome(rule, part).false_stops if whole else "–"
         lines.append(
-            f"| {problem}, {start} | {len(part)} | {len(found)} | {max(found, default='–')} | {stops} | "
+            f"| {problem}, {start} | {len(part)} | {len(found)} | {max(found, default='–')} | {stops} | {falsely} | "
             f"{min(finite):.1f}–{max(finite):.1f} |"
         )
     return lines

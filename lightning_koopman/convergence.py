@@ -15,6 +15,7 @@ RECENT = 6  # fewer losses determine no forecast
 LEAST_HORIZON = RECENT - 2
 SUSPECT_WALK = 5.0  # standard errors; a walk hardly ever exceeds them, a training nearly always does
 SWING = 3.0  # fluctuations allowed about a level that stands still, in tolerances
+FLOOR = 5.0  # tolerances left above 0, where no hidden drop can be large
 MARGIN = 0.02  # share of the chance loss by which a network must differ from it
 SAME_RATE = 1.1  # ratio of two learning rates that count as equal
 
@@ -205,8 +206,8 @@ def rate_will_matter(
 class Verdict:
     """What the witnesses say after an epoch: NaN where unknown; ``hold`` is None if all of them say converged.
 
-    ``scale`` is what the tolerance is relative to; ``at_floor`` says that the loss is so close to 0 that no fall can
-    exceed it.
+    ``scale`` is what the tolerance is relative to; ``at_floor`` says that the loss is so close to 0 that no drop can be
+    large, whatever the weights or the learning rate have in store.
     """
 
     hold: Hold | None
@@ -258,7 +259,7 @@ class ConvergenceRule:
         if np.any(factor):
             fraction = decompose(factor, tol=1e-3, refine=False).unit_fraction(self.radius)
         loss, steps = float(newest[-1]), np.diff(factor, axis=1)
-        at_floor = chance is not None and abs(loss) <= self.tolerance * scale
+        at_floor = chance is not None and abs(loss) <= FLOOR * self.tolerance * scale
         hold = None
         if chance is not None and chance.compare(loss) >= 0:
             hold = Hold.CHANCE

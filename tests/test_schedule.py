@@ -36,12 +36,14 @@ def run(root, trainer, regression):
             def __init__(self):
                 self.seen, self.planned = [], None
 
+            def on_train_epoch_start(self, trainer, pl_module):
+                self.seen.append(current_rates(trainer))
+
             def on_train_epoch_end(self, trainer, pl_module):
                 if trainer.current_epoch == at:
                     state = [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs]
                     self.planned = planned_rates(trainer)
                     assert str([c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]) == str(state)
-                self.seen.append(current_rates(trainer))
 
         look = Look()
         trainer(callbacks=look, max_epochs=epochs, **options).fit(Scheduled())

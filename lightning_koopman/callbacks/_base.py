@@ -21,6 +21,7 @@ from torch import Tensor
 from lightning_koopman.callbacks._loss import LossMeter
 from lightning_koopman.callbacks._recorder import Recorder, SnapshotSettings
 from lightning_koopman.callbacks._roots import LightningCallback
+from lightning_koopman.callbacks._schedule import current_rates
 from lightning_koopman.parameters import flatten, select_parameters
 from lightning_koopman.trajectory import STORAGES, is_finite
 
@@ -106,11 +107,12 @@ class TrajectoryCallback(LightningCallback):
         self._has_validated = False
         self._losses = LossMeter()
         self.train_loss: float | None = None
+        self.rates: list[float] = []  # learning rates when the epoch began
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._pending, self._anew = None, True
+        self._pending, self._anew, self.rates = None, True, []
         if stage != "fit":
             return
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -151,6 +153,7 @@ class TrajectoryCallback(LightningCallback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = trainer.callback_metrics.get(self._watched)
+        self.rates = current_rates(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -172,6 +175,7 @@ class TrajectoryCallback(LightningCallback):
             return
         epoch = trainer.current_epoch + 1
         self.train_loss = self._mean_train_loss(trainer)
+        self.rates = self.rates or current_rates(trainer)  # a resumed epoch does not begin
         if not self._due(epoch):
             return
         started = time.perf_counter()
@@ -186,6 +190,7 @@ class TrajectoryCallback(LightningCallback):
 
     def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a new trajectory from the present weights, which were not trained from those recorded last."""
+        self.rates = current_rates(trainer)
         self.recorder.interrupt()
         if self._active and self._keeps_weights(trainer, trainer.current_epoch):
             with self._guard("recording the weights anew"):

@@ -22,35 +22,36 @@ def current_rates(trainer: pl.Trainer) -> list[float]:
 
 
 def planned_rates(trainer: pl.Trainer) -> list[list[float]]:
-    """Learning rates of the epochs to come, (epochs, groups): copies of the schedulers are stepped ahead.
+    """Learning rates at the starts of the epochs to come, (epochs, groups), read at the end of an epoch.
 
-    The plan of a ``ReduceLROnPlateau`` is its next reduction, unless it has reached its minimum.
+    Copies of the schedulers are stepped ahead.  The plan of a ``ReduceLROnPlateau`` is its next reduction, unless it
+    has reached its minimum.
     """
     configs = trainer.lr_scheduler_configs
     if not configs:
         return []
     stand_ins = {id(optimizer): _stand_in(optimizer) for optimizer in trainer.optimizers}
     schedulers = [copy.deepcopy(config.scheduler, dict(stand_ins)) for config in configs]
-    last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-    epochs = range(trainer.current_epoch, trainer.current_epoch + FAR if last is None else last - 1)
+    now = trainer.current_epoch
+    last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else now + FAR
     batches = int(trainer.num_training_batches) if trainer.num_training_batches < float("inf") else 1
     steps = max(1, batches // trainer.accumulate_grad_batches)
+    for scheduler in schedulers:
+        if isinstance(scheduler, ReduceLROnPlateau):
+            _reduce(scheduler)
     planned, taken = [], 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # advice on the order of steps does not concern a rehearsal
-        for epoch in epochs:
-            for config, scheduler in zip(configs, schedulers, strict=True):
-                if isinstance(scheduler, ReduceLROnPlateau):
-                    if epoch == trainer.current_epoch:
-                        _reduce(scheduler)
-                    continue
-                due = steps // config.frequency if config.interval == "step" else (epoch + 1) % config.frequency == 0
-                for _ in range(due):
-                    scheduler.step()
-                taken += int(due)
+        for epoch in range(now + 1, last):
             planned.append([float(group["lr"]) for stand_in in stand_ins.values() for group in stand_in.param_groups])
             if taken > MOST_STEPS:
                 break
+            for config, scheduler in zip(configs, schedulers, strict=True):
+                due = steps // config.frequency if config.interval == "step" else (epoch + 1) % config.frequency == 0
+                if not isinstance(scheduler, ReduceLROnPlateau):
+                    taken += int(due)
+                    for _ in range(due):
+                        scheduler.step()
     return planned
 
 

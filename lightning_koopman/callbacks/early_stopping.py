@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman.callbacks._base import TRAIN_LOSS, WEIGHTS, TrajectoryCallback, check_count, check_positive
 from lightning_koopman.callbacks._chance import ChanceProbe
-from lightning_koopman.callbacks._schedule import current_rates, planned_rates
+from lightning_koopman.callbacks._schedule import planned_rates
 from lightning_koopman.convergence import (
     LEAST_HORIZON,
     Chance,
@@ -219,7 +219,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         """Add the epoch's row to the history; returns whether the rule is met."""
         horizon, trajectory = self.rule.horizon, self.recorder.trajectory
         values = [*(row["value"] for row in self.history[self._segment :]), value]
-        self._rates.append(current_rates(trainer))
+        self._rates.append(self.rates)
         factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
         verdict = self.rule.judge(values, factor, self.chance)
         hold = verdict.hold

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count, check_positive
 from lightning_koopman.callbacks._chance import ChanceProbe
-from lightning_koopman.callbacks._schedule import current_rates, planned_rates
+from lightning_koopman.callbacks._schedule import planned_rates
 from lightning_koopman.convergence import RECENT, Chance, StoppingReason, bad_start
 from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
 
@@ -177,7 +177,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
             return f"{'the weights are' if loss is None or math.isfinite(loss) else f'the loss is {loss}:'} not finite"
         if loss is not None:
             self._start_losses.append(loss)
-        self._start_rates.append(max(current_rates(trainer), default=0.0))
+        self._start_rates.append(max(self.rates, default=0.0))
         if epoch < self._start + self.check_epoch:
             return None
         chance = self._probe.measured() if self.chance_loss is None else Chance(self.chance_loss)
