@@ -376,7 +376,7 @@ def choose(runs: list[Recorded]) -> dict[str, float]:
     found = []
     for values in tqdm(list(product(*GRID.values())), desc="thresholds", leave=False):
         options = dict(zip(GRID, values, strict=True))
-        result = outcome(ours(**options), runs)  # type: ignore[arg-type]
+        result = outcome(ours(**options), runs)
         found.append((result.lost > MOST_LOST or result.false_stops > 0, -result.saved, options))
     return min(found, key=lambda item: item[:2])[2]
 
@@ -443,9 +443,9 @@ def report(folder: Path, figure: Path | None) -> str:
     defaults = {"tolerance": default.rule.tolerance, "fraction": default.rule.fraction, "patience": default.patience}
     named: list[tuple[str, Rule]] = [
         ("**`EarlyStopOnUnitEigenvalues`, thresholds from the known half**", ours(**options))
-    ]  # type: ignore[arg-type]
+    ]
     if defaults != options:
-        named.append(("**`EarlyStopOnUnitEigenvalues`, defaults**", ours(**defaults)))  # type: ignore[arg-type]
+        named.append(("**`EarlyStopOnUnitEigenvalues`, defaults**", ours(**defaults)))
     named += [
         ("`EarlyStopping(val_loss, patience=5)`, best restored", early_stopping(5)),
         ("training loss fell < 1e-3 of chance in 5 epochs", small_fall(1e-3)),
@@ -457,7 +457,8 @@ def report(folder: Path, figure: Path | None) -> str:
     curves = {name: [outcome(rule, unseen) for _, rule in family] for name, family in FAMILIES.items()}
     lines += [
         "",
-        f"At equal epochs saved ({chosen.saved:.1f} %), accuracy lost: ours {chosen.lost:.2f} ± {chosen.doubt:.2f} points; "
+        f"Points of accuracy lost at equal epochs saved, {chosen.saved:.1f} %: ours {chosen.lost:.2f} ± "
+        f"{chosen.doubt:.2f}; "
         + "; ".join(f"{name}: {at_equal_saving(curve, chosen.saved):.2f}" for name, curve in curves.items())
         + ".",
     ]
@@ -466,14 +467,14 @@ def report(folder: Path, figure: Path | None) -> str:
         part = [run for run in unseen if run.case.problem == problem]
         if part:
             lines += [_row(f"{problem}: {name}", outcome(rule, part)) for name, rule in named]
-    lines += _starts(runs, ours(**defaults))  # type: ignore[arg-type]
+    lines += _starts(runs, ours(**defaults))
     errors = forecast_errors(sane)
     lines += ["", f"| predicted change over {HORIZON} epochs | median error | mean error | 95th percentile |",
               "| --- | ---: | ---: | ---: |"]  # fmt: skip
     for name, values in errors.items():
         lines.append(f"| {name} | {np.median(values):.3f} | {values.mean():.3f} | {np.percentile(values, 95):.3f} |")
     lines.append(f"\nErrors in % of the chance loss, {len(values):,} forecasts from the {len(sane)} trainings.")
-    rule = ours(**defaults)  # type: ignore[arg-type]
+    rule = ours(**defaults)
     live = [run.bad_by == run.noticed and (run.would_stop or len(run.losses)) == rule(run)[0] for run in runs]
     lines.append(f"\nThe callbacks themselves decided as the replay does in {sum(live)} of {len(live)} trainings.")
     if figure is not None:
@@ -494,8 +495,11 @@ def _row(name: str, result: Outcome) -> str:
 
 
 def _starts(runs: list[Recorded], rule: Rule) -> list[str]:
-    lines = ["", "| start | trainings | found bad | by epoch | stopped as converged | falsely | best accuracy reached |",
-             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]  # fmt: skip
+    lines = [
+        "",
+        "| start | trainings | found bad | by epoch | stopped as converged | falsely | best accuracy |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
     for problem, start in product(PROBLEMS, STARTS):
         part = [run for run in runs if (run.case.problem, run.case.start) == (problem, start)]
         if not part:

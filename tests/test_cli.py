@@ -6,7 +6,7 @@ from importlib import import_module
 import pytest
 import yaml
 
-from lightning_koopman import KoopmanSpectrumMonitor
+from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanSpectrumMonitor, RestartOnBadInitialization
 
 
 @pytest.mark.parametrize("listed", [True, False], ids=["list", "bare"])
@@ -38,6 +38,23 @@ def test_lightning_cli_builds_the_monitor_from_yaml(root, regression, tmp_path, 
     assert built.log_figure == 2
     assert len(built.trajectory) == 5
     assert built.spectrum is not None
+
+
+def test_lightning_cli_builds_the_stop_and_the_restart(root, regression, tmp_path, monkeypatch):
+    arguments = ["fit", "--trainer.accelerator=cpu", "--trainer.max_epochs=2", "--trainer.logger=false"]
+    arguments += ["--trainer.enable_progress_bar=false", "--trainer.enable_checkpointing=false"]
+    stop = {"horizon": 6, "mode": "report", "dirpath": str(tmp_path)}
+    restart = {"check_epoch": 5, "scheme": "orthogonal", "modules": ["*", "!head"], "dirpath": str(tmp_path)}
+    callbacks = [
+        {"class_path": "lightning_koopman.EarlyStopOnUnitEigenvalues", "init_args": stop},
+        {"class_path": "lightning_koopman.RestartOnBadInitialization", "init_args": restart},
+    ]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments, f"--trainer.callbacks={callbacks}"])
+    cli = import_module(f"{root.__name__}.cli").LightningCLI(regression, save_config_callback=None)
+    built = {type(callback): callback for callback in cli.trainer.callbacks}
+    assert len(built[EarlyStopOnUnitEigenvalues].history) == 2
+    assert built[RestartOnBadInitialization].modules == ("*", "!head")
 
 
 def test_the_config_is_saved_with_the_run(root, regression, tmp_path, monkeypatch):

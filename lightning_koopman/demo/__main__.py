@@ -13,6 +13,7 @@ import pytorch_lightning as pl
 from pytorch_lightning.loggers import CSVLogger
 from tqdm import tqdm
 
+from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalues
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.demo.cnn import INITIALIZATIONS, OPTIMIZERS, PaperCNN
 from lightning_koopman.demo.data import DATASETS, load
@@ -82,11 +83,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     )
     weights = KoopmanSpectrumMonitor(window=options.window, log_figure=True)
     loss = KoopmanSpectrumMonitor("train_loss", window=options.window, log_figure=True, prefix="koopman_loss")
+    stop = EarlyStopOnUnitEigenvalues(mode="report")
     trainer = pl.Trainer(
         max_epochs=options.epochs,
         accelerator=options.accelerator,
         devices=1,
-        callbacks=[weights, loss, EpochProgress()],
+        callbacks=[weights, loss, stop, EpochProgress()],
         logger=CSVLogger(options.output, name=options.dataset),
         log_every_n_steps=1,
         enable_progress_bar=False,
@@ -102,10 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     )
     for monitor in (weights, loss):
         print(f"\n{monitor.summary()}")
+    print(f"\n{stop.message or 'The stop rule was never met; at the end: ' + stop.history[-1]['hold'] + '.'}")
     seconds = sum(row["seconds"] for monitor in (weights, loss) for row in monitor.history)
     print(f"\nBoth monitors together took {seconds:.1f} s. Figures and tables:")
     for path in [path for monitor in (weights, loss) for path in (*monitor.figure_paths, monitor.history_path)]:
         print(f"  {path}")
+    print(f"  {stop.history_path}")
     return weights.figure_paths + loss.figure_paths
 
 
