@@ -296,8 +296,8 @@ def ours(tolerance: float, fraction: float, patience: int) -> Rule:
     return decide
 
 
-def early_stopping(patience: int) -> Rule:
-    """Lightning's ``EarlyStopping`` on the validation loss (``min_delta=0``), with the best weights restored."""
+def early_stopping(patience: int, *, restore: bool = True) -> Rule:
+    """Lightning's ``EarlyStopping`` on the validation loss, with the best weights restored or with the last ones."""
 
     def decide(run: Recorded) -> Decision:
         best, kept, waited = np.inf, 1, 0
@@ -307,8 +307,8 @@ def early_stopping(patience: int) -> Rule:
             else:
                 waited += 1
             if waited >= patience or not np.isfinite(loss):
-                return epoch, kept
-        return len(run.losses), kept
+                return epoch, kept if restore else epoch
+        return len(run.losses), kept if restore else len(run.losses)
 
     return decide
 
@@ -335,6 +335,9 @@ FAMILIES: dict[str, list[tuple[str, Rule]]] = {
     ],
     "EarlyStopping on validation loss, best restored": [
         (f"patience {p}", early_stopping(p)) for p in (2, 3, 4, 5, 7, 10, 15, 20, 30)
+    ],
+    "EarlyStopping on validation loss, last weights": [
+        (f"patience {p}", early_stopping(p, restore=False)) for p in (2, 3, 4, 5, 7, 10, 15, 20, 30)
     ],
     "fixed number of epochs": [(f"{e} epochs", fixed(e)) for e in (10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 100)],
 }
@@ -384,7 +387,7 @@ def choose(runs: list[Recorded]) -> dict[str, float]:
 def at_equal_saving(family: list[Outcome], saved: float) -> float:
     """Accuracy that a family of rules loses where it saves as much, by interpolation between its thresholds."""
     curve = sorted((result.saved, result.lost) for result in family)
-    return float(np.interp(saved, *zip(*curve, strict=True)))
+    return float(np.interp(saved, *zip(*curve, strict=True), left=np.nan, right=np.nan))
 
 
 # -- the forecast -----------------------------------------------------------------------------------------------------
@@ -448,6 +451,7 @@ def report(folder: Path, figure: Path | None) -> str:
         named.append(("**`EarlyStopOnUnitEigenvalues`, defaults**", ours(**defaults)))
     named += [
         ("`EarlyStopping(val_loss, patience=5)`, best restored", early_stopping(5)),
+        ("`EarlyStopping(val_loss, patience=5)`, last weights", early_stopping(5, restore=False)),
         ("training loss fell < 1e-3 of chance in 5 epochs", small_fall(1e-3)),
         ("last epoch", fixed(EPOCHS)),
     ]
@@ -511,7 +515,7 @@ def _starts(runs: list[Recorded], rule: Rule) -> list[str]:
         falsely = outcome(rule, part).false_stops if whole else "–"
         lines.append(
             f"| {problem}, {start} | {len(part)} | {len(found)} | {max(found, default='–')} | {stops} | {falsely} | "
-            f"{min(finite):.1f}–{max(finite):.1f} |"
+            f"{min(finite, default=np.nan):.1f}–{max(finite, default=np.nan):.1f} |"
         )
     return lines
 
@@ -522,7 +526,7 @@ def draw(curves: dict[str, list[Outcome]], chosen: Outcome, path: Path) -> None:
 
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axis = figure.subplots()
-    colors, markers = ("#0b6e99", "#c2571a", "#5b7f2b", "#8a929c"), "osD^"
+    colors, markers = ("#0b6e99", "#c2571a", "#5b7f2b", "#a3b86c", "#8a929c"), "osDv^"
     for (name, curve), color, marker in zip(curves.items(), colors, markers, strict=True):
         points = sorted((result.saved, result.lost) for result in curve)
         axis.plot(*zip(*points, strict=True), f"{marker}-", color=color, markersize=5, linewidth=1.5, label=name)

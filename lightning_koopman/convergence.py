@@ -12,11 +12,13 @@ from lightning_koopman.dmd import decompose, dmd_rrr
 from lightning_koopman.spectrum import Real
 
 RECENT = 6  # fewer losses determine no forecast
-LEAST_HORIZON = RECENT - 2
+LEAST_HORIZON = 6  # fewer steps are too often mistaken for no random walk
 SUSPECT_WALK = 5.0  # standard errors; a walk hardly ever exceeds them, a training nearly always does
+APART = 3  # epochs between steps that momentum does not link
 SWING = 3.0  # fluctuations allowed about a level that stands still, in tolerances
 FLOOR = 5.0  # tolerances left above 0, where no hidden drop can be large
 MARGIN = 0.02  # share of the chance loss by which a network must differ from it
+WILD = 2.0  # times the loss at chance in the first epoch: weights of a wrong scale
 SAME_RATE = 1.1  # ratio of two learning rates that count as equal
 
 
@@ -100,21 +102,23 @@ def forecast_change(values: npt.ArrayLike, horizon: int) -> ChangeForecast:
     given = np.asarray(values, dtype=np.float64)
     if given.ndim != 1 or given.size < RECENT or not np.isfinite(given).all():
         raise ValueError(f"values must be at least {RECENT} finite numbers, got {values!r}.")
+    unit = float(np.abs(given).max()) or 1.0
+    given = given / unit
     level, seen = _two_sided(given, horizon, modes=2, tol=1e-3)
     misfit = float(np.sqrt(np.mean((seen - given) ** 2)))
     shift = abs(given[given.size // 2 :].mean() - given[: given.size // 2].mean())
     free, _ = _two_sided(given - given[-1], horizon, modes=3, tol=1e-2)
     return ChangeForecast(
-        change=float(level[-1] - given[-1]),
-        bound=float(max(np.abs(level - seen[-1]).max() + 2 * misfit / np.sqrt(given.size), shift)),
-        swing=float(max(np.abs(free).max(), np.ptp(given[-RECENT:]), misfit)),
+        change=unit * float(level[-1] - given[-1]),
+        bound=unit * float(max(np.abs(level - seen[-1]).max() + 2 * misfit / np.sqrt(given.size), shift)),
+        swing=unit * float(max(np.abs(free).max(), np.ptp(given[-RECENT:]), misfit)),
     )
 
 
 def _two_sided(values: Real, horizon: int, modes: int, tol: float) -> tuple[Real, Real]:
     """The delay-embedded DMD's values after the newest one (horizon,), and at the given ones (m,)."""
-    if not values.any():
-        return np.zeros(horizon), values
+    if not values[:-1].any():  # nothing to fit a model to
+        return np.full(horizon, values[-1]), values
     spectrum = dmd_rrr(values, delays=values.size // 2 + 1, tol=tol, max_rank=modes, refine=False)
     return spectrum.forecast(values, horizon)[:, 0], spectrum.reconstruct(values)[:, 0]
 
@@ -123,30 +127,33 @@ def walk_score(steps: Real) -> float:
     """How far the steps are from those of a random walk with the same lengths, in standard errors.
 
     The surrogate's steps have independent, uniform directions: cosines between them average to zero, at every distance
-    in time alike.  A training that still goes somewhere has a positive mean; one that is held near a minimum turns
-    back, so that successive steps have a smaller cosine than others.  The standard error is taken from the cosines
-    themselves, whose spread under the walk depends on how many directions the noise has.
+    in time alike.  Three things tell a training: it still goes somewhere (a positive mean), it is held near a minimum
+    (a negative mean), or it turns back (successive steps have a smaller cosine than others).  Momentum carries noise
+    from one epoch into the next, so for the positive mean only steps at least three epochs apart count.  The standard
+    error is taken from the cosines themselves, whose spread under the walk depends on how many directions the noise
+    has.
 
     Args:
         steps: Factor (r, time) of the steps; those of length zero do not count.
 
     Returns:
-        The larger score of the two contrasts, ≥ 0; infinite for fewer than four steps, which no walk makes.
+        The largest score of the three, ≥ 0; infinite for fewer than five steps, which no walk makes.
     """
     lengths = np.linalg.norm(steps, axis=0)
     units = steps[:, lengths > 0] / lengths[lengths > 0]
-    if units.shape[1] < 4:
+    if units.shape[1] < APART + 2:
         return float("inf")
     first, second = np.triu_indices(units.shape[1], 1)
     cosines = (units.T @ units)[first, second]
-    successive = second - first == 1
     spread = cosines.std(ddof=1)
     if spread == 0.0:
         return float("inf")
-    drift = cosines.mean() * np.sqrt(cosines.size)
+    apart, successive = second - first >= APART, second - first == 1
+    onward = cosines[apart].mean() * np.sqrt(np.count_nonzero(apart))
+    held = -cosines.mean() * np.sqrt(cosines.size)
     shares = 1.0 / np.count_nonzero(successive) + 1.0 / np.count_nonzero(~successive)
-    turning = (cosines[successive].mean() - cosines[~successive].mean()) / np.sqrt(shares)
-    return float(max(abs(drift), abs(turning)) / spread)
+    turning_back = (cosines[~successive].mean() - cosines[successive].mean()) / np.sqrt(shares)
+    return float(max(onward, held, turning_back, 0.0) / spread)
 
 
 def drifts(steps: Real, max_residual: float = 0.1) -> bool:
@@ -244,7 +251,8 @@ class ConvergenceRule:
         Args:
             losses: Array (t,): the losses of all epochs since the start, newest last.
             factor: Factor (r, time) of the newest weights, ``horizon + 1`` snapshots (None: they are not finite).
-            chance: Loss of a network that ignores its input; without it the range of the losses is the scale.
+            chance: Loss of a network that ignores its input; without it, or where losses are negative, their range is
+                the scale.
         """
         values = np.asarray(losses, dtype=np.float64)
         newest = values[-(self.horizon + 2) :]
@@ -253,13 +261,15 @@ class ConvergenceRule:
         if newest.size < self.horizon + 2 or factor.shape[1] < self.horizon + 1:
             return Verdict(Hold.TOO_EARLY)
         finite = values[np.isfinite(values)]
-        scale = float(np.ptp(finite)) if chance is None else chance.loss
+        bounded = chance is not None and finite.min() >= 0.0  # a loss that can be negative has no floor
+        # without chance: the range, less the first epoch, which may have started anywhere
+        scale = chance.loss if chance is not None and bounded else float(np.ptp(finite[1:]))
         forecast = forecast_change(newest, self.horizon)
         fraction = 1.0
-        if np.any(factor):
+        if np.any(factor[:, :-1]):
             fraction = decompose(factor, tol=1e-3, refine=False).unit_fraction(self.radius)
         loss, steps = float(newest[-1]), np.diff(factor, axis=1)
-        at_floor = chance is not None and abs(loss) <= FLOOR * self.tolerance * scale
+        at_floor = bounded and loss <= FLOOR * self.tolerance * scale
         hold = None
         if chance is not None and chance.compare(loss) >= 0:
             hold = Hold.CHANCE
@@ -277,10 +287,10 @@ class ConvergenceRule:
 
 
 def bad_start(losses: npt.ArrayLike, factor: Real | None, chance: Chance, *, horizon: int) -> str | None:
-    """Why a training started badly, in words, or None: its loss is no better than chance, nor about to become so.
+    """Why a training started badly, in words; "" if it is too early to say, None if it did not.
 
-    Worse than chance is bad outright: no network at a sane scale of its weights is.  At chance, the loss must be
-    predicted to stay there, as that of a dead network does.  The weights of both look converged (paper, section 3).
+    A start is bad if the loss is no better than chance, and either began far above it, as no network at a sane scale of
+    its weights does, or is not predicted to fall.  The weights of both kinds look converged (paper, section 3).
 
     Args:
         losses: Array (t,): the losses of all epochs since the start, newest last.
@@ -288,17 +298,23 @@ def bad_start(losses: npt.ArrayLike, factor: Real | None, chance: Chance, *, hor
         chance: Loss of a network that ignores its input.
         horizon: Epochs to look ahead, ≥ 1.
     """
-    newest = np.asarray(losses, dtype=np.float64)[-RECENT:]
+    values = np.asarray(losses, dtype=np.float64)
+    newest = values[-RECENT:]
     order = chance.compare(newest[-1])
     if order < 0:
         return None
-    if order == 0 and newest.size == RECENT and forecast_change(newest, horizon).change < -MARGIN * chance.loss:
-        return None
+    if values[0] <= WILD * chance.loss:
+        if newest.size < 2:
+            return ""
+        slope = (newest[-1] - newest[0]) / (newest.size - 1)
+        change = forecast_change(newest, horizon).change if newest.size == RECENT else slope * horizon
+        if change < -MARGIN * chance.loss:
+            return ""
     reason = (
         f"the loss, {newest[-1]:.3g}, is {'worse' if order > 0 else 'no better'} than {chance.loss:.3g}, that of a "
         "network which ignores its input"
     )
-    if factor is not None and factor.shape[1] >= 3 and np.any(factor):
+    if factor is not None and factor.shape[1] >= 3 and np.any(factor[:, :-1]):
         fraction = decompose(factor, tol=1e-3, refine=False).unit_fraction()
         reason += f", while {fraction:.0%} of the weights' importance lies at eigenvalue 1"
     return reason

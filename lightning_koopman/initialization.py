@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_koopman.parameters import match_names
 
-Scheme = str | Callable[[nn.Module], Any] | None
+Scheme = Callable[[nn.Module], Any] | str | None
 
 SCHEMES: dict[str, Callable[[Tensor], Any]] = {
     "he": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
@@ -32,17 +34,22 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
     Raises:
         ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be initialised.
     """
-    owners = {name: owner for name, owner in module.named_modules() if list(owner.parameters(recurse=False))}
+    owners = {
+        name: owner
+        for name, owner in module.named_modules()
+        if list(owner.parameters(recurse=False)) or hasattr(owner, "reset_running_stats")
+    }
     if patterns is None:
         chosen = {
             name: owner
             for name, owner in owners.items()
             if any(parameter.requires_grad for parameter in owner.parameters(recurse=False))
+            or not list(owner.parameters(recurse=False))  # a norm without weights, which keeps statistics
         }
     else:
         names = match_names(owners, patterns, argument="modules", kind="module that owns parameters")
         chosen = {name: owners[name] for name in names}
-    if not chosen:
+    if not any(list(owner.parameters(recurse=False)) for owner in chosen.values()):
         raise ValueError("modules=None selects the modules with trainable parameters, but there are none: name them.")
     if not callable(scheme):
         for name, owner in chosen.items():
@@ -72,9 +79,12 @@ def reinitialize(modules: Sequence[nn.Module], scheme: Scheme = None, *, seed: i
         >>> bool(torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-6))
         True
     """
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     devices = {parameter.device for module in modules for parameter in module.parameters(recurse=False)}
     with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
         torch.manual_seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        random.seed(seed)
         for module in modules:
             if callable(scheme):
                 scheme(module)
@@ -89,6 +99,8 @@ def reinitialize(modules: Sequence[nn.Module], scheme: Scheme = None, *, seed: i
                     for name, parameter in module.named_parameters(recurse=False):
                         if "bias" in name:
                             parameter.zero_()
+    np.random.set_state(numpy_state)  # noqa: NPY002
+    random.setstate(python_state)
 
 
 def _own_reset(module: nn.Module) -> Callable[[], Any] | None:

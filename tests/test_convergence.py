@@ -120,8 +120,10 @@ def test_the_tolerance_is_relative_to_chance_and_the_fraction_counts():
 
 
 def test_without_chance_the_range_of_the_losses_is_the_scale():
-    found = verdicts(relaxing(60), falling(60, floor=50.0) * 3.0, chance=None)
-    assert found[-1].scale == pytest.approx(0.9 * 3.0, rel=1e-3)
+    losses = 3.0 * falling(60, floor=50.0)
+    losses[0] = 1e6  # the first epoch may have started anywhere
+    found = verdicts(relaxing(60), losses, chance=None)
+    assert found[-1].scale == pytest.approx(0.9 * 0.7 * 3.0, rel=1e-3)
     assert found[-1].hold is None
     assert None not in holds(relaxing(60), np.full(60, 5.0) + 1e-3 * np.random.default_rng(0).standard_normal(60), None)
 
@@ -148,8 +150,7 @@ def test_walks_score_low_and_turning_back_or_drifting_scores_high(seed, n):
     assert walk_score(steps) < 6
     drifting = steps + 3 * rng.standard_normal((n, 1))
     jitter = np.diff(rng.standard_normal((n, 11)), axis=1)
-    assert walk_score(drifting) > walk_score(steps)
-    assert walk_score(drifting) > 6
+    assert walk_score(drifting) > max(walk_score(steps), 5)
     assert n < 200 or walk_score(jitter) > 5
 
 
@@ -227,6 +228,49 @@ def test_an_oscillating_loss_is_not_convergence(period):
 def test_a_noisy_loss_has_converged_only_while_the_noise_is_small(noise, converges):
     losses = 0.2 + noise * np.random.default_rng(0).standard_normal(300)
     assert (None in holds(relaxing(300), losses)) is converges
+
+
+def test_fluctuations_about_a_steady_level_are_named():
+    found = holds(relaxing(300), 0.2 + 2.5e-3 * np.random.default_rng(0).standard_normal(300))
+    assert Hold.SWINGING in found
+
+
+def test_near_zero_no_hidden_drop_can_be_large_unless_losses_can_be_negative():
+    times = np.arange(61)[:, None]
+    constant, grown = np.random.default_rng(0).standard_normal((2, 400))
+    growing = 10 * constant + 1e-3 * 1.05**times * grown
+    assert holds(growing, np.full(60, 0.2))[-1] is Hold.DRIFT
+    assert holds(growing, np.full(60, 0.005))[-1] is None
+    assert not verdicts(growing, np.full(60, 0.02))[-1].at_floor
+    negative = np.concatenate([np.linspace(3.0, -1.0, 30), np.full(30, 0.003)])
+    assert holds(growing, negative)[-1] is Hold.DRIFT
+
+
+@pytest.mark.parametrize("batches", [8, 20, 50])
+def test_noise_with_momentum_is_a_random_walk_too(batches):
+    rng = np.random.default_rng(batches)
+    weights, velocity = rng.standard_normal(500), np.zeros(500)
+    snapshots = [weights]
+    for _ in range(60):
+        for _ in range(batches):
+            velocity = 0.9 * velocity + 1e-4 * rng.standard_normal(500)
+            weights = weights + velocity
+        snapshots.append(weights)
+    assert None not in holds(np.stack(snapshots), 0.1 + 1e-4 * rng.standard_normal(60))
+
+
+@pytest.mark.parametrize("size", [1e-200, 1e-8, 1.0, 1e8, 1e200])
+def test_the_forecast_has_no_scale(size):
+    values = 0.1 + 0.7 ** np.arange(12)
+    plain, scaled = forecast_change(values, 10), forecast_change(size * values, 10)
+    assert scaled.change == pytest.approx(size * plain.change, rel=1e-9)
+    assert scaled.bound == pytest.approx(size * plain.bound, rel=1e-9)
+
+
+def test_a_first_value_after_zeros_is_no_failure():
+    assert forecast_change([0.0] * 11 + [1.0], 10).swing >= 1.0
+    late = np.concatenate([np.zeros((12, 5)), np.ones((1, 5))])
+    assert holds(late, np.full(12, 0.5))[-1] is not None
 
 
 def test_a_frozen_network_at_chance_is_not_convergence():
@@ -308,7 +352,10 @@ def test_starts():
     assert "no better than 2.3" in judged(np.concatenate([[1e6], flat]))
     assert "no better" in bad_start(flat[:3], None, chance, horizon=10)
     assert judged(np.linspace(2.3, 0.5, 10)) is None
-    assert judged(2.35 - 0.008 * np.arange(10)) is None  # slow, but about to be better
+    assert judged(2.35 - 0.008 * np.arange(10)) == ""  # slow, but falling: too early to say
+    assert judged(3.5 - 0.05 * np.arange(10)) == ""
+    assert bad_start([2.31], None, chance, horizon=10) == ""
+    assert "worse" in judged(np.linspace(100, 2.6, 10))  # falling, but from weights of a wrong scale
 
 
 def test_doubt_about_chance_is_allowed_for():

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import os
-import signal
 import subprocess
 import sys
 import time
@@ -88,38 +86,50 @@ def test_report_mode_trains_on_and_says_when_it_would_have_stopped(fit, tmp_path
     assert f"would have stopped after epoch {stopped.stopped_epoch}" in reported.message
 
 
-def test_min_epochs_of_either_are_kept(fit, tmp_path):
-    plain, _ = fit()
+def test_min_epochs_of_either_are_kept(fit, classifier, tmp_path):
+    plain, _ = fit(model=classifier(dropout=0.0))
     later = plain.stopped_epoch + 5
-    ours, run = fit(EarlyStopOnUnitEigenvalues(min_epochs=later, dirpath=tmp_path / "a"))
+    ours, run = fit(EarlyStopOnUnitEigenvalues(min_epochs=later, dirpath=tmp_path / "a"), model=classifier(dropout=0.0))
     assert ours.stopped_epoch == run.current_epoch >= later
-    theirs, run = fit(EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "b"), min_epochs=later)
+    theirs = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "b")
+    _, run = fit(theirs, model=classifier(dropout=0.0), min_epochs=later)
     assert theirs.stopped_epoch == run.current_epoch == ours.stopped_epoch
 
 
-def test_patience_and_horizon_delay_the_decision(fit, tmp_path):
-    plain, _ = fit()
-    patient, _ = fit(EarlyStopOnUnitEigenvalues(patience=6, dirpath=tmp_path / "a"))
+def test_patience_and_horizon_delay_the_decision(fit, classifier, tmp_path):
+    plain, _ = fit(model=classifier(dropout=0.0))
+    patient, _ = fit(EarlyStopOnUnitEigenvalues(patience=6, dirpath=tmp_path / "a"), model=classifier(dropout=0.0))
     assert patient.stopped_epoch >= plain.stopped_epoch + 4
-    short, _ = fit(EarlyStopOnUnitEigenvalues(horizon=4, dirpath=tmp_path / "b"))
-    assert held(short).count(Hold.TOO_EARLY.value) == 5
+    short, _ = fit(EarlyStopOnUnitEigenvalues(horizon=6, dirpath=tmp_path / "b"))
+    assert held(short).count(Hold.TOO_EARLY.value) == 7
 
 
 def test_a_logged_metric_can_be_observed(fit, tmp_path):
     stop, _ = fit(EarlyStopOnUnitEigenvalues("val_loss", mode="report", dirpath=tmp_path / "a"), epochs=40)
     assert stop.chance is None
     assert len(stop.history) == 40
-    assert stop.history[-1]["scale"] == pytest.approx(np.ptp([row["value"] for row in stop.history]))
+    assert stop.history[-1]["scale"] == pytest.approx(np.ptp([row["value"] for row in stop.history[1:]]))
 
 
 def test_regression_works_untouched(trainer, regression, tmp_path):
     model = regression(lr=0.01)
     stop = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "stop")
     trainer(callbacks=stop, max_epochs=400).fit(model)
-    assert stop.chance.loss == pytest.approx(float((model.y**2).mean()), rel=1e-5)
+    assert stop.chance.loss == pytest.approx(float(model.y.var()), rel=0.1)
     assert stop.stopping_reason is StoppingReason.CONVERGED
     with torch.no_grad():
         assert nn.functional.mse_loss(model(model.x), model.y) < 0.2 * stop.chance.loss
+
+
+def test_targets_far_from_zero_are_no_easier(trainer, regression, tmp_path):
+    model = regression(lr=0.01)
+    variance = float(model.y.var())
+    model.y = model.y + 30.0
+    stop = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "stop")
+    trainer(callbacks=stop, max_epochs=150).fit(model)
+    assert stop.chance.loss == pytest.approx(variance, rel=0.15)
+    for row in stop.history:
+        assert row["hold"] or row["value"] < 0.5 * variance
 
 
 # -- chance -----------------------------------------------------------------------------------------------------------
@@ -128,7 +138,7 @@ def test_regression_works_untouched(trainer, regression, tmp_path):
 def test_the_loss_at_chance_is_measured_and_leaves_no_trace(fit, tmp_path):
     measured, run = fit(epochs=3)
     given, other = fit(EarlyStopOnUnitEigenvalues(chance_loss=2.0, dirpath=tmp_path / "a"), epochs=3)
-    assert measured.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=1e-6)
+    assert measured.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=0.03)
     assert given.chance.loss == 2.0
     ours, theirs = (run.lightning_module, other.lightning_module)
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
@@ -140,7 +150,7 @@ def test_the_loss_at_chance_is_measured_and_leaves_no_trace(fit, tmp_path):
 
 def test_gradient_accumulation_changes_neither_loss_nor_chance(fit):
     stop, _ = fit(epochs=2, accumulate_grad_batches=4)
-    assert stop.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=1e-6)
+    assert stop.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=0.03)
     assert stop.history[0]["value"] == pytest.approx(LOSS_AT_CHANCE, rel=0.3)
 
 
@@ -153,7 +163,7 @@ def test_where_chance_cannot_be_measured_it_says_so_and_goes_on(fit, classifier)
         stop, run = fit(model=Stubborn(), epochs=14)
     assert run.current_epoch == 14
     assert stop.chance is None
-    assert stop.history[-1]["scale"] == pytest.approx(np.ptp([row["value"] for row in stop.history]))
+    assert stop.history[-1]["scale"] == pytest.approx(np.ptp([row["value"] for row in stop.history[1:]]))
 
 
 def test_batches_of_any_structure(fit, classifier):
@@ -168,7 +178,7 @@ def test_batches_of_any_structure(fit, classifier):
             )
 
     stop, _ = fit(model=Nested(), epochs=2)
-    assert stop.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=1e-6)
+    assert stop.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=0.03)
 
 
 # -- it does not stop -------------------------------------------------------------------------------------------------
@@ -214,7 +224,7 @@ def test_it_does_not_stop_where_the_schedule_goes_on(fit, classifier, tmp_path, 
     change = {"warm-up": 30, "cosine dip": 35, "two phases": 40, "step": 45}[name]
     stop = run("guarded")
     assert stop.would_stop_epoch is None or stop.would_stop_epoch > change
-    if name in ("cosine dip", "two phases"):
+    if name != "warm-up":
         assert Hold.SCHEDULE.value in held(stop)[:change]
         monkeypatch.setattr(module, "planned_rates", lambda _: [])
         assert run("unguarded").would_stop_epoch < change  # the test can fail
@@ -272,9 +282,9 @@ def test_stock_callbacks_go_on_beside_it(root, fit, tmp_path):
 
 
 def test_max_time_ends_the_run_first(fit):
-    stop, run = fit(epochs=-1, max_time={"seconds": 1}, stop=EarlyStopOnUnitEigenvalues(min_epochs=10**6))
+    stop, run = fit(epochs=-1, max_time={"seconds": 3}, stop=EarlyStopOnUnitEigenvalues(min_epochs=10**6))
     assert stop.stopping_reason is StoppingReason.NOT_STOPPED
-    assert len(stop.history) == run.current_epoch > 0
+    assert len(stop.history) == run.current_epoch
 
 
 def test_manual_optimization_with_two_optimizers(fit, classifier, tmp_path):
@@ -363,7 +373,8 @@ def test_a_killed_run_decides_as_an_uninterrupted_one(root, fit, classifier, tmp
     while rows < 14 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
         rows = len(history.read_text().splitlines()) if history.exists() else 0
-    os.kill(process.pid, signal.SIGKILL)
+    assert process.poll() is None, "the run ended before it could be killed"
+    process.kill()
     process.wait()
     resumed = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "resumed")
     whole_files = sorted((tmp_path / "killed" / "c").glob("*.ckpt"))[:-1]  # the last may be half written
@@ -392,8 +403,8 @@ def test_a_callback_used_again_starts_from_nothing(fit, tmp_path):
         ({"observable": "weights"}, "observable must be 'train_loss' or the name of a logged metric, got 'weights'"),
         ({"radius": 0.0}, "radius must be positive and finite, got 0.0"),
         ({"fraction": 1.2}, r"fraction must lie in \(0, 1\], got 1.2"),
-        ({"horizon": 3}, "horizon must be at least 4 and whole, got 3"),
-        ({"horizon": 7.5}, "horizon must be at least 4 and whole, got 7.5"),
+        ({"horizon": 5}, "horizon must be at least 6 and whole, got 5"),
+        ({"horizon": 7.5}, "horizon must be at least 6 and whole, got 7.5"),
         ({"tolerance": -1e-3}, "tolerance must be positive and finite, got -0.001"),
         ({"tolerance": math.nan}, "tolerance must be positive and finite, got nan"),
         ({"patience": 0}, "patience must be at least 1 and whole, got 0"),

@@ -58,11 +58,25 @@ def test_the_rates_read_ahead_are_those_that_come(run, name):
     torch.testing.assert_close(torch.tensor(look.planned), torch.tensor(look.seen[6:]), rtol=1e-9, atol=1e-12)
 
 
-def test_accumulated_batches_make_fewer_steps(run):
+@pytest.mark.parametrize(
+    ("accumulated", "frequency", "batches"), [(2, 1, 4), (3, 1, 4), (4, 1, 4), (2, 2, 4), (2, 3, 3)]
+)
+def test_steps_are_counted_as_lightning_counts_them(run, accumulated, frequency, batches):
     look = run(
-        lambda o: {"scheduler": schedulers.ExponentialLR(o, 0.97), "interval": "step"}, accumulate_grad_batches=2
+        lambda o: {"scheduler": schedulers.ExponentialLR(o, 0.97), "interval": "step", "frequency": frequency},
+        accumulate_grad_batches=accumulated,
+        limit_train_batches=batches,
     )
     torch.testing.assert_close(torch.tensor(look.planned), torch.tensor(look.seen[6:]), rtol=1e-9, atol=1e-12)
+
+
+def test_a_schedule_that_ends_with_max_steps_is_read_to_its_end(run):
+    look = run(
+        lambda o: {"scheduler": schedulers.OneCycleLR(o, 0.1, total_steps=40), "interval": "step"},
+        epochs=-1,
+        max_steps=40,
+    )
+    torch.testing.assert_close(torch.tensor(look.planned[:4]), torch.tensor(look.seen[6:10]), rtol=1e-9, atol=1e-12)
 
 
 def test_a_plateau_scheduler_plans_its_next_reduction_until_it_has_reached_its_minimum(run):

@@ -98,6 +98,7 @@ class TrajectoryCallback(LightningCallback):
         self._directory: Path | None = None
         self._pending: dict[str, Any] | None = None
         self._anew = True  # this fit continues neither a checkpoint nor an earlier fit
+        self._resumed = False  # from a checkpoint that holds this callback's state
         self._record_seconds = 0.0
         self._warned: set[str] = set()
         self._names: tuple[str, ...] = ()
@@ -108,6 +109,7 @@ class TrajectoryCallback(LightningCallback):
         self._losses = LossMeter()
         self.train_loss: float | None = None
         self.rates: list[float] = []  # learning rates when the epoch began
+        self.finite = True  # what was read last, if it could be read
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -133,12 +135,13 @@ class TrajectoryCallback(LightningCallback):
         if not self._active:
             return
         self._losses.restore(0.0, 0)
-        resumed = self._restore(trainer)
+        resumed = self._resumed = self._restore(trainer)
         epoch, recorder = trainer.current_epoch, self.recorder
         self._anew = not resumed and (epoch == 0 or trainer.ckpt_path is not None)
         if self._anew:
-            recorder.interrupt()  # the callback may have served another fit
             self.history = []
+            if not recorder.restored:
+                recorder.interrupt()  # the callback may have served another fit
         if trainer.is_global_zero:
             self._write_history(anew=True)
         if not self._keeps_weights(trainer, epoch):
@@ -154,6 +157,7 @@ class TrajectoryCallback(LightningCallback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seen = trainer.callback_metrics.get(self._watched)
         self.rates = current_rates(trainer)
+        self._losses.restore(0.0, 0)  # what a checkpoint after an epoch's last batch left
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -176,9 +180,9 @@ class TrajectoryCallback(LightningCallback):
         epoch = trainer.current_epoch + 1
         self.train_loss = self._mean_train_loss(trainer)
         self.rates = self.rates or current_rates(trainer)  # a resumed epoch does not begin
-        if not self._due(epoch):
+        if not self._due_at(epoch):
             return
-        started = time.perf_counter()
+        started, self.finite = time.perf_counter(), True
         with self._guard("recording a snapshot"):
             self._record(trainer, pl_module, epoch)
         self._record_seconds = time.perf_counter() - started
@@ -215,7 +219,8 @@ class TrajectoryCallback(LightningCallback):
         return self.train_loss if use_loss else self._metric(trainer)
 
     def _append(self, epoch: int, values: Tensor) -> None:
-        if not is_finite(values):
+        self.finite = is_finite(values)
+        if not self.finite:
             self.recorder.interrupt()
             self._warn(
                 "finite",
@@ -234,9 +239,9 @@ class TrajectoryCallback(LightningCallback):
 
     def _keeps_weights(self, trainer: pl.Trainer, epoch: int) -> bool:
         """Whether this process records the weights after so many completed epochs."""
-        return self.settings.observable == WEIGHTS and trainer.is_global_zero and self._due(epoch)
+        return self.settings.observable == WEIGHTS and trainer.is_global_zero and self._due_at(epoch)
 
-    def _due(self, epoch: int) -> bool:
+    def _due_at(self, epoch: int) -> bool:
         """Whether a snapshot is to be taken after so many completed epochs."""
         return epoch % self.settings.every_n_epochs == 0
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_koopman.callbacks._loss import batch_loss
@@ -18,72 +21,157 @@ from lightning_koopman.convergence import Chance
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-BATCHES = 32  # enough for the mean of a regression's batches; classification gives ln C on each
+TUNED, SCORED, ENOUGH = 8, 16, 4  # batches that set the constant output, that measure its loss, that will do
 
 
 class ChanceProbe:
-    """Runs ``training_step`` on the first batches with a copy of the module whose parameters are all zero.
+    """Runs ``training_step`` on the first batches with a copy of the module that can only give a constant output.
 
-    With zero parameters the output is constant: zero logits (ln C for C classes), a zero regression (the targets' mean
-    square).  Works for any loss and any structure of batches.  The copy shares the user's data, holds no weights (one
-    zero stands for each tensor), logs nothing, and leaves the random state as it was.
+    All trainable weights of the copy are zero.  Its biases are set by one Newton step along their mean gradient, which
+    finds the best constant for a squared error and nearly so for a cross-entropy: its loss is the targets' variance, or
+    the entropy of the classes.  Works for any loss and any structure of batches.  The copy shares the user's data and
+    frozen weights, holds no trainable ones (a zero stands for each tensor), logs nothing, and leaves the random state
+    as it was.
     """
 
     def __init__(self) -> None:
-        self._copy: pl.LightningModule | None = None
-        self._losses: list[Tensor] = []
+        self.restart()
 
     def restart(self) -> None:
         """Forget what was measured."""
-        self._copy, self._losses = None, []
+        self._copy: pl.LightningModule | None = None
+        self._biases: list[nn.Parameter] = []
+        self._gradients: list[Tensor] = []
+        self._losses: list[Tensor] = []
+        self._tuned = False
+        self._last: tuple[int, int] | None = None
+        self.wanted = True  # whether another batch helps
 
-    @property
-    def wanted(self) -> bool:
-        """Whether another batch helps."""
-        return len(self._losses) < BATCHES
+    def finish(self) -> None:
+        """Measure no more."""
+        self.wanted, self._copy, self._biases, self._gradients = False, None, [], []
 
-    def observe(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure one batch."""
-        expected = inspect.signature(pl_module.training_step).parameters
-        if not pl_module.automatic_optimization or "dataloader_iter" in expected:
+    def observe(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure one batch, once; any failure ends the measurement."""
+        now = trainer.current_epoch, batch_idx
+        if not self.wanted or now == self._last:  # another callback that shares the probe was first
+            return
+        later, self._last = self._last is not None and self._last[0] != now[0], now
+        try:
+            self._measure(trainer, module, batch, batch_idx, later)
+        except Exception:
+            self.finish()
+            raise
+        if len(self._losses) == SCORED:
+            self.finish()
+
+    def _measure(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, later: bool
+    ) -> None:
+        expected = inspect.signature(type(module).training_step).parameters
+        if not module.automatic_optimization or "dataloader_iter" in expected:
+            self.finish()
             return
         if self._copy is None:
-            self._copy = _at_zero(pl_module)
-        arguments = (batch, batch_idx) if len(expected) > 1 else (batch,)
-        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.train_step_context():
-            loss = batch_loss(self._copy.training_step(*arguments))
-        if loss is not None:
-            self._losses.append(loss.float())
-        if not self.wanted:
-            self._copy = None
+            self._copy, self._biases = _constant(module)
+        arguments = (batch, batch_idx) if len(expected) > 2 else (batch,)
+        originals = {id(part) for part in module.modules()}
+
+        def refuse(part: nn.Module, _: Any) -> None:
+            if id(part) in originals:
+                raise RuntimeError("the module keeps a function that is bound to itself, so it cannot be copied")
+
+        def loss() -> Tensor:
+            assert self._copy is not None
+            found: Any = self._copy.training_step(*arguments)
+            value = found.get("loss") if isinstance(found, dict) else found
+            if not isinstance(value, Tensor) or batch_loss(value) is None:
+                raise ValueError("training_step returned no loss")
+            return value
+
+        hook = register_module_forward_pre_hook(refuse)
+        try:
+            with isolate_rng(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
+                if self._tuned:
+                    self._losses.append(loss().detach().double().cpu())
+                else:
+                    self._gradients.append(self._gradient(value := loss()))
+                    if later or len(self._gradients) == TUNED:  # a full batch is an epoch
+                        self._tune(float(value.detach()), loss)
+        finally:
+            hook.remove()
+
+    def _gradient(self, loss: Tensor) -> Tensor:
+        """Gradient of all biases, flat."""
+        if not loss.requires_grad or not self._biases:
+            return torch.zeros(1)
+        found = torch.autograd.grad(loss, self._biases, allow_unused=True, materialize_grads=True)
+        return torch.cat([gradient.reshape(-1).double().cpu() for gradient in found])
+
+    def _tune(self, before: float, loss: Callable[[], Tensor]) -> None:
+        """Set the biases: a Newton step along the mean gradient, with the curvature seen on this batch."""
+        self._tuned = True
+        step = torch.stack(self._gradients).mean(dim=0)
+        length = float(step @ step)
+        if not 0 < length < math.inf:
+            return
+        slope = float(self._gradients[-1] @ step)
+        self._shift(-step)
+        curvature = 2 * (float(loss().detach()) - before + slope) / length
+        self._shift((1 - 1 / curvature) * step if 0 < curvature < math.inf else step)
+
+    def _shift(self, change: Tensor) -> None:
+        parts = torch.split(change, [bias.numel() for bias in self._biases])
+        with torch.no_grad():
+            for bias, part in zip(self._biases, parts, strict=True):
+                bias.add_(part.reshape(bias.shape).to(bias))
 
     def measured(self) -> Chance | None:
         """The mean with its standard error, or None where nothing sensible was measured."""
-        self._copy = None
-        if not self._losses:
+        if len(self._losses) < ENOUGH:
             return None
-        losses = torch.stack(self._losses).double()
+        losses = torch.stack(self._losses)
         mean = float(losses.mean())
-        if not 0 < mean < math.inf:
-            return None
-        return Chance(mean, float(losses.std()) / math.sqrt(len(losses)) if len(losses) > 1 else 0.0)
+        return Chance(mean, float(losses.std()) / math.sqrt(len(losses))) if 0 < mean < math.inf else None
 
 
-def _at_zero(module: pl.LightningModule) -> pl.LightningModule:
-    """Copy of a module with all parameters zero, without memory for them."""
-    memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(
-            torch.zeros((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape), requires_grad=False
-        )
-        for parameter in module.parameters()
-    }
+def shared_probe(trainer: pl.Trainer, own: ChanceProbe) -> ChanceProbe:
+    """The probe of the first callback that has one."""
+    return next((other._own_probe for other in trainer.callbacks if hasattr(other, "_own_probe")), own)  # type: ignore[attr-defined]
+
+
+def agreed_chance(trainer: pl.Trainer, probe: ChanceProbe, known: Chance | None) -> Chance | None:
+    """What is known at an epoch's end, the same on all ranks, which also agree on whether to go on measuring."""
+    known, wanted = trainer.strategy.broadcast((known or probe.measured(), probe.wanted))
+    if trainer.strategy.reduce_boolean_decision(known is not None or not (wanted and probe.wanted), all=False):
+        probe.finish()
+    return known
+
+
+def _constant(module: pl.LightningModule) -> tuple[pl.LightningModule, list[nn.Parameter]]:
+    """Copy of a module with all trainable weights zero, without memory for the large ones, and its biases."""
+    memo: dict[int, Any] = {}
+    biases = []
+    for parameter in module.parameters():
+        twin = parameter  # frozen ones may make the targets
+        if parameter.requires_grad and parameter.ndim == 1:
+            twin = nn.Parameter(torch.zeros_like(parameter))
+            biases.append(twin)
+        elif parameter.requires_grad:
+            zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+            twin = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+        memo[id(parameter)] = twin
     # data kept on the module may be large, and is only read
     shared = [value for value in vars(module).values() if isinstance(value, (Tensor, Dataset, DataLoader))]
     memo |= {id(value): value for value in (*shared, module.trainer)}
     network = copy.deepcopy(module, memo)
+    for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
+        del vars(network)[name]  # such as the compiled steps, which belong to the original
     network.trainer = module.trainer
     network.log = _nothing  # type: ignore[method-assign]
-    return network
+    silent = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
+    network.__class__ = type(type(network).__name__, (type(network),), silent)
+    return network, biases
 
 
 def _nothing(*_: Any, **__: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-MOST_STEPS = 20_000  # of schedulers, a fraction of a second
+MOST_STEPS = 100_000  # of schedulers, a fraction of a second
 FAR = 100  # epochs looked ahead where the run has no end
 
 
@@ -31,25 +32,31 @@ def planned_rates(trainer: pl.Trainer) -> list[list[float]]:
     if not configs:
         return []
     stand_ins = {id(optimizer): _stand_in(optimizer) for optimizer in trainer.optimizers}
-    schedulers = [copy.deepcopy(config.scheduler, dict(stand_ins)) for config in configs]
+    # functions of a schedule may be methods of the module, which is not to be copied with them
+    kept = {id(owner): owner for owner in (trainer, trainer.lightning_module)}
+    schedulers = [copy.deepcopy(config.scheduler, {**stand_ins, **kept}) for config in configs]
     now = trainer.current_epoch
     last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else now + FAR
     batches = int(trainer.num_training_batches) if trainer.num_training_batches < float("inf") else 1
-    steps = max(1, batches // trainer.accumulate_grad_batches)
+    every = trainer.accumulate_grad_batches
+    taken = [batch for batch in range(1, batches + 1) if batch % every == 0 or batch == batches]
+    left = MOST_STEPS if trainer.max_steps < 0 else min(MOST_STEPS, trainer.max_steps - trainer.global_step)
     for scheduler in schedulers:
         if isinstance(scheduler, ReduceLROnPlateau):
             _reduce(scheduler)
-    planned, taken = [], 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # advice on the order of steps does not concern a rehearsal
+    planned: list[list[float]] = []
+    # a schedule may end before the epochs do; its advice on the order of steps does not concern a rehearsal
+    with warnings.catch_warnings(), contextlib.suppress(ValueError):
+        warnings.simplefilter("ignore")
         for epoch in range(now + 1, last):
             planned.append([float(group["lr"]) for stand_in in stand_ins.values() for group in stand_in.param_groups])
-            if taken > MOST_STEPS:
+            left -= len(taken)
+            if left < 0:
                 break
             for config, scheduler in zip(configs, schedulers, strict=True):
-                due = steps // config.frequency if config.interval == "step" else (epoch + 1) % config.frequency == 0
+                at = taken if config.interval == "step" else [epoch + 1]
+                due = sum(index % config.frequency == 0 for index in at)
                 if not isinstance(scheduler, ReduceLROnPlateau):
-                    taken += int(due)
                     for _ in range(due):
                         scheduler.step()
     return planned

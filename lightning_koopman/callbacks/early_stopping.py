@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman.callbacks._base import TRAIN_LOSS, WEIGHTS, TrajectoryCallback, check_count, check_positive
-from lightning_koopman.callbacks._chance import ChanceProbe
+from lightning_koopman.callbacks._chance import ChanceProbe, agreed_chance, shared_probe
 from lightning_koopman.callbacks._schedule import planned_rates
 from lightning_koopman.convergence import (
     LEAST_HORIZON,
@@ -47,8 +48,9 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     random walk's; they have a direction that does not fade (a saddle); the learning rate is scheduled to change by more
     than it already has without effect (warm-up, next cycle, next decay).
 
-    The loss at chance is measured: the loss of ``training_step`` on the first 32 batches with all weights at zero (ln C
-    for C classes, the targets' mean square in regression).  No validation data are used; hence a network that overfits
+    The loss at chance is measured: that of ``training_step`` on the first batches for a copy of the module which can
+    only give a constant (ln C for C equally frequent classes, the targets' variance for a squared error).
+     No validation data are used; hence a network that overfits
     while its training loss stands still is stopped, one whose training loss falls on is not.
 
     Each epoch is a row of ``history.csv``, with what still speaks against stopping; logged are
@@ -60,7 +62,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             returns, or the name of a logged metric (then one epoch is one logged value).
         radius: Radius of the disc around 1, > 0.
         fraction: Least share of the weights' importance in it, in (0, 1].
-        horizon: Epochs to look ahead, and back, ≥ 4.  No decision falls before epoch ``horizon`` + 2 + ``patience`` −
+        horizon: Epochs to look ahead, and back, ≥ 6.  No decision falls before epoch ``horizon`` + 2 + ``patience`` −
             1.
         tolerance: Largest predicted change that counts as none, relative to the loss at chance, > 0.  Where chance is
             unknown (a metric, manual optimization), relative to the range of the values so far.
@@ -149,7 +151,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.rule = ConvergenceRule(radius, fraction, horizon, tolerance)
         self.patience, self.min_epochs, self.mode = patience, min_epochs, mode
         self.chance_loss = chance_loss
-        self._probe = ChanceProbe()
+        self._own_probe = self._probe = ChanceProbe()
+        self._batch: Any = None
         self._forget()
 
     def _forget(self) -> None:
@@ -160,7 +163,6 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self._rates: list[list[float]] = []
         self._segment = 0  # rows of the history before the weights were last drawn anew
         self._agreed = 0
-        self._probe.restart()
 
     @property
     def state_key(self) -> str:
@@ -170,12 +172,23 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._probe = shared_probe(trainer, self._own_probe)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if self._active and self._anew:
             self._forget()
+        if not self._resumed:
+            self._own_probe.restart()
         known = (self.chance, self.would_stop_epoch, self.message)  # restored on global rank zero only
         self.chance, self.would_stop_epoch, self.message = trainer.strategy.broadcast(known)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -183,11 +196,13 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._active and self.chance is None and self.observable == TRAIN_LOSS and self._probe.wanted:
             with self._guard("measuring the loss at chance"):
-                self._probe.observe(trainer, pl_module, batch, batch_idx)
+                self._probe.observe(trainer, pl_module, self._batch, batch_idx)
+        self._batch = None
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         logged, met = None, False
-        self.chance = self.chance or self._probe.measured()
+        if self.observable == TRAIN_LOSS:
+            self.chance = agreed_chance(trainer, self._probe, self.chance)
         value = self._scalar(trainer)
         if trainer.is_global_zero and value is not None:
             with self._guard("judging convergence"):
@@ -200,13 +215,13 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             self._conclude(trainer, epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.mode == "report" and self.would_stop_epoch is not None and trainer.is_global_zero:
-            values = {row["epoch"]: row["value"] for row in self.history}
-            change = self.history[-1]["value"] - values[self.would_stop_epoch]
+        values = {row["epoch"]: row["value"] for row in self.history}
+        if self._active and self.mode == "report" and self.would_stop_epoch in values:
+            last = self.history[-1]
             rank_zero_info(
                 f"{type(self).__name__}: stopping after epoch {self.would_stop_epoch} would have saved "
-                f"{self.history[-1]['epoch'] - self.would_stop_epoch} epochs, in which {self.observable} changed by "
-                f"{change:+.2g}."
+                f"{last['epoch'] - self.would_stop_epoch} epochs, in which {self.observable} changed by "
+                f"{last['value'] - values[self.would_stop_epoch]:+.2g}."
             )
 
     def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -219,13 +234,13 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         """Add the epoch's row to the history; returns whether the rule is met."""
         horizon, trajectory = self.rule.horizon, self.recorder.trajectory
         values = [*(row["value"] for row in self.history[self._segment :]), value]
-        self._rates.append(self.rates)
+        agreed, self._agreed = self._agreed, 0
         factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
         verdict = self.rule.judge(values, factor, self.chance)
         hold = verdict.hold
         if hold is None and not verdict.at_floor and self._rate_will_matter(trainer, values, verdict):
             hold = Hold.SCHEDULE
-        self._agreed = self._agreed + 1 if hold is None else 0
+        self._agreed = agreed + 1 if hold is None else 0
         if hold is None and self._agreed < self.patience:
             hold = Hold.PATIENCE
         then = self.history[-horizon] if len(values) > horizon else None
@@ -240,10 +255,11 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                 "bound": verdict.forecast.bound,
                 "swing": verdict.forecast.swing,
                 "scale": verdict.scale,
-                "learning_rate": max(self._rates[-1], default=math.nan),
+                "learning_rate": max(self.rates, default=math.nan),
                 "hold": "" if hold is None else hold.value,
             }
         )
+        self._rates.append(self.rates)
         self._write_history()
         return hold is None
 
@@ -253,7 +269,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         with self._guard("reading the learning rates ahead"):
             planned = planned_rates(trainer)
         tolerance = self.rule.tolerance * verdict.scale
-        past = self._rates[-len(values) :]
+        past = [*self._rates[self._segment :], self.rates]
         return rate_will_matter(past, planned, values, span=self.rule.horizon, tolerance=tolerance)
 
     def _conclude(self, trainer: pl.Trainer, epoch: int) -> None:
@@ -261,7 +277,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         if too_early or trainer.global_step < (trainer.min_steps or 0):
             return
         stops = self.mode == "stop"
-        if self.would_stop_epoch is None:
+        if stops or self.would_stop_epoch is None:
             self.would_stop_epoch = epoch
             if trainer.is_global_zero:
                 row = self.history[-1]
@@ -285,7 +301,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         state = super().state_dict()
         if state:
             state |= {
-                "rates": self._rates,
+                "rates": list(self._rates),
                 "segment": self._segment,
                 "agreed": self._agreed,
                 "would_stop_epoch": self.would_stop_epoch,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count, check_positive
-from lightning_koopman.callbacks._chance import ChanceProbe
+from lightning_koopman.callbacks._chance import ChanceProbe, agreed_chance, shared_probe
 from lightning_koopman.callbacks._schedule import planned_rates
 from lightning_koopman.convergence import RECENT, Chance, StoppingReason, bad_start
 from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
@@ -19,6 +21,7 @@ from lightning_koopman.initialization import SCHEMES, reinitialize, select_modul
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 FAR_SEED = 7_919_000_000  # far from the seed that drew the bad start, or the same weights would be drawn again
 WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is too early to judge
 
@@ -31,8 +34,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
     loss
 
     - is not finite (this is seen at once);
-    - or is worse than chance, the loss of ``training_step`` with all weights at zero;
-    - or equals chance, and is predicted to stay there.
+    - or is no better than chance, the loss of a network that ignores its input, and began at more than twice that, or
+      is not predicted to fall.
 
     Then, before the next epoch, the chosen modules are initialised anew, optimizers and schedulers are built anew by
     ``configure_optimizers``, and every Koopman callback starts a new trajectory.  After ``max_restarts`` such restarts
@@ -78,7 +81,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         check_epoch: int = 10,
         *,
         max_restarts: int = 3,
-        scheme: str | Callable[[nn.Module], Any] | None = None,
+        scheme: Callable[[nn.Module], Any] | str | None = None,
         modules: str | Sequence[str] | None = None,
         seed: int = 0,
         chance_loss: float | None = None,
@@ -105,7 +108,10 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.check_epoch, self.max_restarts, self.seed = check_epoch, max_restarts, seed
         self.scheme, self.chance_loss = scheme, chance_loss
         self.modules = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
-        self._probe = ChanceProbe()
+        self._own_probe = self._probe = ChanceProbe()
+        self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began
+        self._alone = True  # nobody shares the recorder
+        self._batch: Any = None
         self._forget()
 
     def _forget(self) -> None:
@@ -114,20 +120,24 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.stopped_epoch: int | None = None
         self._begin(0)
         self._settled = False  # the start was found good, or there was none to judge
-        self._due_restart = False
+        self._due: str | None = None  # why the weights will be drawn anew when the next epoch begins
+        self.chance = None if self.chance_loss is None else Chance(self.chance_loss)
 
     def _begin(self, epoch: int) -> None:
         self._start = epoch
         self._start_losses: list[float] = []
         self._start_rates: list[float] = []
-        self._probe.restart()
 
     # -- when ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._probe = shared_probe(trainer, self._own_probe)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self._active:
-            select_modules(pl_module, self.modules, self.scheme)
+            self._chosen = list(select_modules(pl_module, self.modules, self.scheme))
             if not pl_module.automatic_optimization and self.chance_loss is None and trainer.is_global_zero:
                 self._warn(
                     "chance",
@@ -137,61 +147,86 @@ class RestartOnBadInitialization(TrajectoryCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._active:
-            if self._anew:
-                self._forget()
-                self._settled = trainer.current_epoch > 0  # resumed from a checkpoint that knows nothing of us
-            self._share_state(trainer)
+        if not self._active:
+            return
+        if self._anew:
+            self._forget()
+            self._settled = trainer.current_epoch > 0  # resumed from a checkpoint that knows nothing of us
+        if not self._resumed:
+            self._own_probe.restart()
+            self._due = None  # of an earlier fit
+        self._share_state(trainer)
+        others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+        self._alone = not any(getattr(other, "recorder", None) is self.recorder for other in others)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
-        if self._active and self._due_restart:
-            self._restart(trainer, pl_module)
+        if self._active and self._due is not None:
+            with self._guard("drawing the weights anew"):
+                self._restart(trainer, pl_module, self._due)
+            self._due = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        judged = not self._settled and trainer.current_epoch + 1 >= self._start + self.check_epoch
-        if self._active and judged and self.chance_loss is None and self._probe.wanted:
+        if self._active and self.chance is None and not self._settled and self._probe.wanted:
             with self._guard("measuring the loss at chance"):
-                self._probe.observe(trainer, pl_module, batch, batch_idx)
+                self._probe.observe(trainer, pl_module, self._batch, batch_idx)
+        self._batch = None
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        if self._settled or self._due_restart:
+        if self._settled or self._due is not None:
             return
+        self.chance = agreed_chance(trainer, self._probe, self.chance)
         reason = None
         if trainer.is_global_zero:
             with self._guard("judging the start"):
-                reason = self._judge(trainer, epoch, recorded)
-        reason, self._settled = trainer.strategy.broadcast((reason, self._settled))
+                reason = self._judge(trainer, epoch)
+        reason, settled = trainer.strategy.broadcast((reason, self._settled))
+        self._settled = bool(settled)
         if reason is not None:
             self._act(trainer, epoch, reason)
+        if self._settled and self._alone:
+            self.recorder.clear()  # and nothing more is recorded: see `_due_at`
+
+    def _due_at(self, epoch: int) -> bool:
+        return super()._due_at(epoch) and not (self._settled and self._alone)
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _judge(self, trainer: pl.Trainer, epoch: int, recorded: bool) -> str | None:
+    def _judge(self, trainer: pl.Trainer, epoch: int) -> str | None:
         """Why the start is bad, or None."""
         loss = self.train_loss
-        if not recorded or (loss is not None and not math.isfinite(loss)):
-            return f"{'the weights are' if loss is None or math.isfinite(loss) else f'the loss is {loss}:'} not finite"
+        if loss is not None and not math.isfinite(loss):
+            return f"the loss is {loss}"
+        if not self.finite:
+            return "the weights are not finite"
         if loss is not None:
             self._start_losses.append(loss)
         self._start_rates.append(max(self.rates, default=0.0))
         if epoch < self._start + self.check_epoch:
             return None
-        chance = self._probe.measured() if self.chance_loss is None else Chance(self.chance_loss)
-        self._probe.restart()
-        if self._warming_up(trainer):
+        if not self._start_losses or (self.chance is None and not self._probe.wanted):
+            self._settled = True
+            self._warn(
+                "chance",
+                "the loss at chance is not known, so only losses that are not finite are found: pass `chance_loss`, "
+                "for instance ln C for C classes, and return the loss from `training_step`.",
+            )
             return None
-        self._settled = True
-        if chance is None or not self._start_losses:
+        if self.chance is None or self._warming_up(trainer):
             return None
         trajectory = self.recorder.trajectory
         factor = None if trajectory is None else trajectory.factor(last=RECENT)
-        reason = bad_start(self._start_losses, factor, chance, horizon=self.check_epoch)
+        reason = bad_start(self._start_losses, factor, self.chance, horizon=self.check_epoch)
         self._settled = reason is None
-        return reason
+        return reason or None
 
     def _warming_up(self, trainer: pl.Trainer) -> bool:
         planned = 0.0
@@ -202,9 +237,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
     def _act(self, trainer: pl.Trainer, epoch: int, reason: str) -> None:
         """Restart before the next epoch, so that this epoch's checkpoints hold what this epoch trained; or give up."""
         if len(self.restarts) < self.max_restarts:
-            self._due_restart = True
-            self.restarts.append({"epoch": epoch, "reason": reason})
-            follow = f"restart {len(self.restarts)} of at most {self.max_restarts} with newly drawn weights"
+            self._due = reason
+            follow = f"restart {len(self.restarts) + 1} of at most {self.max_restarts} before the next epoch"
         else:
             self.stopping_reason, self.stopped_epoch = StoppingReason.BAD_START, epoch
             self._settled = trainer.should_stop = True
@@ -212,13 +246,19 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.message = f"{type(self).__name__}: bad start, after epoch {epoch} {reason}; {follow}."
         rank_zero_info(self.message)
 
-    def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._due_restart = False
-        chosen = select_modules(pl_module, self.modules, self.scheme)
-        reinitialize(list(chosen.values()), self.scheme, seed=FAR_SEED + self.seed + len(self.restarts) - 1)
+    def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
+        named = dict(pl_module.named_modules())
+        seed = FAR_SEED + self.seed + len(self.restarts)
+        reinitialize([named[name] for name in self._chosen], self.scheme, seed=seed)
+        if trainer.world_size > 1:
+            for tensor in pl_module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
         trainer.strategy.setup_optimizers(trainer)
+        self.restarts.append({"epoch": trainer.current_epoch, "reason": reason})
         self._begin(trainer.current_epoch)
         for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if {base.__name__ for base in type(other).__mro__} & set(AVERAGING):
+                self._warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
             if isinstance(other, TrajectoryCallback):
                 other.start_segment(trainer, pl_module)
 
@@ -228,11 +268,13 @@ class RestartOnBadInitialization(TrajectoryCallback):
         state = super().state_dict()
         if state:
             state |= {
-                "restarts": self.restarts,
+                "restarts": [dict(row) for row in self.restarts],
                 "message": self.message,
-                "start": [self._start, self._start_losses, self._start_rates],
+                "start": [self._start, list(self._start_losses), list(self._start_rates)],
                 "settled": self._settled,
-                "due_restart": self._due_restart,
+                "due": self._due,
+                "chosen": list(self._chosen),
+                "chance": None if self.chance is None else [self.chance.loss, self.chance.error],
             }
         return state
 
@@ -241,9 +283,12 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self._forget()
         self.restarts, self.message = state["restarts"], state["message"]
         self._start, self._start_losses, self._start_rates = state["start"]
-        self._settled, self._due_restart = state["settled"], state["due_restart"]
+        self._settled, self._due, self._chosen = state["settled"], state["due"], state["chosen"]
+        if self.chance is None and state["chance"] is not None:
+            self.chance = Chance(*state["chance"])
 
     def _share_state(self, trainer: pl.Trainer) -> None:
         """Give every rank what was restored on global rank zero."""
-        known = (self.restarts, self.message, self._start, self._settled, self._due_restart)
-        self.restarts, self.message, self._start, self._settled, self._due_restart = trainer.strategy.broadcast(known)
+        known = (self.restarts, self.message, self._start, self._settled, self._due, self._chosen, self.chance)
+        known = trainer.strategy.broadcast(known)
+        self.restarts, self.message, self._start, self._settled, self._due, self._chosen, self.chance = known
