@@ -290,7 +290,8 @@ def bad_start(losses: npt.ArrayLike, factor: Real | None, chance: Chance, *, hor
     """Why a training started badly, in words; "" if it is too early to say, None if it did not.
 
     A start is bad if the loss is no better than chance, and either began far above it, as no network at a sane scale of
-    its weights does, or is not predicted to fall.  The weights of both kinds look converged (paper, section 3).
+    its weights does, or neither falls nor is predicted to.  The weights of both kinds look converged (paper, section
+    3).
 
     Args:
         losses: Array (t,): the losses of all epochs since the start, newest last.
@@ -308,7 +309,8 @@ def bad_start(losses: npt.ArrayLike, factor: Real | None, chance: Chance, *, hor
             return ""
         slope = (newest[-1] - newest[0]) / (newest.size - 1)
         change = forecast_change(newest, horizon).change if newest.size == RECENT else slope * horizon
-        if change < -MARGIN * chance.loss:
+        fallen = values[values.size // 2] - values[-1]
+        if max(-change, fallen) > MARGIN * chance.loss:
             return ""
     reason = (
         f"the loss, {newest[-1]:.3g}, is {'worse' if order > 0 else 'no better'} than {chance.loss:.3g}, that of a "

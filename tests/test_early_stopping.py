@@ -181,6 +181,71 @@ def test_batches_of_any_structure(fit, classifier):
     assert stop.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=0.03)
 
 
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor.*:UserWarning")  # of the compiler
+@pytest.mark.parametrize("kept", ["compiled", "closure"])
+def test_functions_bound_to_the_module_do_not_make_its_loss_chance(fit, classifier, kept):
+    class Closed(classifier):
+        def __init__(self):
+            super().__init__(dropout=0.0)
+            self.apply_network = lambda images: self.network(images)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.apply_network(batch[0]), batch[1])
+
+    if kept == "compiled":
+        stop, run = fit(model=torch.compile(classifier(dropout=0.0), backend="eager"), epochs=3)
+        assert stop.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=0.03)
+        assert int(run.lightning_module.network[2].num_batches_tracked) == 30  # the user's own steps only
+    else:
+        with pytest.warns(KoopmanWarning, match="keeps a function that is bound to itself"):
+            stop, _ = fit(model=Closed(), epochs=3)
+        assert stop.chance is None
+
+
+def test_frozen_weights_that_make_the_targets_stay(fit, classifier):
+    class Distilled(classifier):
+        def __init__(self):
+            super().__init__(dropout=0.0)
+            self.teacher = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)).requires_grad_(False)
+            self.teacher[1].weight.mul_(30.0)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.mse_loss(self.network(batch[0]), self.teacher(batch[0]))
+
+    model = Distilled()
+    targets = model.teacher(model.images[: model.n])
+    stop, _ = fit(model=model, epochs=3)
+    assert stop.chance.loss == pytest.approx(float(targets.var(dim=0).mean()), rel=0.1)
+
+
+def test_the_probe_is_silent_and_gives_up_after_one_failure(root, trainer, classifier, tmp_path):
+    class Loud(classifier):
+        def __init__(self, fails: bool):
+            super().__init__()
+            self.fails = fails
+
+        def training_step(self, batch, batch_idx):
+            self.logger.log_metrics({"direct": 1.0}, step=self.calls)
+            if self.fails and not any(bool(p.any()) for p in self.parameters()):
+                tries.append(batch_idx)
+                raise RuntimeError("no weights")
+            return super().training_step(batch, batch_idx)
+
+    def count(fails):
+        logger = root.loggers.CSVLogger(tmp_path / str(fails))
+        seen = []
+        logger.log_metrics = lambda metrics, **_: seen.append("direct" in metrics)
+        stop = EarlyStopOnUnitEigenvalues(dirpath=tmp_path)
+        trainer(callbacks=stop, logger=logger, max_epochs=2, log_every_n_steps=1).fit(Loud(fails))
+        return sum(seen)
+
+    tries: list[int] = []
+    assert count(False) == 20  # ten batches an epoch, each logged once
+    with pytest.warns(KoopmanWarning, match="measuring the loss at chance failed"):
+        assert count(True) == 20
+    assert tries == [0]
+
+
 # -- it does not stop -------------------------------------------------------------------------------------------------
 
 
@@ -425,6 +490,10 @@ def test_patterns_that_match_nothing_are_named_before_training(fit, tmp_path):
         fit(EarlyStopOnUnitEigenvalues(parameters="encoder.*", dirpath=tmp_path / "s"))
 
 
-def test_two_stops_with_equal_settings_are_refused(fit, tmp_path):
-    with pytest.raises((ValueError, RuntimeError), match="EarlyStopOnUnitEigenvalues"):
-        fit(callbacks=[EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "t")])
+def test_two_stops_need_two_prefixes(fit, tmp_path):
+    pair = [EarlyStopOnUnitEigenvalues(mode=mode, dirpath=tmp_path, prefix=mode) for mode in ("stop", "report")]
+    _, run = fit(pair[0], callbacks=pair[1:], epochs=14)
+    assert {"stop/predicted_change", "report/predicted_change"} <= set(run.callback_metrics)
+    other = EarlyStopOnUnitEigenvalues(horizon=8, dirpath=tmp_path)
+    with pytest.raises(ValueError, match="prefix='koopman' is used by two callbacks of type EarlyStopOnUnit"):
+        fit(callbacks=[other])

@@ -362,7 +362,7 @@ def test_an_empty_selection_is_an_error_before_training(trainer, regression):
 
 def test_two_monitors_with_one_prefix_are_an_error_before_training(trainer, regression):
     pair = [KoopmanSpectrumMonitor(), KoopmanSpectrumMonitor("train_loss")]
-    with pytest.raises(ValueError, match="prefix='koopman' is used by two monitors"):
+    with pytest.raises(ValueError, match="prefix='koopman' is used by two callbacks of type KoopmanSpectrumMonitor"):
         trainer(callbacks=pair).fit(regression())
 
 

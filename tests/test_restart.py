@@ -102,6 +102,70 @@ def test_a_loss_that_is_not_finite_is_found_at_once(fit, network):
     assert restart.restarts == [{"epoch": 2, "reason": "the loss is nan"}]
 
 
+def test_a_failing_record_is_no_bad_start(fit, network, monkeypatch):
+    from lightning_koopman.trajectory import Trajectory
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Trajectory, "append", full)
+    with pytest.warns(KoopmanWarning, match="No space left"):
+        restart, run = fit(network(), epochs=14)
+    assert restart.restarts == []
+    assert run.current_epoch == 14
+
+
+def test_few_steps_an_epoch_are_no_bad_start(fit, network):
+    """A full batch an epoch: after ten steps a sane network may still be no better than chance."""
+
+    class Slow(network):
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), lr=1e-4)
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(super().train_dataloader().dataset, batch_size=600)
+
+    restart, _ = fit(Slow(), epochs=60)
+    assert restart.restarts == []
+
+
+def test_a_due_restart_does_not_reach_into_another_fit(fit, network, tmp_path):
+    restart = RestartOnBadInitialization(3, scheme="he", dirpath=tmp_path / "r")
+    _, run = fit(network("5he"), restart, epochs=3)
+    assert restart.restarts == []  # no epoch followed
+    run.fit_loop.max_epochs = 6
+    good = network()
+    before = good.network[1].weight.detach().clone()
+    run.fit(good)
+    assert restart.restarts == []
+    assert float((good.network[1].weight.detach() - before).norm() / before.norm()) < 0.5
+
+
+def test_statistics_of_norms_without_weights_are_reset(fit, network):
+    class Normed(network):
+        def __init__(self):
+            super().__init__()
+            self.network.insert(1, nn.BatchNorm1d(64, affine=False))
+
+        def on_train_epoch_end(self):
+            if self.current_epoch == 0:
+                self.network[1].running_mean.fill_(math.nan)
+                self.network[2].weight.data.fill_(math.nan)
+
+    with pytest.warns(KoopmanWarning, match="NaN or infinite"):
+        restart, run = fit(Normed(), epochs=4)
+    assert len(restart.restarts) == 1
+    assert run.lightning_module.network[1].running_mean.isfinite().all()
+
+
+def test_averages_that_keep_the_bad_start_are_named(root, fit, network, tmp_path):
+    if not hasattr(root.callbacks, "EMAWeightAveraging"):
+        pytest.skip("this Lightning has no EMAWeightAveraging")
+    restart = RestartOnBadInitialization(3, scheme="he", dirpath=tmp_path / "r")
+    with pytest.warns(KoopmanWarning, match="the average of EMAWeightAveraging still holds weights of the bad start"):
+        fit(network("5he"), restart, epochs=5, callbacks=[root.callbacks.EMAWeightAveraging()])
+
+
 def test_optimizers_and_schedulers_start_anew(root, fit, network, tmp_path):
     class Look(root.Callback):
         states = ()

@@ -209,3 +209,21 @@ def test_validating_with_a_checkpoint_leaves_a_later_fit_alone(trainer, regressi
     fit.validate(model, ckpt_path=str(checkpoints / "epoch=5.ckpt"), verbose=False)
     fit.fit(model)
     assert monitor.recorder.epochs == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+def test_a_callback_added_on_resume_leaves_the_shared_trajectory(root, trainer, regression, tmp_path, first):
+    def start(epochs, callbacks, ckpt_path=None):
+        save = root.callbacks.ModelCheckpoint(tmp_path / "c", filename="last")
+        fit = trainer(callbacks=[*callbacks, save], enable_checkpointing=True, max_epochs=epochs)
+        fit.fit(regression(), ckpt_path=ckpt_path)
+
+    start(5, [KoopmanSpectrumMonitor(dirpath=tmp_path / "a")])
+    old, new = (
+        KoopmanSpectrumMonitor(dirpath=tmp_path / "b"),
+        KoopmanSpectrumMonitor(dirpath=tmp_path / "b", prefix="new"),
+    )
+    with pytest.warns(KoopmanWarning, match="holds no snapshots for this callback"):
+        start(8, [old, new] if first == "old" else [new, old], tmp_path / "c" / "last.ckpt")
+    assert old.recorder is new.recorder
+    assert old.recorder.epochs == list(range(9))

@@ -57,6 +57,7 @@ class TrajectoryCallback(LightningCallback):
     """
 
     folder = "koopman"  # name of the folder made there
+    prefix = "koopman"  # first part of the logged names
     columns: tuple[str, ...] = ()  # of the history; without any, none is kept
     enough: float = math.inf  # snapshots after a resume; with fewer than were saved, and than this, it warns
     any_window = False  # whether a trajectory longer than the window asked for does as well
@@ -287,6 +288,14 @@ class TrajectoryCallback(LightningCallback):
 
     # -- checks before training ---------------------------------------------------------------------------------------
 
+    def _check_prefix(self, trainer: pl.Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if other is not self and isinstance(other, type(self)) and other.prefix == self.prefix:
+                raise ValueError(
+                    f"prefix={self.prefix!r} is used by two callbacks of type {type(self).__name__}, whose scalars "
+                    "would overwrite each other: give one of them another `prefix`."
+                )
+
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         if self.settings.observable == WEIGHTS and names & set(SHARDED):
@@ -484,3 +493,12 @@ def _available_memory() -> int | None:
         # a container's limit ("max" where there is none); what it uses counts caches too, so it says little
         known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(known) if known else None
+
+
+def checked_prefix(prefix: str) -> str:
+    """The first part of logged names, or ValueError if it will not do."""
+    if not prefix.strip("/"):
+        raise ValueError(f"prefix must not be empty, got {prefix!r}: logged names begin with it.")
+    if "/dataloader_idx_" in prefix:
+        raise ValueError(f"prefix must not hold '/dataloader_idx_', got {prefix!r}: Lightning keeps that for itself.")
+    return prefix.strip("/")

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_koopman.callbacks._base import TRAIN_LOSS, WEIGHTS, TrajectoryCallback, check_count, check_positive
+from lightning_koopman.callbacks._base import (
+    TRAIN_LOSS,
+    WEIGHTS,
+    TrajectoryCallback,
+    check_count,
+    check_positive,
+    checked_prefix,
+)
 from lightning_koopman.callbacks._chance import ChanceProbe, agreed_chance, shared_probe
 from lightning_koopman.callbacks._schedule import planned_rates
 from lightning_koopman.convergence import (
@@ -49,13 +56,14 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     than it already has without effect (warm-up, next cycle, next decay).
 
     The loss at chance is measured: that of ``training_step`` on the first batches for a copy of the module which can
-    only give a constant (ln C for C equally frequent classes, the targets' variance for a squared error).
-     No validation data are used; hence a network that overfits
-    while its training loss stands still is stopped, one whose training loss falls on is not.
+    only give a constant (ln C for C equally frequent classes, the targets' variance for a squared error).  No
+    validation data are used; hence a network that overfits while its training loss stands still is stopped, one whose
+    training loss falls on is not.
 
     Each epoch is a row of ``history.csv``, with what still speaks against stopping; logged are
     ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
-    last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/weights_unit_fraction``.
+    last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/weights_unit_fraction``;
+    none of them before it is known.
 
     Args:
         observable: What must stand still: ``"train_loss"``, the epoch's mean of the loss that ``training_step``
@@ -73,6 +81,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         chance_loss: The loss at chance, > 0, in place of the measurement.
         dirpath: Local folder below which ``koopman_stop`` is made for the history and the snapshots that checkpoints
             refer to (default: the run's log folder).
+        prefix: First part of the logged names and of that folder's; give two of them on one Trainer different ones.
 
     Attributes:
         stopping_reason: :class:`StoppingReason`.
@@ -100,7 +109,6 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         (3, 'too few epochs to tell')
     """
 
-    folder = "koopman_stop"
     columns = COLUMNS
     any_window = True
 
@@ -118,6 +126,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         parameters: str | Sequence[str] | None = None,
         chance_loss: float | None = None,
         dirpath: str | os.PathLike[str] | None = None,
+        prefix: str = "koopman",
     ) -> None:
         if observable == WEIGHTS or not isinstance(observable, str) or not observable:
             raise ValueError(
@@ -148,6 +157,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}.")
         self.observable = self._watched = observable
         self.enough = horizon + 1
+        self.prefix = checked_prefix(prefix)
+        self.folder = f"{self.prefix}_stop"
         self.rule = ConvergenceRule(radius, fraction, horizon, tolerance)
         self.patience, self.min_epochs, self.mode = patience, min_epochs, mode
         self.chance_loss = chance_loss
@@ -167,12 +178,17 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     @property
     def state_key(self) -> str:
         return self._generate_state_key(
-            observable=self.observable, parameters=self.settings.parameters, horizon=self.rule.horizon
+            observable=self.observable,
+            parameters=self.settings.parameters,
+            horizon=self.rule.horizon,
+            prefix=self.prefix,
         )
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._check_prefix(trainer)
         super().setup(trainer, pl_module, stage)
         self._probe = shared_probe(trainer, self._own_probe)
 
@@ -210,7 +226,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                 logged = {name: self.history[-1][name] for name in LOGGED}
         for name, number in (trainer.strategy.broadcast(logged) or {}).items():
             if not math.isnan(number):
-                pl_module.log(f"koopman/{name}", number, batch_size=1, sync_dist=trainer.world_size > 1)
+                pl_module.log(f"{self.prefix}/{name}", number, batch_size=1, sync_dist=trainer.world_size > 1)
         if trainer.strategy.reduce_boolean_decision(met, all=False):
             self._conclude(trainer, epoch)
 

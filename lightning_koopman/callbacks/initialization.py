@@ -35,7 +35,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
 
     - is not finite (this is seen at once);
     - or is no better than chance, the loss of a network that ignores its input, and began at more than twice that, or
-      is not predicted to fall.
+      neither falls nor is predicted to.
 
     Then, before the next epoch, the chosen modules are initialised anew, optimizers and schedulers are built anew by
     ``configure_optimizers``, and every Koopman callback starts a new trajectory.  After ``max_restarts`` such restarts
@@ -155,6 +155,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         if not self._resumed:
             self._own_probe.restart()
             self._due = None  # of an earlier fit
+            self._begin(trainer.current_epoch)
         self._share_state(trainer)
         others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
         self._alone = not any(getattr(other, "recorder", None) is self.recorder for other in others)
@@ -223,7 +224,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         if self.chance is None or self._warming_up(trainer):
             return None
         trajectory = self.recorder.trajectory
-        factor = None if trajectory is None else trajectory.factor(last=RECENT)
+        factor = trajectory.factor(last=RECENT) if trajectory is not None and len(trajectory) else None
         reason = bad_start(self._start_losses, factor, self.chance, horizon=self.check_epoch)
         self._settled = reason is None
         return reason or None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_positive
+from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_positive, checked_prefix
 from lightning_koopman.callbacks._figures import deliver
 from lightning_koopman.dmd import check_options
 from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectrum
@@ -133,14 +133,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             check_positive(name, value)
         if log_figure is not True and log_figure < 0:
             raise ValueError(f"log_figure must be True, False or a number of epochs ≥ 1, got {log_figure}.")
-        if not prefix.strip("/"):
-            raise ValueError(f"prefix must not be empty, got {prefix!r}: logged names begin with it.")
-        if "/dataloader_idx_" in prefix:
-            raise ValueError(
-                f"prefix must not hold '/dataloader_idx_', got {prefix!r}: Lightning keeps that for itself."
-            )
         self.radius, self.tol, self.max_residual = radius, tol, max_residual
-        self.log_figure, self.prefix = log_figure, prefix.strip("/")
+        self.log_figure, self.prefix = log_figure, checked_prefix(prefix)
         self.folder = self.prefix
         self.spectrum: Spectrum | None = None
         self.surrogate: Spectrum | None = None
@@ -290,11 +284,3 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
                     self.figure_paths.append(path)
                 for failure in failures:
                     self._warn("logger", failure)
-
-    def _check_prefix(self, trainer: pl.Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if other is not self and isinstance(other, KoopmanSpectrumMonitor) and other.prefix == self.prefix:
-                raise ValueError(
-                    f"prefix={self.prefix!r} is used by two monitors, whose scalars would overwrite each other: give "
-                    "one of them another `prefix`."
-                )
