@@ -113,12 +113,14 @@ class ChanceProbe:
         self._tuned = True
         step = torch.stack(self._gradients).mean(dim=0)
         length = float(step @ step)
-        if not 0 < length < math.inf:
-            return
+        usable = 0 < length < math.inf
         slope = float(self._gradients[-1] @ step)
-        self._shift(-step)
-        curvature = 2 * (float(loss().detach()) - before + slope) / length
-        self._shift((1 - 1 / curvature) * step if 0 < curvature < math.inf else step)
+        if usable:
+            self._shift(-step)
+        after = float(loss().detach())  # in any case: the step may talk to the other ranks
+        if usable:
+            curvature = 2 * (after - before + slope) / length
+            self._shift((1 - 1 / curvature) * step if 0 < curvature < math.inf else step)
 
     def _shift(self, change: Tensor) -> None:
         parts = torch.split(change, [bias.numel() for bias in self._biases])
