@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_koopman.callbacks._base import TrajectoryCallback, check_positive
 from lightning_koopman.callbacks._loss import batch_loss
 from lightning_koopman.convergence import Chance
 
@@ -137,17 +138,78 @@ class ChanceProbe:
         return Chance(mean, float(losses.std()) / math.sqrt(len(losses))) if 0 < mean < math.inf else None
 
 
-def shared_probe(trainer: pl.Trainer, own: ChanceProbe) -> ChanceProbe:
-    """The probe of the first callback that has one."""
-    return next((other._own_probe for other in trainer.callbacks if hasattr(other, "_own_probe")), own)  # type: ignore[attr-defined]
+class ChanceCallback(TrajectoryCallback):
+    """Base of the callbacks that compare the loss with that at chance, given or measured.
 
+    Args:
+        chance_loss: The loss at chance, > 0, or None to measure it.
+        **options: Those of :class:`TrajectoryCallback`.
+    """
 
-def agreed_chance(trainer: pl.Trainer, probe: ChanceProbe, known: Chance | None) -> Chance | None:
-    """What is known at an epoch's end, the same on all ranks, which also agree on whether to go on measuring."""
-    known, wanted = trainer.strategy.broadcast((known or probe.measured(), probe.wanted))
-    if trainer.strategy.reduce_boolean_decision(known is not None or not (wanted and probe.wanted), all=False):
-        probe.finish()
-    return known
+    def __init__(self, chance_loss: float | None, **options: Any) -> None:
+        super().__init__(**options)
+        if chance_loss is not None:
+            check_positive("chance_loss", chance_loss)
+        self.chance_loss = chance_loss
+        self._own_probe = self._probe = ChanceProbe()
+        self._batch: Any = None
+        self._forget()
+
+    def _forget(self) -> None:
+        """Begin as for a first fit."""
+        self.chance = None if self.chance_loss is None else Chance(self.chance_loss)
+
+    @property
+    def _needs_chance(self) -> bool:
+        """Whether the loss at chance is of use."""
+        return True
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        found = [other for other in trainer.callbacks if isinstance(other, ChanceCallback)]  # type: ignore[attr-defined]
+        self._probe = found[0]._own_probe  # one measurement serves all
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if not self._resumed:
+            self._own_probe.restart()
+        if self._active and self._anew:
+            self._forget()
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._active and self.chance is None and self._needs_chance and self._probe.wanted:
+            with self._guard("measuring the loss at chance"):
+                self._probe.observe(trainer, pl_module, self._batch, batch_idx)
+        self._batch = None
+
+    def _agree_on_chance(self, trainer: pl.Trainer) -> None:
+        """Take what is known at an epoch's end on all ranks, which also agree on whether to go on measuring."""
+        known, wanted = trainer.strategy.broadcast((self.chance or self._probe.measured(), self._probe.wanted))
+        if trainer.strategy.reduce_boolean_decision(
+            known is not None or not (wanted and self._probe.wanted), all=False
+        ):
+            self._probe.finish()
+        self.chance = known
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if state:
+            state["chance"] = None if self.chance is None else [self.chance.loss, self.chance.error]
+        return state
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        super()._restore_state(state)
+        self._forget()
+        if self.chance is None and state["chance"] is not None:
+            self.chance = Chance(*state["chance"])
 
 
 def _constant(module: pl.LightningModule) -> tuple[pl.LightningModule, list[nn.Parameter]]:

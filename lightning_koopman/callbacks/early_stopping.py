@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Sequence
@@ -13,16 +12,14 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_koopman.callbacks._base import (
     TRAIN_LOSS,
     WEIGHTS,
-    TrajectoryCallback,
     check_count,
     check_positive,
     checked_prefix,
 )
-from lightning_koopman.callbacks._chance import ChanceProbe, agreed_chance, shared_probe
+from lightning_koopman.callbacks._chance import ChanceCallback
 from lightning_koopman.callbacks._schedule import planned_rates
 from lightning_koopman.convergence import (
     LEAST_HORIZON,
-    Chance,
     ConvergenceRule,
     Hold,
     StoppingReason,
@@ -39,7 +36,7 @@ LOGGED = ("predicted_change", "actual_change", "predicted_then", "weights_unit_f
 COLUMNS = ("epoch", "value", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
-class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
+class EarlyStopOnUnitEigenvalues(ChanceCallback):
     r"""Stop when the weights' eigenvalues cluster at 1 and the loss is predicted to stand still (paper, section 3).
 
     The paper proposes to end a training when Koopman eigenvalues cluster around 1.  Alone that is no sign of
@@ -140,6 +137,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         ):
             check_count(name, count, least)
         super().__init__(
+            chance_loss,
             observable=WEIGHTS,
             parameters=parameters,
             every_n_epochs=1,
@@ -149,8 +147,6 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         )
         check_positive("radius", radius)
         check_positive("tolerance", tolerance)
-        if chance_loss is not None:
-            check_positive("chance_loss", chance_loss)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}: it is a share of the weights' importance.")
         if mode not in MODES:
@@ -161,16 +157,12 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.folder = f"{self.prefix}_stop"
         self.rule = ConvergenceRule(radius, fraction, horizon, tolerance)
         self.patience, self.min_epochs, self.mode = patience, min_epochs, mode
-        self.chance_loss = chance_loss
-        self._own_probe = self._probe = ChanceProbe()
-        self._batch: Any = None
-        self._forget()
 
     def _forget(self) -> None:
+        super()._forget()
         self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
         self.stopped_epoch: int | None = None
         self.would_stop_epoch: int | None = None
-        self.chance = None if self.chance_loss is None else Chance(self.chance_loss)
         self._rates: list[list[float]] = []
         self._segment = 0  # rows of the history before the weights were last drawn anew
         self._agreed = 0
@@ -190,35 +182,20 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         if stage == "fit":
             self._check_prefix(trainer)
         super().setup(trainer, pl_module, stage)
-        self._probe = shared_probe(trainer, self._own_probe)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if self._active and self._anew:
-            self._forget()
-        if not self._resumed:
-            self._own_probe.restart()
         known = (self.chance, self.would_stop_epoch, self.message)  # restored on global rank zero only
         self.chance, self.would_stop_epoch, self.message = trainer.strategy.broadcast(known)
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._active and self.chance is None and self.observable == TRAIN_LOSS and self._probe.wanted:
-            with self._guard("measuring the loss at chance"):
-                self._probe.observe(trainer, pl_module, self._batch, batch_idx)
-        self._batch = None
+    @property
+    def _needs_chance(self) -> bool:
+        return self.observable == TRAIN_LOSS
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         logged, met = None, False
-        if self.observable == TRAIN_LOSS:
-            self.chance = agreed_chance(trainer, self._probe, self.chance)
+        if self._needs_chance:
+            self._agree_on_chance(trainer)
         value = self._scalar(trainer)
         if trainer.is_global_zero and value is not None:
             with self._guard("judging convergence"):
@@ -322,14 +299,10 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                 "agreed": self._agreed,
                 "would_stop_epoch": self.would_stop_epoch,
                 "message": self.message,
-                "chance": None if self.chance is None else [self.chance.loss, self.chance.error],
             }
         return state
 
     def _restore_state(self, state: dict[str, Any]) -> None:
         super()._restore_state(state)
-        self._forget()
         self._rates, self._segment, self._agreed = state["rates"], state["segment"], state["agreed"]
         self.would_stop_epoch, self.message = state["would_stop_epoch"], state["message"]
-        if self.chance is None and state["chance"] is not None:
-            self.chance = Chance(*state["chance"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,10 +11,10 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count, check_positive
-from lightning_koopman.callbacks._chance import ChanceProbe, agreed_chance, shared_probe
+from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count
+from lightning_koopman.callbacks._chance import ChanceCallback
 from lightning_koopman.callbacks._schedule import planned_rates
-from lightning_koopman.convergence import RECENT, Chance, StoppingReason, bad_start
+from lightning_koopman.convergence import RECENT, StoppingReason, bad_start
 from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ FAR_SEED = 7_919_000_000  # far from the seed that drew the bad start, or the sa
 WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is too early to judge
 
 
-class RestartOnBadInitialization(TrajectoryCallback):
+class RestartOnBadInitialization(ChanceCallback):
     """Draw the weights anew where the initialisation was bad: the loss is no better than chance after some epochs.
 
     The paper's third initialisation, standard normal weights, leaves the network at a loss above that of guessing
@@ -94,6 +93,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         ):
             check_count(name, count, least)
         super().__init__(
+            chance_loss,
             observable=WEIGHTS,
             parameters=None,
             every_n_epochs=1,
@@ -103,25 +103,20 @@ class RestartOnBadInitialization(TrajectoryCallback):
         )
         if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
             raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
-        if chance_loss is not None:
-            check_positive("chance_loss", chance_loss)
         self.check_epoch, self.max_restarts, self.seed = check_epoch, max_restarts, seed
-        self.scheme, self.chance_loss = scheme, chance_loss
+        self.scheme = scheme
         self.modules = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
-        self._own_probe = self._probe = ChanceProbe()
         self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began
         self._alone = True  # nobody shares the recorder
-        self._batch: Any = None
-        self._forget()
 
     def _forget(self) -> None:
+        super()._forget()
         self.restarts: list[dict[str, Any]] = []
         self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
         self.stopped_epoch: int | None = None
         self._begin(0)
         self._settled = False  # the start was found good, or there was none to judge
         self._due: str | None = None  # why the weights will be drawn anew when the next epoch begins
-        self.chance = None if self.chance_loss is None else Chance(self.chance_loss)
 
     def _begin(self, epoch: int) -> None:
         self._start = epoch
@@ -129,10 +124,6 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self._start_rates: list[float] = []
 
     # -- when ---------------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._probe = shared_probe(trainer, self._own_probe)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -150,10 +141,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
         if not self._active:
             return
         if self._anew:
-            self._forget()
             self._settled = trainer.current_epoch > 0  # resumed from a checkpoint that knows nothing of us
         if not self._resumed:
-            self._own_probe.restart()
             self._due = None  # of an earlier fit
             self._begin(trainer.current_epoch)
         self._share_state(trainer)
@@ -167,24 +156,14 @@ class RestartOnBadInitialization(TrajectoryCallback):
                 self._restart(trainer, pl_module, self._due)
             self._due = None
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._active and self.chance is None and not self._settled and self._probe.wanted:
-            with self._guard("measuring the loss at chance"):
-                self._probe.observe(trainer, pl_module, self._batch, batch_idx)
-        self._batch = None
+    @property
+    def _needs_chance(self) -> bool:
+        return not self._settled
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         if self._settled or self._due is not None:
             return
-        self.chance = agreed_chance(trainer, self._probe, self.chance)
+        self._agree_on_chance(trainer)
         reason = None
         if trainer.is_global_zero:
             with self._guard("judging the start"):
@@ -275,18 +254,14 @@ class RestartOnBadInitialization(TrajectoryCallback):
                 "settled": self._settled,
                 "due": self._due,
                 "chosen": list(self._chosen),
-                "chance": None if self.chance is None else [self.chance.loss, self.chance.error],
             }
         return state
 
     def _restore_state(self, state: dict[str, Any]) -> None:
         super()._restore_state(state)
-        self._forget()
         self.restarts, self.message = state["restarts"], state["message"]
         self._start, self._start_losses, self._start_rates = state["start"]
         self._settled, self._due, self._chosen = state["settled"], state["due"], state["chosen"]
-        if self.chance is None and state["chance"] is not None:
-            self.chance = Chance(*state["chance"])
 
     def _share_state(self, trainer: pl.Trainer) -> None:
         """Give every rank what was restored on global rank zero."""
