@@ -29,10 +29,10 @@ class ChanceProbe:
     """Runs ``training_step`` on the first batches with a copy of the module that can only give a constant output.
 
     All trainable weights of the copy are zero.  Its biases are set by one Newton step along their mean gradient, which
-    finds the best constant for a squared error and nearly so for a cross-entropy: its loss is the targets' variance, or
-    the entropy of the classes.  Works for any loss and any structure of batches.  The copy shares the user's data and
-    frozen weights, holds no trainable ones (a zero stands for each tensor), logs nothing, and leaves the random state
-    as it was.
+    finds the best constant for a squared error, whose loss is the targets' variance.  For a cross-entropy it finds the
+    entropy of classes of similar frequency, and up to twice that where one class has 90 % or more.  Works for any loss
+    and any structure of batches.  The copy shares the user's data and frozen weights, holds no trainable ones (a zero
+    stands for each tensor), logs nothing, and leaves the random state as it was.
     """
 
     def __init__(self) -> None:
