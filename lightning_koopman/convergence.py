@@ -236,7 +236,7 @@ class ConvergenceRule:
     Attributes:
         radius: Radius of the disc around 1, > 0.
         fraction: Least share of the importance in it, in [0, 1].
-        horizon: Epochs to look ahead, ≥ 4; as many steps are looked back upon.
+        horizon: Epochs to look ahead, ≥ 6; as many steps are looked back upon.
         tolerance: Largest predicted change of the loss that counts as none, relative to the scale, > 0.
     """
 

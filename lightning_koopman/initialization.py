@@ -79,28 +79,36 @@ def reinitialize(modules: Sequence[nn.Module], scheme: Scheme = None, *, seed: i
         >>> bool(torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-6))
         True
     """
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
     devices = {parameter.device for module in modules for parameter in module.parameters(recurse=False)}
-    with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
-        torch.manual_seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        for module in modules:
-            if callable(scheme):
-                scheme(module)
-                continue
-            own = _own_reset(module)
-            if own is not None:
-                own()  # with a named scheme too: it resets what is neither matrix nor bias, such as running statistics
-            if scheme is not None and not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                for matrix in _matrices(module):
-                    SCHEMES[scheme](matrix)
-                if _matrices(module):
-                    for name, parameter in module.named_parameters(recurse=False):
-                        if "bias" in name:
-                            parameter.zero_()
-    np.random.set_state(numpy_state)  # noqa: NPY002
-    random.setstate(python_state)
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            for module in modules:
+                _draw(module, scheme)
+    finally:  # a callable of the user's may fail
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+def _draw(module: nn.Module, scheme: Scheme) -> None:
+    """Draw what one module owns."""
+    if callable(scheme):
+        scheme(module)
+        return
+    own = _own_reset(module)
+    if own is not None:
+        own()  # with a named scheme too: it resets what is neither matrix nor bias, such as running statistics
+    matrices = _matrices(module)
+    if scheme is None or not matrices or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return
+    for matrix in matrices:
+        SCHEMES[scheme](matrix)
+    for name, parameter in module.named_parameters(recurse=False):
+        if "bias" in name:
+            parameter.zero_()
 
 
 def _own_reset(module: nn.Module) -> Callable[[], Any] | None:

@@ -84,9 +84,8 @@ class ChanceProbe:
 
         def loss() -> Tensor:
             assert self._copy is not None
-            found: Any = self._copy.training_step(*arguments)
-            value = found.get("loss") if isinstance(found, dict) else found
-            if not isinstance(value, Tensor) or batch_loss(value) is None:
+            value = batch_loss(self._copy.training_step(*arguments))
+            if value is None:
                 raise ValueError("training_step returned no loss")
             return value
 
@@ -164,6 +163,11 @@ class ChanceCallback(TrajectoryCallback):
         """Whether the loss at chance is of use."""
         return True
 
+    @property
+    def _measures(self) -> bool:
+        """Whether the present batch is to be measured."""
+        return self._active and self.chance is None and self._needs_chance and self._probe.wanted
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         found = [other for other in trainer.callbacks if isinstance(other, ChanceCallback)]  # type: ignore[attr-defined]
@@ -175,17 +179,19 @@ class ChanceCallback(TrajectoryCallback):
             self._own_probe.restart()
         if self._active and self._anew:
             self._forget()
+        self.chance = trainer.strategy.broadcast(self.chance)  # restored on global rank zero only
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
+        if self._measures:
+            self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._active and self.chance is None and self._needs_chance and self._probe.wanted:
+        if self._measures:
             with self._guard("measuring the loss at chance"):
                 self._probe.observe(trainer, pl_module, self._batch, batch_idx)
         self._batch = None

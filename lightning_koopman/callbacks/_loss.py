@@ -14,7 +14,7 @@ def batch_loss(outputs: Any) -> Tensor | None:
     """The loss in what ``training_step`` returned or ``on_train_batch_end`` was given, if it is one real number."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if isinstance(loss, Tensor) and loss.layout == torch.strided and loss.numel() == 1 and not loss.is_complex():
-        return loss.detach()
+        return loss
     return None
 
 
@@ -29,7 +29,7 @@ class LossMeter:
         """Note the batch's loss."""
         loss = batch_loss(outputs)
         if loss is not None:
-            self._pending.append(loss)
+            self._pending.append(loss.detach())
             if len(self._pending) == PENDING:
                 self.fold()
 

@@ -130,12 +130,9 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
                 f"observable must be 'train_loss' or the name of a logged metric, got {observable!r}: the weights are "
                 "observed in any case."
             )
-        for name, count, least in (
-            ("horizon", horizon, LEAST_HORIZON),
-            ("patience", patience, 1),
-            ("min_epochs", min_epochs, 0),
-        ):
-            check_count(name, count, least)
+        check_count("horizon", horizon, LEAST_HORIZON)
+        check_count("patience", patience, 1)
+        check_count("min_epochs", min_epochs, 0)
         super().__init__(
             chance_loss,
             observable=WEIGHTS,
@@ -185,8 +182,8 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        known = (self.chance, self.would_stop_epoch, self.message)  # restored on global rank zero only
-        self.chance, self.would_stop_epoch, self.message = trainer.strategy.broadcast(known)
+        known = (self.would_stop_epoch, self.message)  # restored on global rank zero only
+        self.would_stop_epoch, self.message = trainer.strategy.broadcast(known)
 
     @property
     def _needs_chance(self) -> bool:
@@ -233,9 +230,9 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         hold = verdict.hold
         if hold is None and not verdict.at_floor and self._rate_will_matter(trainer, values, verdict):
             hold = Hold.SCHEDULE
-        self._agreed = agreed + 1 if hold is None else 0
-        if hold is None and self._agreed < self.patience:
-            hold = Hold.PATIENCE
+        if hold is None:
+            self._agreed = agreed + 1
+            hold = Hold.PATIENCE if self._agreed < self.patience else None
         then = self.history[-horizon] if len(values) > horizon else None
         self.history.append(
             {

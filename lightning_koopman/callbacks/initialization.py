@@ -86,12 +86,9 @@ class RestartOnBadInitialization(ChanceCallback):
         chance_loss: float | None = None,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
-        for name, count, least in (
-            ("check_epoch", check_epoch, 1),
-            ("max_restarts", max_restarts, 0),
-            ("seed", seed, 0),
-        ):
-            check_count(name, count, least)
+        check_count("check_epoch", check_epoch, 1)
+        check_count("max_restarts", max_restarts, 0)
+        check_count("seed", seed, 0)
         super().__init__(
             chance_loss,
             observable=WEIGHTS,
@@ -265,6 +262,6 @@ class RestartOnBadInitialization(ChanceCallback):
 
     def _share_state(self, trainer: pl.Trainer) -> None:
         """Give every rank what was restored on global rank zero."""
-        known = (self.restarts, self.message, self._start, self._settled, self._due, self._chosen, self.chance)
+        known = (self.restarts, self.message, self._start, self._settled, self._due, self._chosen)
         known = trainer.strategy.broadcast(known)
-        self.restarts, self.message, self._start, self._settled, self._due, self._chosen, self.chance = known
+        self.restarts, self.message, self._start, self._settled, self._due, self._chosen = known
