@@ -8,17 +8,14 @@ those with seeds 2 and 3.  Finished runs are kept in the output folder and not r
 from __future__ import annotations
 
 import argparse
-import logging
-import multiprocessing
 import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +23,13 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from scipy.optimize import curve_fit
-from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks.training import Batches, Case, Part, Training, data_of, quiet_trainer, run_all
 from lightning_koopman import EarlyStopOnUnitEigenvalues, RestartOnBadInitialization
 from lightning_koopman.convergence import Chance, ConvergenceRule, bad_start, forecast_change
-from lightning_koopman.demo.cnn import INITIALIZATIONS, PaperCNN
-from lightning_koopman.demo.data import load
 
-EPOCHS, BATCH, HORIZON = 100, 64, 10
+EPOCHS, HORIZON = 100, 10
 PROBLEMS = ("digits", "mnist", "friedman")
 STARTS = ("he", "xavier", "normal", "5he")
 SANE = ("he", "xavier")
@@ -48,105 +43,16 @@ FALSE_STOP = 1.0  # points of accuracy that the run would still have gained
 # -- training ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Case:
-    """One training: what is trained, and from where."""
-
-    problem: str
-    start: str
-    optimizer: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.problem}-{self.start}-{self.optimizer}-{self.seed}"
-
-    @property
-    def epochs(self) -> int:
-        return EPOCHS if self.start != "5he" else RestartOnBadInitialization().check_epoch + 2  # only its start matters
-
-
 CASES = [
     Case(problem, start, optimizer, seed)
     for problem, start, optimizer in product(PROBLEMS, STARTS, OPTIMIZERS)
     for seed in (KNOWN + UNSEEN if start in SANE else KNOWN)
 ]
-Part = tuple[Tensor, Tensor]
 
 
-def data_of(problem: str, root: Path | None) -> tuple[Part, Part, Part]:
-    """Inputs and targets for training, validation and test."""
-    if problem == "friedman":
-        from sklearn.datasets import make_friedman1
-
-        x, y = make_friedman1(16_000, noise=1.0, random_state=0)
-        inputs = torch.as_tensor(2 * x - 1, dtype=torch.float32)
-        targets = torch.as_tensor((y - y.mean()) / y.std(), dtype=torch.float32)[:, None]
-        cuts = (0, 10_000, 11_000, 16_000)
-    else:
-        data = load(problem, root=root)
-        inputs, targets = (torch.cat(both) for both in zip(data.train.tensors, data.test.tensors, strict=True))
-        if problem == "digits":
-            order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
-            inputs, targets, cuts = inputs[order], targets[order], (0, 1000, 1200, 1797)
-        else:  # 10,000 to train, 2,000 further images to validate, the data set's own test part
-            inputs = torch.cat([inputs[:12_000], inputs[-10_000:]])
-            targets = torch.cat([targets[:12_000], targets[-10_000:]])
-            cuts = (0, 10_000, 12_000, 22_000)
-    first, second, third = ((inputs[a:b], targets[a:b]) for a, b in pairwise(cuts))
-    return first, second, third
-
-
-class Batches:
-    """Shuffled batches of tensors, without a worker or a copy per sample."""
-
-    def __init__(self, part: Part, seed: int) -> None:
-        self.part, self.generator = part, torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return -(-len(self.part[0]) // BATCH)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in torch.randperm(len(self.part[0]), generator=self.generator).split(BATCH):
-            yield self.part[0][chosen], self.part[1][chosen]
-
-
-class Training(pl.LightningModule):
-    """The paper's CNN with cross-entropy, or a small network with the mean squared error."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        torch.manual_seed(case.seed)
-        self.case, self.is_regression = case, case.problem == "friedman"
-        self.network = PaperCNN().network
-        if self.is_regression:
-            self.network = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 1))
-        for layer in self.network:
-            if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                INITIALIZATIONS[case.start.removeprefix("5")](layer.weight)
-                if case.start == "5he":
-                    layer.weight.data.mul_(5)
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return (nn.functional.mse_loss if self.is_regression else nn.functional.cross_entropy)(outputs, targets)
-
-    def training_step(self, batch: Part, batch_idx: int) -> Tensor:
-        return self.loss(self.network(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        if self.case.optimizer == "adam":
-            return torch.optim.Adam(self.parameters(), lr=1e-3)
-        return torch.optim.SGD(self.parameters(), lr=1e-2, momentum=0.9)
-
-    @torch.no_grad()
-    def score(self, part: Part) -> tuple[float, float]:
-        """Loss, and accuracy or the coefficient of determination in points."""
-        outputs = torch.cat([self.network(some) for some in part[0].split(1000)])
-        if self.is_regression:
-            points = 1 - nn.functional.mse_loss(outputs, part[1]) / part[1].var()
-        else:
-            points = (outputs.argmax(1) == part[1]).float().mean()
-        return float(self.loss(outputs, part[1])), 100 * float(points)
+def epochs_of(case: Case) -> int:
+    """Epochs that a case is trained."""
+    return EPOCHS if case.start != "5he" else RestartOnBadInitialization().check_epoch + 2  # only its start matters
 
 
 class RecordingStop(EarlyStopOnUnitEigenvalues):
@@ -186,24 +92,12 @@ class Scores(pl.Callback):
 
 def train(case: Case, root: Path | None, folder: Path) -> float:
     """Train one case and save what was recorded; returns the seconds it took."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    logging.getLogger("lightning_utilities").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     started = time.perf_counter()
     training, validation, test = data_of(case.problem, root)
     stop, start, scores = RecordingStop(horizon=HORIZON), Noticing(), Scores(validation, test)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = pl.Trainer(
-            max_epochs=case.epochs,
-            accelerator="cpu",
-            callbacks=[stop, start, scores],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=scratch,
-        )
+        trainer = quiet_trainer(scratch, max_epochs=epochs_of(case), callbacks=[stop, start, scores])
         trainer.fit(Training(case), Batches(training, case.seed))
     partial = folder / f".{case.name}.npz"
     np.savez_compressed(
@@ -223,17 +117,8 @@ def train_all(cases: list[Case], root: Path | None, folder: Path, jobs: int) -> 
     """Train what is missing, several at a time, with progress."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [case for case in cases if not (folder / f"{case.name}.npz").exists()]
-    if not missing:
-        return
     order = sorted(missing, key=lambda case: case.problem != "mnist")  # the longest first
-    with (
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
-        tqdm(total=sum(case.epochs for case in missing), unit="epoch") as bar,
-    ):
-        running = {pool.submit(train, case, root, folder): case for case in order}
-        for done in as_completed(running):
-            bar.set_postfix_str(f"{running[done].name} in {done.result():.0f} s")
-            bar.update(running[done].epochs)
+    run_all(jobs, [(case.name, epochs_of(case), train, (case, root, folder)) for case in order])
 
 
 # -- replay -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ Real = npt.NDArray[np.float64]
 Complex = npt.NDArray[np.complex128]
 Mask = npt.NDArray[np.bool_]
 
+PERSISTENT = ("cluster", "paper")  # which modes stay: see `Spectrum.persistent`
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
@@ -90,6 +92,29 @@ class Spectrum:
             radius: Radius of the disc around 1, > 0.
         """
         return np.asarray(np.abs(self.ritz_values - 1.0) < radius)
+
+    def persistent(self, radius: float = 0.05, *, rule: str = "cluster") -> Mask:
+        """Boolean array (k,): the modes that make up what stays of the trajectory (paper, section 4).
+
+        Args:
+            radius: Radius of the cluster at 1, > 0.
+            rule: ``"cluster"``: all Ritz values within ``radius`` of 1 and the modes ranked above the first of them; or
+                ``"paper"``: the one nearest 1 and those ranked above it.  A single one is ill-conditioned where several
+                lie close together.  Without any within ``radius`` the nearest one serves.
+
+        Raises:
+            ValueError: If the rule is unknown.
+        """
+        if rule not in PERSISTENT:
+            raise ValueError(f"rule must be one of {list(PERSISTENT)}, got {rule!r}.")
+        distance = np.abs(self.ritz_values - 1.0)
+        chosen = self.unit_cluster(radius)
+        if rule == "paper" or not chosen.any():
+            chosen = distance <= distance.min() * (1 + 1e-9)  # a conjugate pair is equally near
+        leading = self.importance[chosen].max()
+        chosen = chosen | (self.importance > leading)
+        pairs = np.conj(self.ritz_values[chosen])
+        return np.asarray(chosen | np.isin(self.ritz_values, pairs))
 
     def unit_fraction(self, radius: float = 0.05) -> float:
         """Share of the importance that lies in the cluster at 1, in [0, 1].

@@ -99,6 +99,7 @@ class TrajectoryCallback(LightningCallback):
         self._directory: Path | None = None
         self._pending: dict[str, Any] | None = None
         self._anew = True  # this fit continues neither a checkpoint nor an earlier fit
+        self._alone = True  # nobody shares the recorder
         self._resumed = False  # from a checkpoint that holds this callback's state
         self._record_seconds = 0.0
         self._warned: set[str] = set()
@@ -136,6 +137,8 @@ class TrajectoryCallback(LightningCallback):
         if not self._active:
             return
         self._losses.restore(0.0, 0)
+        others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
+        self._alone = not any(getattr(other, "recorder", None) is self.recorder for other in others)
         resumed = self._resumed = self._restore(trainer)
         epoch, recorder = trainer.current_epoch, self.recorder
         self._anew = not resumed and (epoch == 0 or trainer.ckpt_path is not None)
@@ -244,7 +247,12 @@ class TrajectoryCallback(LightningCallback):
 
     def _due_at(self, epoch: int) -> bool:
         """Whether a snapshot is to be taken after so many completed epochs."""
-        return epoch % self.settings.every_n_epochs == 0
+        return epoch % self.settings.every_n_epochs == 0 and not (self._finished and self._alone)
+
+    @property
+    def _finished(self) -> bool:
+        """Whether this callback needs no more snapshots."""
+        return False
 
     def _read_weights(self, pl_module: pl.LightningModule) -> Tensor:
         named = dict(pl_module.named_parameters())

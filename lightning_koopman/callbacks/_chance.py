@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pytorch_lightning.loggers.logger import DummyLogger
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
-from torch.utils.data import DataLoader, Dataset
 
 from lightning_koopman.callbacks._base import TrajectoryCallback, check_positive
-from lightning_koopman.callbacks._loss import batch_loss
+from lightning_koopman.callbacks._rehearsal import can_rehearse, quiet_copy, rehearsal
 from lightning_koopman.convergence import Chance
 
 if TYPE_CHECKING:
@@ -69,37 +64,19 @@ class ChanceProbe:
     def _measure(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, later: bool
     ) -> None:
-        expected = inspect.signature(type(module).training_step).parameters
-        if not module.automatic_optimization or "dataloader_iter" in expected:
+        if not can_rehearse(module):
             self.finish()
             return
         if self._copy is None:
             self._copy, self._biases = _constant(module)
-        arguments = (batch, batch_idx) if len(expected) > 2 else (batch,)
-        originals = {id(part) for part in module.modules()}
-
-        def refuse(part: nn.Module, _: Any) -> None:
-            if id(part) in originals:
-                raise RuntimeError("the module keeps a function that is bound to itself, so it cannot be copied")
-
-        def loss() -> Tensor:
-            assert self._copy is not None
-            value = batch_loss(self._copy.training_step(*arguments))
-            if value is None:
-                raise ValueError("training_step returned no loss")
-            return value
-
-        hook = register_module_forward_pre_hook(refuse)
-        try:
-            with isolate_rng(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
-                if self._tuned:
-                    self._losses.append(loss().detach().double().cpu())
-                else:
-                    self._gradients.append(self._gradient(value := loss()))
-                    if later or len(self._gradients) == TUNED:  # a full batch is an epoch
-                        self._tune(float(value.detach()), loss)
-        finally:
-            hook.remove()
+        network = self._copy
+        with rehearsal(trainer, module, batch, batch_idx) as loss:
+            if self._tuned:
+                self._losses.append(loss(network).detach().double().cpu())
+                return
+            self._gradients.append(self._gradient(value := loss(network)))
+            if later or len(self._gradients) == TUNED:  # a full batch is an epoch
+                self._tune(float(value.detach()), lambda: loss(network))
 
     def _gradient(self, loss: Tensor) -> Tensor:
         """Gradient of all biases, flat."""
@@ -231,18 +208,4 @@ def _constant(module: pl.LightningModule) -> tuple[pl.LightningModule, list[nn.P
             zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
             twin = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
         memo[id(parameter)] = twin
-    # data kept on the module may be large, and is only read
-    shared = [value for value in vars(module).values() if isinstance(value, (Tensor, Dataset, DataLoader))]
-    memo |= {id(value): value for value in (*shared, module.trainer)}
-    network = copy.deepcopy(module, memo)
-    for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
-        del vars(network)[name]  # such as the compiled steps, which belong to the original
-    network.trainer = module.trainer
-    network.log = _nothing  # type: ignore[method-assign]
-    silent = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
-    network.__class__ = type(type(network).__name__, (type(network),), silent)
-    return network, biases
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """In place of ``self.log``."""
+    return quiet_copy(module, memo), biases

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 MOST_STEPS = 100_000  # of schedulers, a fraction of a second
 FAR = 100  # epochs looked ahead where the run has no end
+WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is too early to judge
 
 
 def current_rates(trainer: pl.Trainer) -> list[float]:
@@ -60,6 +61,12 @@ def planned_rates(trainer: pl.Trainer) -> list[list[float]]:
                     for _ in range(due):
                         scheduler.step()
     return planned
+
+
+def warming_up(trainer: pl.Trainer, past: list[float]) -> bool:
+    """Whether the learning rate is planned to rise far above the highest so far."""
+    planned = max((max(rates) for rates in planned_rates(trainer)), default=0.0)
+    return planned > WARMING_UP * max(past, default=0.0)
 
 
 def _stand_in(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

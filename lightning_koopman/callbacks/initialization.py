@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count
 from lightning_koopman.callbacks._chance import ChanceCallback
-from lightning_koopman.callbacks._schedule import planned_rates
+from lightning_koopman.callbacks._schedule import warming_up
 from lightning_koopman.convergence import RECENT, StoppingReason, bad_start
 from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 FAR_SEED = 7_919_000_000  # far from the seed that drew the bad start, or the same weights would be drawn again
-WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is too early to judge
 
 
 class RestartOnBadInitialization(ChanceCallback):
@@ -104,7 +103,6 @@ class RestartOnBadInitialization(ChanceCallback):
         self.scheme = scheme
         self.modules = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
         self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began
-        self._alone = True  # nobody shares the recorder
 
     def _forget(self) -> None:
         super()._forget()
@@ -143,8 +141,6 @@ class RestartOnBadInitialization(ChanceCallback):
             self._due = None  # of an earlier fit
             self._begin(trainer.current_epoch)
         self._share_state(trainer)
-        others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
-        self._alone = not any(getattr(other, "recorder", None) is self.recorder for other in others)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
@@ -172,8 +168,9 @@ class RestartOnBadInitialization(ChanceCallback):
         if self._settled and self._alone:
             self.recorder.clear()  # and nothing more is recorded: see `_due_at`
 
-    def _due_at(self, epoch: int) -> bool:
-        return super()._due_at(epoch) and not (self._settled and self._alone)
+    @property
+    def _finished(self) -> bool:
+        return self._settled
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
@@ -197,19 +194,16 @@ class RestartOnBadInitialization(ChanceCallback):
                 "for instance ln C for C classes, and return the loss from `training_step`.",
             )
             return None
-        if self.chance is None or self._warming_up(trainer):
+        if self.chance is None:
             return None
+        with self._guard("reading the learning rates ahead"):
+            if warming_up(trainer, self._start_rates):
+                return None
         trajectory = self.recorder.trajectory
         factor = trajectory.factor(last=RECENT) if trajectory is not None and len(trajectory) else None
         reason = bad_start(self._start_losses, factor, self.chance, horizon=self.check_epoch)
         self._settled = reason is None
         return reason or None
-
-    def _warming_up(self, trainer: pl.Trainer) -> bool:
-        planned = 0.0
-        with self._guard("reading the learning rates ahead"):
-            planned = max((max(rates) for rates in planned_rates(trainer)), default=0.0)
-        return planned > WARMING_UP * max(self._start_rates, default=0.0)
 
     def _act(self, trainer: pl.Trainer, epoch: int, reason: str) -> None:
         """Restart before the next epoch, so that this epoch's checkpoints hold what this epoch trained; or give up."""

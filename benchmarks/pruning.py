@@ -1,0 +1,229 @@
+"""Evidence for the pruner: ``python -m benchmarks.pruning``.
+
+The paper's CNN on 10,000 images of MNIST, He and Xavier weights, three seeds, is trained for 130 epochs.  From its
+checkpoints after 50 and 100 epochs it goes on for 30 more, pruned to 75 % and to 90 % by each method, with the
+optimizer's state as it was (Figures 3–6 of the paper).  Finished runs are kept in the output folder and not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelPruning
+from torch import Tensor, nn
+
+from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer, run_all
+from lightning_koopman import KoopmanPruner, MaskSet, prunable_parameters
+from lightning_koopman.initialization import reinitialize, select_modules
+from lightning_koopman.optimizer_state import forget
+
+STARTS, SEEDS = ("he", "xavier"), (0, 1, 2)
+POINTS, FURTHER, SPARSITIES = (50, 100), 30, (0.75, 0.9)
+LAST = POINTS[-1] + FURTHER
+ALL = {"window": None, "rule": "paper", "prefix": "paper"}  # as the paper: all snapshots, and the one mode at 1
+
+# -- methods ----------------------------------------------------------------------------------------------------------
+
+
+class Once(Callback):
+    """Does something once, before the first epoch of a branch."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not getattr(self, "done", False):
+            self.done = True
+            self.act(trainer, pl_module)
+
+    def act(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        raise NotImplementedError
+
+
+class Masked(Once):
+    """Our masks from other scores: the weights' magnitude, or random numbers."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor], sparsity: float) -> None:
+        self.score, self.sparsity = score, sparsity
+
+    def act(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        scores = {name: self.score(weight.detach()) for name, weight in prunable_parameters(pl_module).items()}
+        MaskSet.from_scores(scores, sparsity=self.sparsity).pin(pl_module, *trainer.optimizers)
+
+
+class LightningPruning(ModelPruning, Once):
+    """Lightning's own callback, at the same moment as the others."""
+
+    def __init__(self, sparsity: float, module: Training) -> None:
+        layers = [(layer, "weight") for layer in module.network if isinstance(layer, (nn.Conv2d, nn.Linear))]
+        super().__init__("l1_unstructured", layers, amount=sparsity, apply_pruning=False, use_global_unstructured=True)
+
+    def act(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.apply_pruning(self.amount)
+
+
+class Reinitialized(Once):
+    """All weights drawn anew, none pruned."""
+
+    def __init__(self, scheme: str) -> None:
+        self.scheme = scheme
+
+    def act(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        reinitialize(list(select_modules(pl_module, None, self.scheme).values()), self.scheme, seed=0)
+        forget(trainer.optimizers, pl_module.parameters())
+
+
+def callback_of(method: str, case: Case, point: int, sparsity: float, module: Training, folder: str) -> Callback:
+    if method.startswith("koopman"):
+        options: dict[str, Any] = {"sparsity": sparsity, "epoch": point, "dirpath": folder}
+        if method == "koopman, paper's rule":
+            return KoopmanPruner(survivors="reconstruction", **options, **ALL)
+        survivors = method.removeprefix("koopman, ")
+        scheme = case.start if survivors == "reinit" else None
+        return KoopmanPruner(survivors=survivors, scheme=scheme, **options)
+    drawn = torch.Generator().manual_seed(case.seed)
+    return {
+        "magnitude": lambda: Masked(torch.abs, sparsity),
+        "random mask": lambda: Masked(lambda weight: torch.rand(weight.shape, generator=drawn), sparsity),
+        "ModelPruning": lambda: LightningPruning(sparsity, module),
+        "dense, drawn anew": lambda: Reinitialized(case.start),
+    }[method]()
+
+
+METHODS = (
+    "koopman, reconstruction",
+    "koopman, keep",
+    "koopman, reinit",
+    "koopman, paper's rule",
+    "magnitude",
+    "ModelPruning",
+    "random mask",
+)
+UNPRUNED, DENSE = "unpruned", "dense, drawn anew"
+
+# -- training ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """One branch: a case, the epoch after which it is pruned, how, and how much."""
+
+    case: Case
+    point: int
+    method: str
+    sparsity: float
+
+    @property
+    def name(self) -> str:
+        method = self.method.replace(",", "").replace("'", "").replace(" ", "_")
+        return f"{self.case.name}-{self.point}-{method}-{100 * self.sparsity:.0f}"
+
+
+CASES = [Case("mnist", start, "adam", seed) for seed, start in product(SEEDS, STARTS)]
+
+
+def runs_of(case: Case) -> Iterator[Run]:
+    for point, sparsity, method in product(POINTS, SPARSITIES, METHODS):
+        yield Run(case, point, method, sparsity)
+    for point in POINTS:
+        yield Run(case, point, DENSE, 0.0)
+
+
+class Scores(Callback):
+    """Loss and accuracy on the test data at the start and after each epoch; on the training data at start and end."""
+
+    def __init__(self, training: Any, test: Any, zeros: bool = True) -> None:
+        self.training, self.test, self.zeros = training, test, zeros
+        self.train_losses: list[float] = []
+        self.rows: list[tuple[float, float]] = []
+        self.ends: list[tuple[float, float]] = []
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.total, self.count = torch.zeros(()), 0
+        if not self.rows:
+            self.rows.append(pl_module.score(self.test))
+            self.ends.append(pl_module.score(self.training))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.total += outputs["loss"].detach() * len(batch[0])
+        self.count += len(batch[0])
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.train_losses.append(float(self.total) / self.count)
+        self.rows.append(pl_module.score(self.test))
+        if trainer.current_epoch + 1 in (*POINTS, *(point + FURTHER for point in POINTS)):
+            self.ends.append(pl_module.score(self.training))
+
+
+def save(path: Path, scores: Scores, **more: Any) -> None:
+    partial = path.with_name(f".{path.name}")
+    np.savez_compressed(partial, train_losses=scores.train_losses, test=scores.rows, train=scores.ends, **more)
+    partial.rename(path)
+
+
+def train_base(case: Case, root: Path | None, folder: Path) -> None:
+    """Train a case to the end without pruning, with a checkpoint and its snapshots at each point."""
+    torch.set_num_threads(1)
+    training, _, test = data_of(case.problem, root)
+    module, batches, scores, ckpt_path = Training(case), Batches(training, case.seed), Scores(training, test), None
+    for stop in (*POINTS, LAST):
+        leg = folder / f"{case.name}-{stop}"
+        shutil.rmtree(leg, ignore_errors=True)  # of a run that was cut off
+        never: dict[str, Any] = {"sparsity": 0.5, "settled_change": 1e-12, "dirpath": leg}
+        callbacks = [KoopmanPruner(**never), KoopmanPruner(**never, **ALL), scores]
+        if stop in POINTS:
+            callbacks.append(ModelCheckpoint(leg, filename="base", every_n_epochs=stop))
+        trainer = quiet_trainer(leg, max_epochs=stop, callbacks=callbacks, enable_checkpointing=stop in POINTS)
+        trainer.fit(module, batches, ckpt_path=ckpt_path)
+        ckpt_path = leg / "base.ckpt"
+    shutil.rmtree(leg)
+    save(folder / f"{case.name}.npz", scores)
+
+
+def train_branch(run: Run, root: Path | None, folder: Path) -> None:
+    """Prune a case at a point and train it on."""
+    torch.set_num_threads(1)
+    training, _, test = data_of(run.case.problem, root)
+    module, scores = Training(run.case), Scores(training, test)
+    with tempfile.TemporaryDirectory() as scratch:
+        pruner = callback_of(run.method, run.case, run.point, run.sparsity, module, scratch)
+        trainer = quiet_trainer(scratch, max_epochs=run.point + FURTHER, callbacks=[pruner, scores])
+        batches = Batches(training, 1000 * run.case.seed + run.point)
+        trainer.fit(module, batches, ckpt_path=folder / f"{run.case.name}-{run.point}" / "base.ckpt")
+    weights = [layer.weight for layer in module.network if hasattr(layer, "weight")]
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    history = getattr(pruner, "history", None) or [{}]
+    about = {key: float(history[0].get(key, np.nan)) for key in ("modes", "rank", "misfit", "magnitude_agreement")}
+    save(folder / f"{run.name}.npz", scores, zeros=zeros, **about)
+
+
+def train_all(cases: list[Case], root: Path | None, folder: Path, jobs: int) -> None:
+    """Train what is missing: the bases first, then the branches."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bases = [case for case in cases if not (folder / f"{case.name}.npz").exists()]
+    run_all(jobs, [(case.name, LAST, train_base, (case, root, folder)) for case in bases])
+    runs = [run for case in cases for run in runs_of(case) if not (folder / f"{run.name}.npz").exists()]
+    run_all(jobs, [(run.name, FURTHER, train_branch, (run, root, folder)) for run in runs])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.pruning", description=__doc__)
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("LIGHTNING_KOOPMAN_DATA"))
+    parser.add_argument("--output", type=Path, default=Path("pruning-runs"), help="folder of the recorded runs")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="trainings at a time")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
+    options = parser.parse_args()
+    cases = [case for case in CASES if case.seed in options.seeds]
+    train_all(cases, options.data_root, options.output.absolute(), options.jobs)
+
+
+if __name__ == "__main__":
+    main()

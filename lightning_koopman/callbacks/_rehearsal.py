@@ -1,0 +1,79 @@
+"""Running ``training_step`` on a copy of the module, so that the run itself notices nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_koopman.callbacks._loss import batch_loss
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+def can_rehearse(module: pl.LightningModule) -> bool:
+    """Whether ``training_step`` only computes a loss from a batch."""
+    return module.automatic_optimization and "dataloader_iter" not in _parameters(module)
+
+
+def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -> pl.LightningModule:
+    """Copy of a module that logs nothing; it shares the user's data.
+
+    Args:
+        module: The module.
+        memo: As for ``copy.deepcopy``: what stands for which object, by its id.
+    """
+    # data kept on the module may be large, and is only read
+    shared = [value for value in vars(module).values() if isinstance(value, (Tensor, Dataset, DataLoader))]
+    network = copy.deepcopy(module, {**(memo or {}), **{id(value): value for value in (*shared, module.trainer)}})
+    for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
+        del vars(network)[name]  # such as the compiled steps, which belong to the original
+    network.trainer = module.trainer
+    network.log = _nothing  # type: ignore[method-assign]
+    silent = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
+    network.__class__ = type(type(network).__name__, (type(network),), silent)
+    return network
+
+
+@contextlib.contextmanager
+def rehearsal(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+) -> Iterator[Callable[[pl.LightningModule], Tensor]]:
+    """Context in which copies of a module can be given a batch; the function it gives returns the loss."""
+    arguments = (batch, batch_idx) if len(_parameters(module)) > 2 else (batch,)
+    originals = {id(part) for part in module.modules()}
+
+    def refuse(part: nn.Module, _: Any) -> None:
+        if id(part) in originals:
+            raise RuntimeError("the module keeps a function that is bound to itself, so it cannot be copied")
+
+    def loss(network: pl.LightningModule) -> Tensor:
+        value = batch_loss(network.training_step(*arguments))
+        if value is None:
+            raise ValueError("training_step returned no loss")
+        return value
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        with isolate_rng(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
+            yield loss
+    finally:
+        hook.remove()
+
+
+def _parameters(module: pl.LightningModule) -> Any:
+    return inspect.signature(type(module).training_step).parameters
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of ``self.log``."""

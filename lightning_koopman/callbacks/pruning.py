@@ -1,0 +1,581 @@
+"""Prune a network while it trains."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_koopman.callbacks._base import (
+    WEIGHTS,
+    TrajectoryCallback,
+    check_count,
+    check_positive,
+    checked_prefix,
+)
+from lightning_koopman.callbacks._channels import ChannelRounds
+from lightning_koopman.callbacks._schedule import warming_up
+from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
+from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters
+from lightning_koopman.optimizer_state import forget
+from lightning_koopman.parameters import flatten
+from lightning_koopman.persistence import persistent_weights, relative_changes
+from lightning_koopman.removal import Structure
+from lightning_koopman.spectrum import PERSISTENT
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+SETTLED = "settled"
+HORIZON = 10  # epochs looked ahead and back to tell whether the weights have settled
+LEAST = 3  # snapshots of which a spectrum can be taken
+SURVIVORS = ("keep", "reconstruction", "reinit")
+COLUMNS = (
+    "epoch", "target", "sparsity", "pruned", "of", "parameters", "modes", "rank", "snapshots", "misfit",
+    "magnitude_agreement",
+)  # fmt: skip
+
+
+class KoopmanPruner(TrajectoryCallback):
+    """Prune weights in mid-training where the part of them that stays is small (paper, section 4).
+
+    After ``epoch`` epochs, before the next one begins, the weights' trajectory is decomposed.  The modes whose
+    eigenvalues cluster at 1, and those ranked above, make up what stays of the weights; where that is small in
+    magnitude, the weights are set to zero and held there (:class:`MaskSet`) while training goes on.  What becomes of
+    the survivors is the difference between the paper's two algorithms:
+
+    - ``"keep"``: they go on from where they are (the text to Algorithm 1);
+    - ``"reconstruction"``: they are set to their reconstruction (Algorithm 1 as printed);
+    - ``"reinit"``: they are drawn anew, and the optimizer forgets them (Algorithm 2).
+
+    State-dict keys do not change, and a checkpoint loaded without this library gives the sparse network.  Resumed runs
+    go on with the same masks.  Every Koopman callback starts a new trajectory at a pruning.
+
+    Zeros alone make no network faster.  With ``structured=True`` whole channels and neurons are removed instead
+    (:func:`remove_channels`): layers get smaller, the optimizer keeps what it knows of the rest.  Layers that cannot
+    lose channels are named when training starts; those whose outputs leave the network, attention and layer norms are
+    left alone.  Checkpoints then hold the small network: this callback resumes from them, and :func:`resize_like`
+    prepares a network to load one.
+
+    Args:
+        sparsity: Share of the selected weights (``structured``: of the channels) to prune, in (0, 1); or
+        threshold: the paper's ε > 0: what is smaller in magnitude is pruned.
+        epoch: Completed epochs after which to prune, ≥ 1, or ``"settled"``: as soon as the spectrum predicts that the
+            weights will move by no more than ``settled_change`` of their norm within 10 epochs, and they moved by no
+            more in the last 10; not while the learning rate is still warming up.
+        survivors: ``"keep"``, ``"reconstruction"`` or ``"reinit"``.
+        parameters: Shell-style patterns of the names of the parameters to prune, such as ``["*.weight", "!head.*"]``
+            (default: trainable matrices and kernels; biases and norms are left alone).
+        structured: Remove whole channels and neurons; needs Torch-Pruning (``lightning_koopman[structured]``), a single
+            process and a sparsity.
+        scope: ``"global"``: one quantile over all of them; ``"tensor"``: the share is pruned in each (default: global;
+            ``structured``: tensor).
+        rounds: Number of prunings, ≥ 1.  The sparsity rises as 1 − (1 − r/rounds)³ of the target, a threshold as
+            r/rounds.
+        round_epochs: Epochs between two rounds, ≥ 3.
+        rule: ``"cluster"`` or ``"paper"``: the modes that stay, see :meth:`Spectrum.persistent`.
+        radius: Radius of the cluster at 1, > 0.
+        window: Snapshots that are kept and decomposed, ≥ 3, or None for all, as in the paper.
+        settled_change: See ``epoch``; > 0.
+        allow_empty: Whether a tensor may lose all its weights; otherwise such a pruning is refused with a warning.
+        scheme: For ``"reinit"``: None for each module's own ``reset_parameters``, ``"he"``, ``"xavier"``,
+            ``"orthogonal"``, or a callable that is given each module.  All trainable modules are drawn anew; with
+            ``parameters`` given, those that own one of them.
+        seed: Seed of that draw, ≥ 0; the run's own random state is left alone.
+        dirpath: Local folder below which ``koopman_prune`` is made for the table and the snapshots that checkpoints
+            refer to (default: the run's log folder).
+        prefix: First part of the logged names and of that folder's.
+
+    Attributes:
+        masks: The :class:`MaskSet` in force, or None.
+        history: List of dicts, one a pruning, with the columns of ``history.csv``: ``magnitude_agreement`` is the share
+            of weights or channels on which their present magnitude would have decided alike, ``parameters`` how many
+            the network has left.
+        changes: With ``structured``: by module name, the constructor arguments that changed, old and new.
+
+    Raises:
+        ValueError: At construction or before training starts, for arguments out of range, patterns that match nothing,
+            or an epoch that training does not reach.
+
+    Example:
+        >>> import tempfile
+        >>> import pytorch_lightning as pl
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> from lightning_koopman import KoopmanPruner
+        >>> pruner = KoopmanPruner(sparsity=0.75, epoch=4)
+        >>> trainer = pl.Trainer(
+        ...     max_epochs=6, callbacks=pruner, accelerator="cpu", logger=False, default_root_dir=tempfile.mkdtemp(),
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> model = BoringModel()
+        >>> trainer.fit(model)
+        >>> int((model.layer.weight == 0).sum()), model.layer.weight.numel()
+        (48, 64)
+        >>> print(pruner.table())
+        parameter       shape  pruned  of  sparsity
+        layer.weight    2×32       48  64    75.00%
+        masked tensors             48  64    75.00%
+    """
+
+    columns = COLUMNS
+    any_window = True
+
+    def __init__(
+        self,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        *,
+        epoch: int | str = SETTLED,
+        survivors: str = "keep",
+        parameters: str | Sequence[str] | None = None,
+        structured: bool = False,
+        scope: str | None = None,
+        rounds: int = 1,
+        round_epochs: int = 5,
+        rule: str = "cluster",
+        radius: float = 0.05,
+        window: int | None = 30,
+        settled_change: float = 0.03,
+        allow_empty: bool = False,
+        scheme: Callable[[nn.Module], Any] | str | None = None,
+        seed: int = 0,
+        dirpath: str | os.PathLike[str] | None = None,
+        prefix: str = "koopman",
+    ) -> None:
+        scope = scope or ("tensor" if structured else "global")
+        check_amount(sparsity, threshold, scope)
+        if structured and sparsity is None:
+            raise ValueError(
+                f"threshold={threshold} is for weights: give the share of channels to remove as `sparsity`."
+            )
+        if structured and allow_empty:
+            raise ValueError("allow_empty=True is for masks: with structured=True each layer keeps a channel.")
+        if epoch != SETTLED:
+            if isinstance(epoch, str):
+                raise ValueError(f"epoch must be a number of completed epochs or 'settled', got {epoch!r}.")
+            check_count("epoch", epoch, 1)
+        check_count("rounds", rounds, 1)
+        check_count("round_epochs", round_epochs, LEAST)
+        check_count("seed", seed, 0)
+        check_positive("radius", radius)
+        check_positive("settled_change", settled_change)
+        for name, value, known in (("survivors", survivors, SURVIVORS), ("rule", rule, PERSISTENT)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {list(known)}, got {value!r}.")
+        if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
+            raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
+        if scheme is not None and survivors != "reinit":
+            raise ValueError(f"scheme={scheme!r} goes with survivors='reinit', got survivors={survivors!r}: drop it.")
+        if epoch == SETTLED and window is not None and window <= HORIZON:
+            raise ValueError(f"window must be at least {HORIZON + 1} with epoch='settled', got {window}.")
+        super().__init__(
+            observable=WEIGHTS,
+            parameters=None,
+            every_n_epochs=1,
+            window=window,
+            storage="ram",
+            dirpath=dirpath,
+        )
+        self.sparsity, self.threshold, self.epoch, self.survivors = sparsity, threshold, epoch, survivors
+        self.parameters = (parameters,) if isinstance(parameters, str) else parameters and tuple(parameters)
+        self.scope, self.rounds, self.round_epochs, self.rule, self.radius = scope, rounds, round_epochs, rule, radius
+        self.settled_change, self.allow_empty, self.scheme, self.seed = settled_change, allow_empty, scheme, seed
+        self.prefix = checked_prefix(prefix)
+        self.folder = f"{self.prefix}_prune"
+        self._channels = ChannelRounds(self.parameters, scope) if structured else None
+        self._loading: Any = None
+        self._pin: Pin | None = None
+        self._selected: list[str] = []
+        self._redrawn: list[str] = []
+        self._forget()
+
+    def _forget(self) -> None:
+        self.history = []
+        self.masks: MaskSet | None = None
+        if self._channels is not None:
+            self._channels.restart()
+        self._attempted = 0  # rounds, those that were refused too
+        self._settled_at: int | None = None  # completed epochs
+        self._changes = (math.nan, math.nan)
+        self._highest_rate = 0.0
+
+    @property
+    def state_key(self) -> str:
+        structured = self._channels is not None
+        return self._generate_state_key(window=self.settings.window, prefix=self.prefix, structured=structured)
+
+    @property
+    def achieved(self) -> float:
+        """Share of the selected weights, or of the channels, that is pruned now, in [0, 1]."""
+        if self._channels is not None:
+            return self._channels.share
+        return 0.0 if self.masks is None else self.masks.sparsity
+
+    @property
+    def changes(self) -> dict[str, dict[str, tuple[Any, Any]]]:
+        return {} if self._channels is None else self._channels.changes
+
+    def table(self, module: nn.Module | None = None) -> str:
+        """The sparsity of each pruned tensor and overall, or the layers that got smaller, as a table.
+
+        Args:
+            module: The network; its total then counts the parameters that are left alone too.
+        """
+        if self.changes:
+            width = max(map(len, self.changes))
+            return "\n".join(
+                f"{name:<{width}}  " + ", ".join(f"{key} {old} → {new}" for key, (old, new) in arguments.items())
+                for name, arguments in self.changes.items()
+            )
+        return "nothing has been pruned yet" if self.masks is None else self.masks.table(module)
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._check_prefix(trainer)
+            self._check_epoch(trainer)
+            if self._channels is not None:
+                self._channels.check_run(trainer, pl_module)
+        super().setup(trainer, pl_module, stage)
+        if self._channels is not None:
+            self._loading = self._channels.load_smaller(pl_module)  # Lightning loads the weights before our state
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._stop_loading()
+        if not self._active:
+            return
+        chosen = prunable_parameters(pl_module, self.parameters)
+        self._selected = list(chosen)
+        if self.scope == "tensor" and self.sparsity is not None and not self.allow_empty:
+            for name, parameter in chosen.items():
+                if round(self.sparsity * parameter.numel()) == parameter.numel():
+                    raise ValueError(
+                        f"sparsity={self.sparsity} prunes all {parameter.numel()} weights of {name!r} "
+                        "(scope='tensor'): exclude it from `parameters` with '!', or set allow_empty=True."
+                    )
+        if self.survivors == "reinit":
+            owned = {id(parameter) for parameter in chosen.values()}
+            owners = [
+                name
+                for name, module in pl_module.named_modules()
+                if any(id(parameter) in owned for parameter in module.parameters(recurse=False))
+            ]
+            self._redrawn = list(select_modules(pl_module, owners if self.parameters else None, self.scheme))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._active and not self._pending and (trainer.current_epoch == 0 or trainer.ckpt_path is not None):
+            self._forget()  # before the first snapshot is taken, which depends on it
+        super().on_train_start(trainer, pl_module)
+        if self._active:
+            self._share_state(trainer)
+            if self.masks is not None:
+                self._hold(trainer, pl_module, self.masks)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        if self._channels is None and self._is_due(trainer):
+            self._prune(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._channels is None or not self._active or self._finished:
+            return
+        if self._channels.refused is None:
+            self._say_what_can_go(self._channels.try_out(trainer, pl_module, batch, batch_idx))
+        if batch_idx == 0 and self._is_due(trainer):  # not before: tracing takes a batch
+            self._prune(trainer, pl_module, batch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._active:
+            self._reapply(pl_module)
+            pl_module.log(f"{self.prefix}/sparsity", self.achieved, batch_size=1, sync_dist=trainer.world_size > 1)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reapply(pl_module)  # averages of the weights may have been written over them
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._reapply(pl_module)
+        if self._active and self._attempted < self.rounds and trainer.is_global_zero:
+            why = f"round {self._attempted + 1} of {self.rounds} was due after epoch {self._next_due}"
+            if self._next_due is None:
+                ahead, past = self._changes
+                why = (
+                    f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within {HORIZON} epochs, "
+                    f"the last were {ahead:.1%} (predicted) and {past:.1%} (past)"
+                )
+            self._warn("unpruned", f"training ended after epoch {trainer.current_epoch} at {self.achieved:.0%}: {why}.")
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._release()
+        self._stop_loading()
+
+    def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+        if self.epoch != SETTLED or self._settled_at is not None:
+            return
+        settled = False
+        if trainer.is_global_zero and recorded:
+            with self._guard("telling whether the weights have settled"):
+                settled = self._has_settled(trainer)
+        if trainer.strategy.broadcast(settled):
+            self._settled_at = epoch
+
+    @property
+    def _next_due(self) -> int | None:
+        """Completed epochs after which the next round is due, if that is known."""
+        start = self._settled_at if self.epoch == SETTLED else int(self.epoch)
+        return None if start is None or self._finished else start + self._attempted * self.round_epochs
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        due = self._next_due
+        return self._active and due is not None and trainer.current_epoch >= due
+
+    @property
+    def _finished(self) -> bool:
+        return self._attempted >= self.rounds
+
+    def _due_at(self, epoch: int) -> bool:
+        due, window = self._next_due, self.settings.window
+        too_early = due is not None and window is not None and epoch <= due - window and self._alone
+        return super()._due_at(epoch) and not too_early
+
+    # -- what ---------------------------------------------------------------------------------------------------------
+
+    def _has_settled(self, trainer: pl.Trainer) -> bool:
+        trajectory = self.recorder.trajectory
+        self._highest_rate = max([self._highest_rate, *self.rates])
+        if trajectory is None or len(trajectory) <= HORIZON:
+            return False
+        self._changes = relative_changes(trajectory.factor(last=HORIZON + 1), HORIZON)
+        return max(self._changes) <= self.settled_change and not warming_up(trainer, [self._highest_rate])
+
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
+        """Prune once; rank zero, which holds the trajectory, decides and all ranks follow."""
+        plan: tuple[dict[str, Any] | None, dict[str, Any]] | None = None
+        if trainer.is_global_zero:
+            with self._guard("pruning"):
+                if self._channels is None:
+                    plan = self._mask(trainer, pl_module)
+                else:
+                    plan = None, self._remove(trainer, pl_module, self._channels, batch)
+        plan = trainer.strategy.broadcast(plan)
+        self._attempted += 1
+        if plan is None:
+            return
+        state, row = plan
+        self.history.append(row)
+        if self.survivors == "reinit":
+            modules = dict(pl_module.named_modules())
+            redrawn = [modules[name] for name in self._redrawn]
+            reinitialize(redrawn, self.scheme, seed=self.seed + self._attempted)
+            forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
+            self._warn_of_averages(trainer)
+        if state is not None:
+            self.masks = MaskSet.from_state_dict(state)
+            self._hold(trainer, pl_module, self.masks)
+        if trainer.world_size > 1:
+            for tensor in pl_module.state_dict().values():
+                torch.distributed.broadcast(tensor, src=0)
+        if trainer.is_global_zero:
+            self._write_history()
+            self._report(trainer)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, TrajectoryCallback):
+                other.start_segment(trainer, pl_module)
+        if self._finished and self._alone:
+            self.recorder.clear()
+
+    @property
+    def _target(self) -> float:
+        """Sparsity or threshold of the next round."""
+        done = (self._attempted + 1) / self.rounds
+        if self.threshold is not None:
+            return self.threshold * done
+        assert self.sparsity is not None
+        return self.sparsity * (1 - (1 - done) ** 3)
+
+    def _mask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Masks and a row of the history."""
+        named = dict(pl_module.named_parameters())
+        everything, about = self._reconstruction(trainer, named)
+        scores = {name: everything[name] for name in self._selected}
+        present = {name: named[name].detach() for name in self._selected}
+        amount = {"sparsity" if self.threshold is None else "threshold": self._target}
+
+        def choose(by: Mapping[str, Tensor], *, empty: bool) -> MaskSet:
+            return MaskSet.from_scores(by, scope=self.scope, within=self.masks, allow_empty=empty, **amount)
+
+        masks = choose(scores, empty=self.allow_empty)
+        agreement = masks.agreement(choose(present, empty=True))
+        total = sum(parameter.numel() for parameter in named.values())
+        row = self._row(trainer, masks.pruned, masks.numel, total - masks.pruned, about, agreement)
+        if self.survivors == "reconstruction":
+            self._set(present, scores)
+        return masks.state_dict(), row
+
+    def _remove(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, channels: ChannelRounds, batch: Any
+    ) -> dict[str, Any]:
+        """Remove channels; returns a row of the history."""
+        named = dict(pl_module.named_parameters())
+        scores, about = self._reconstruction(trainer, named)
+        agreement = channels.remove(trainer, pl_module, batch, 0, scores=scores, sparsity=self._target)
+        if self.survivors == "reconstruction" and channels.last is not None:
+            kept = channels.last.kept
+            now = dict(pl_module.named_parameters())
+            for name in self._selected:
+                value = scores[name]
+                if name in kept:
+                    value = value.reshape(-1)[kept[name][0]].reshape(kept[name][1])
+                self._set({name: now[name].detach()}, {name: value})
+        left = sum(parameter.numel() for parameter in pl_module.parameters())
+        return self._row(trainer, channels.removed, sum(channels.originals.values()), left, about, agreement)
+
+    def _row(
+        self, trainer: pl.Trainer, pruned: int, of: int, left: int, about: Mapping[str, Any], agreement: float
+    ) -> dict[str, Any]:
+        row = {
+            "epoch": trainer.current_epoch,
+            "target": self._target,
+            "sparsity": pruned / of,
+            "pruned": pruned,
+            "of": of,
+            "parameters": left,
+            **about,
+            "magnitude_agreement": agreement,
+        }
+        return {column: row[column] for column in COLUMNS}
+
+    @staticmethod
+    def _set(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+    def _reconstruction(
+        self, trainer: pl.Trainer, named: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What stays of all recorded weights, and what it was computed from; their present values where that fails."""
+        trajectory, last = self.recorder.trajectory, self.settings.window
+        count = 0 if trajectory is None else min(len(trajectory), last or len(trajectory))
+        about = {"modes": 0, "rank": 0, "snapshots": count, "misfit": math.nan}
+        flat = flatten({name: named[name] for name in self._names})
+        with self._guard("the Koopman reconstruction"):
+            if trajectory is None or count < LEAST or self.recorder.epochs[-1] != trainer.current_epoch:
+                raise ValueError(f"{count} snapshots are too few: the weights' present magnitudes decide instead.")
+            found = persistent_weights(trajectory, last=last, radius=self.radius, rule=self.rule)
+            flat = found.values
+            about |= {"modes": found.n_modes, "rank": found.spectrum.rank, "misfit": found.spectrum.misfit}
+        parts = dict(zip(self._names, torch.split(flat, [named[name].numel() for name in self._names]), strict=True))
+        return {name: part.reshape(named[name].shape) for name, part in parts.items()}, about
+
+    def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: MaskSet) -> None:
+        """Set the pruned weights to zero and keep them there, in averages of the weights too."""
+        self._release()
+        self._pin = masks.pin(pl_module, *trainer.optimizers)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            average = getattr(other, "_average_model", None)
+            if isinstance(average, nn.Module):
+                with self._guard("pruning an average of the weights"):
+                    masks.apply(getattr(average, "module", average))
+
+    def _release(self) -> None:
+        if self._pin is not None:
+            self._pin.remove()
+            self._pin = None
+
+    def _reapply(self, pl_module: pl.LightningModule) -> None:
+        if self._pin is not None and self.masks is not None:
+            with self._guard("applying the masks again"):
+                self.masks.apply(pl_module)
+
+    def _stop_loading(self) -> None:
+        if self._loading is not None:
+            self._loading.remove()
+            self._loading = None
+
+    def _warn_of_averages(self, trainer: pl.Trainer) -> None:
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(getattr(other, "_average_model", None), nn.Module):
+                self._warn("average", f"the average of {type(other).__name__} still holds the weights before the draw.")
+
+    def _say_what_can_go(self, structure: Structure) -> None:
+        channels = self._channels
+        assert channels is not None
+        assert channels.refused is not None
+        reasons = {**structure.left_alone, **channels.refused}
+        alone = "; ".join(f"{name} ({reason})" for name, reason in reasons.items()) or "no layer"
+        rank_zero_info(
+            f"{type(self).__name__}: {sum(channels.originals.values()):,} channels and neurons of "
+            f"{len(channels.originals)} independent groups can be removed. Left alone: {alone}."
+        )
+
+    def _report(self, trainer: pl.Trainer) -> None:
+        row = self.history[-1]
+        rank_zero_info(
+            f"{type(self).__name__}: after epoch {row['epoch']} pruned {row['pruned']:,} of {row['of']:,} "
+            f"{'weights' if self._channels is None else 'channels'} ({row['sparsity']:.1%}), by {row['modes']} of "
+            f"{row['rank']} modes of {row['snapshots']} snapshots; {row['magnitude_agreement']:.1%} agree with pruning "
+            f"by magnitude. {row['parameters']:,} parameters are left."
+        )
+        if self.masks is None:
+            return
+        scalars = {f"{self.prefix}/sparsity/{each['parameter']}": each["sparsity"] for each in self.masks.rows()}
+        for logger in trainer.loggers:
+            with self._guard("logging the sparsity"):
+                logger.log_metrics(scalars, step=trainer.global_step)
+
+    # -- checks before training ---------------------------------------------------------------------------------------
+
+    def _check_epoch(self, trainer: pl.Trainer) -> None:
+        end = trainer.max_epochs
+        if trainer.fast_dev_run or end is None or end < 0:  # type: ignore[attr-defined]
+            return
+        if self.epoch == SETTLED:
+            if end <= HORIZON + 1:
+                raise ValueError(
+                    f"epoch='settled' looks {HORIZON} epochs back, but max_epochs={end}: give a number or train longer."
+                )
+            return
+        last = int(self.epoch) + (self.rounds - 1) * self.round_epochs
+        if last >= end:
+            rounds = f" with rounds={self.rounds}, the last after epoch {last}," if self.rounds > 1 else ""
+            raise ValueError(
+                f"epoch={self.epoch}{rounds} must be below max_epochs={end}: the pruned network has to train."
+            )
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        state = super().state_dict()
+        if state:
+            state |= {
+                "attempted": self._attempted,
+                "settled_at": self._settled_at,
+                "highest_rate": self._highest_rate,
+                "masks": None if self.masks is None else self.masks.state_dict(),
+                "channels": None if self._channels is None else self._channels.state_dict(),
+            }
+        return state
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
+        super()._restore_state(state)
+        self._attempted, self._settled_at = state["attempted"], state["settled_at"]
+        self._highest_rate = state["highest_rate"]
+        self.masks = None if state["masks"] is None else MaskSet.from_state_dict(state["masks"])
+        if self._channels is not None and state["channels"] is not None:
+            self._channels.load_state_dict(state["channels"])
+
+    def _share_state(self, trainer: pl.Trainer) -> None:
+        """Give every rank what was restored on global rank zero."""
+        masks = None if self.masks is None else self.masks.state_dict()
+        known = trainer.strategy.broadcast((self.history, self._attempted, self._settled_at, masks))
+        self.history, self._attempted, self._settled_at, masks = known
+        self.masks = None if masks is None else MaskSet.from_state_dict(masks)

@@ -1,0 +1,408 @@
+"""Masks that keep pruned weights at zero, in any PyTorch loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_koopman.parameters import match_names, select_parameters
+
+SCOPES = ("global", "tensor")
+# of equal size: a float's bits ANDed with 0 or −1 give zero or itself, for NaN and infinity too
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Boolean masks of a network's parameters by name: True survives, False is pruned.
+
+    The network stays an ordinary one: its parameters are set to zero in place, the names in its state dict do not
+    change, and loading a checkpoint without this library gives the sparse network.
+
+    Args:
+        masks: Boolean tensors by parameter name, each of its parameter's shape; copied to the CPU.
+
+    Raises:
+        ValueError: If there is no mask, or one is not boolean.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import MaskSet
+        >>> network = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.Adam(network.parameters())
+        >>> masks = MaskSet.from_scores({"weight": network.weight}, sparsity=0.75)
+        >>> pin = masks.pin(network, optimizer)  # from now on, whatever the optimizer does
+        >>> network(torch.ones(2, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> int((network.weight == 0).sum()), masks.sparsity
+        (24, 0.75)
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        if not masks:
+            raise ValueError("masks must not be empty: give a boolean tensor by parameter name.")
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"masks[{name!r}] must be boolean (True survives), got {mask.dtype}.")
+        self._masks = {name: mask.detach().cpu().clone() for name, mask in masks.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def __repr__(self) -> str:
+        return f"MaskSet({len(self)} tensors, {self.pruned:,} of {self.numel:,} weights pruned, {self.sparsity:.2%})"
+
+    @property
+    def numel(self) -> int:
+        """Number of weights in the masked tensors."""
+        return sum(mask.numel() for mask in self.values())
+
+    @property
+    def pruned(self) -> int:
+        """Number of weights pruned."""
+        return sum(mask.numel() - int(mask.sum()) for mask in self.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the masked tensors' weights that is pruned, in [0, 1]."""
+        return self.pruned / self.numel
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Mapping[str, Tensor],
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        scope: str = "global",
+        within: MaskSet | None = None,
+        allow_empty: bool = False,
+    ) -> MaskSet:
+        """Prune the weights whose score is smallest in magnitude (paper, Algorithms 1 and 2).
+
+        With the Koopman reconstruction for scores (:func:`persistent_weights`) this is the paper's rule, with the
+        weights themselves it is magnitude pruning, with random numbers the baseline of a random mask.
+
+        Args:
+            scores: Real tensors by parameter name.
+            sparsity: Share to prune, in (0, 1), hit exactly up to rounding to whole weights; or
+            threshold: the paper's ε > 0: what is smaller in magnitude is pruned.
+            scope: ``"global"``: one quantile over all tensors; ``"tensor"``: the share is pruned in each tensor.
+            within: Masks of earlier rounds: what they prune stays pruned.
+            allow_empty: Whether a tensor may lose all its weights.
+
+        Raises:
+            ValueError: If not exactly one of ``sparsity`` and ``threshold`` is given, one is out of range, a score is
+                not finite, or a tensor would lose all its weights.
+        """
+        check_amount(sparsity, threshold, scope)
+        sizes = {name: score.detach().abs().reshape(-1).cpu() for name, score in scores.items()}
+        for name, size in sizes.items():
+            if not torch.isfinite(size).all():
+                raise ValueError(f"scores[{name!r}] holds NaN or infinite values: they give no order.")
+            if within is not None and name in within:
+                size = size.clone()
+                size[~within[name].reshape(-1)] = -1.0
+                sizes[name] = size
+        if threshold is not None:
+            kept = {name: size >= threshold for name, size in sizes.items()}
+        elif scope == "global":
+            together = _keep_largest(torch.cat(list(sizes.values())), sparsity or 0.0)
+            parts = torch.split(together, [size.numel() for size in sizes.values()])
+            kept = dict(zip(sizes, parts, strict=True))
+        else:
+            kept = {name: _keep_largest(size, sparsity or 0.0) for name, size in sizes.items()}
+        empty = [name for name, mask in kept.items() if mask.numel() and not mask.any()]
+        if empty and not allow_empty:
+            asked = f"sparsity={sparsity}" if threshold is None else f"threshold={threshold}"
+            raise ValueError(
+                f"{asked} prunes all weights of {', '.join(map(repr, empty[:4]))}{', …' if len(empty) > 4 else ''}: "
+                "nothing would pass through. Take a smaller one, leave them out, prune each tensor by itself "
+                "(scope='tensor'), or set allow_empty=True."
+            )
+        return cls({name: mask.reshape(scores[name].shape) for name, mask in kept.items()})
+
+    @classmethod
+    def from_zeros(cls, module: nn.Module, parameters: str | Sequence[str] | None = None) -> MaskSet:
+        """The masks that a sparse network already has: where its weights are zero.
+
+        Args:
+            module: For instance one loaded from a checkpoint that holds weights only.
+            parameters: As for :func:`prunable_parameters`.
+
+        Raises:
+            ValueError: As :func:`prunable_parameters`.
+        """
+        return cls({name: weight.detach() != 0 for name, weight in prunable_parameters(module, parameters).items()})
+
+    def agreement(self, other: MaskSet) -> float:
+        """Share of the weights in [0, 1] on which two sets of masks over the same tensors agree."""
+        return sum(int((mask == other[name]).sum()) for name, mask in self.items()) / self.numel
+
+    # -- holding ------------------------------------------------------------------------------------------------------
+
+    def apply(self, module: nn.Module) -> None:
+        """Set the pruned weights to zero, in place.
+
+        Raises:
+            ValueError: If a parameter is missing or has another shape; nothing is changed then.
+        """
+        _clear([(parameter.data, mask) for parameter, mask in self._matched(module).values()])
+
+    def pin(self, module: nn.Module, *optimizers: torch.optim.Optimizer) -> Pin:
+        """Keep the pruned weights at zero while the network is trained.
+
+        They are set to zero now and after every step of the optimizers, of whatever kind; their gradients are zero
+        before anything reads them, and so is what the optimizers remember of them (momentum), now and later.
+
+        Args:
+            module: The network.
+            *optimizers: All optimizers that step it.
+
+        Returns:
+            A handle; :meth:`Pin.remove` or leaving a ``with`` block lets go.
+
+        Raises:
+            ValueError: As :meth:`apply`.
+        """
+        return Pin(self._matched(module), optimizers)
+
+    def _matched(self, module: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
+        """Parameters with their masks as bits, on the parameters' devices."""
+        named = dict(module.named_parameters(remove_duplicate=False))
+        for name, mask in self.items():
+            if name not in named:
+                raise ValueError(f"the module has no parameter {name!r} that the masks could apply to.")
+            if named[name].shape != mask.shape:
+                raise ValueError(
+                    f"the mask of {name!r} has shape {tuple(mask.shape)}, but the parameter {tuple(named[name].shape)}."
+                )
+        return {name: (named[name], _bits(mask, named[name])) for name, mask in self.items()}
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a tensor: ``parameter``, ``shape``, ``pruned``, ``weights`` and ``sparsity`` in [0, 1]."""
+        return [
+            {
+                "parameter": name,
+                "shape": "×".join(map(str, mask.shape)),
+                "pruned": mask.numel() - int(mask.sum()),
+                "weights": mask.numel(),
+                "sparsity": 1 - int(mask.sum()) / max(1, mask.numel()),
+            }
+            for name, mask in self.items()
+        ]
+
+    def table(self, module: nn.Module | None = None) -> str:
+        """The sparsity of each tensor and overall, as a table.
+
+        Args:
+            module: The network; its total then counts the parameters without masks too.
+        """
+        rows = self.rows()
+        rows.append(_total("masked tensors", self.pruned, self.numel))
+        if module is not None:
+            rows.append(_total("all parameters", self.pruned, sum(each.numel() for each in module.parameters())))
+        lines = [("parameter", "shape", "pruned", "of", "sparsity")]
+        lines += [
+            (row["parameter"], row["shape"], f"{row['pruned']:,}", f"{row['weights']:,}", f"{row['sparsity']:.2%}")
+            for row in rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)),
+                       *(cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True))]).rstrip()
+            for line in lines
+        ]  # fmt: skip
+        return "\n".join(text)
+
+    # -- storing ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """One bit a weight with names and shapes, safe for ``torch.load(weights_only=True)``."""
+        flat = np.concatenate([mask.reshape(-1).numpy() for mask in self.values()])
+        return {
+            "names": list(self),
+            "shapes": [list(mask.shape) for mask in self.values()],
+            "bits": torch.from_numpy(np.packbits(flat)),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> MaskSet:
+        """The masks from :meth:`state_dict`."""
+        counts = [math.prod(shape) for shape in state["shapes"]]
+        flat = torch.from_numpy(np.unpackbits(state["bits"].cpu().numpy(), count=sum(counts)).astype(bool))
+        named = state["names"], state["shapes"], torch.split(flat, counts)
+        return cls({name: part.reshape(shape) for name, shape, part in zip(*named, strict=True)})
+
+
+class Pin:
+    """Holds masked parameters at zero through training, until :meth:`remove`; made by :meth:`MaskSet.pin`."""
+
+    def __init__(
+        self,
+        matched: Mapping[str, tuple[nn.Parameter, Tensor]],
+        optimizers: Sequence[torch.optim.Optimizer],
+    ) -> None:
+        self._matched = list({id(parameter): (parameter, bits) for parameter, bits in matched.values()}.values())
+        self._handles: list[RemovableHandle] = []
+        _clear([(parameter.data, bits) for parameter, bits in self._matched])
+        for parameter, bits in self._matched:
+            if parameter.grad is not None:
+                _clear([(parameter.grad, bits)])
+            if parameter.requires_grad:
+                hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in PyTorch
+                self._handles.append(hook(_GradientMask(bits)))
+        for optimizer in optimizers:
+            self._forget_pruned(optimizer)
+            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+
+    def remove(self) -> None:
+        """Let the pruned weights move again."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Pin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        _clear([(parameter.data, bits) for parameter, bits in self._matched])
+
+    def _forget_pruned(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clear what the optimizer remembers of pruned weights: momentum would move them."""
+        for parameter, bits in self._matched:
+            for value in optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
+                    _clear([(value, _bits(bits != 0, value))])
+
+
+class _GradientMask:
+    """Called with a parameter whenever its gradient has been accumulated."""
+
+    def __init__(self, bits: Tensor) -> None:
+        self.bits = bits
+
+    def __call__(self, parameter: Tensor) -> None:
+        gradient = parameter.grad
+        if gradient is not None and gradient.layout == torch.strided:  # sparse ones are few: see `_after_step`
+            bits = self.bits if gradient.dtype == parameter.dtype else _bits(self.bits != 0, gradient)
+            _clear([(gradient, bits)])
+
+
+@torch.no_grad()
+def _clear(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for values, bits in pairs:
+        values.detach().view(bits.dtype).bitwise_and_(bits)
+
+
+def _bits(mask: Tensor, like: Tensor) -> Tensor:
+    """−1 where a weight survives and 0 where not, as integers of the weights' size, on their device."""
+    return -mask.to(device=like.device).to(BITS[like.dtype.itemsize])
+
+
+def _keep_largest(sizes: Tensor, sparsity: float) -> Tensor:
+    """Boolean (n,): all but the share of the smallest sizes; among equal ones the first are pruned."""
+    count = round(sparsity * sizes.numel())
+    if count == 0:
+        return torch.ones_like(sizes, dtype=torch.bool)
+    bound = torch.kthvalue(sizes, count).values
+    kept = sizes >= bound
+    spare = count - (sizes.numel() - int(kept.sum()))
+    kept[torch.nonzero(sizes == bound).reshape(-1)[:spare]] = False
+    return kept
+
+
+def _total(name: str, pruned: int, weights: int) -> dict[str, Any]:
+    return {"parameter": name, "shape": "", "pruned": pruned, "weights": weights, "sparsity": pruned / max(1, weights)}
+
+
+def check_share(sparsity: object) -> None:
+    """Raise ValueError unless a sparsity is in its range."""
+    if not isinstance(sparsity, Real) or not 0 < float(sparsity) < 1:
+        raise ValueError(f"sparsity must lie in (0, 1), got {sparsity!r}: it is the share to prune, such as 0.75.")
+
+
+def check_amount(sparsity: object, threshold: object, scope: str) -> None:
+    """Raise ValueError unless exactly one of sparsity and threshold is given, in its range."""
+    if sparsity is not None and threshold is not None:
+        raise ValueError(f"sparsity={sparsity} and threshold={threshold} exclude each other: give one of them.")
+    if sparsity is None and threshold is None:
+        raise ValueError(
+            "sparsity=None and threshold=None say nothing: give the share to prune, such as sparsity=0.75."
+        )
+    if sparsity is not None:
+        check_share(sparsity)
+    if threshold is not None and (not isinstance(threshold, Real) or not 0 < float(threshold) < math.inf):
+        raise ValueError(f"threshold must be positive and finite, got {threshold!r}: smaller weights are pruned.")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
+
+
+def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """Parameters to prune by name; a tied one appears once, under its first name.
+
+    Args:
+        module: Any module.
+        patterns: Shell-style patterns over the parameters' names, all of a tied one's too; one that begins with ``!``
+            excludes.  Default: matrices and kernels, that is what has two dimensions or more, requires a gradient and
+            is no part of a norm.
+
+    Raises:
+        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy, complex, sharded
+            or frozen.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_koopman import prunable_parameters
+        >>> list(prunable_parameters(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))))
+        ['0.weight', '2.weight']
+    """
+    named = dict(module.named_parameters(remove_duplicate=False))
+    first = {id(parameter): name for name, parameter in reversed(named.items())}
+    if patterns is None:
+        norms = {id(each) for part in module.modules() if isinstance(part, NORMS) for each in part.parameters()}
+        chosen = [
+            name
+            for name, parameter in named.items()
+            if parameter.requires_grad and parameter.ndim >= 2 and id(parameter) not in norms
+        ]
+        if not chosen:
+            raise ValueError(
+                "parameters=None selects trainable matrices and kernels, but the module has none: name what to prune."
+            )
+    else:
+        chosen = match_names(named, patterns, argument="parameters", kind="parameter")
+    selected = {first[id(named[name])]: named[name] for name in chosen}
+    select_parameters(module, list(selected))  # refuses what cannot be observed
+    frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"parameters={patterns!r} selects {frozen[0]!r}, which is frozen (requires_grad=False) and so has no "
+            "trajectory to be pruned by: unfreeze it, or exclude it with '!'."
+        )
+    return selected

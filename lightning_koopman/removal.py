@@ -1,0 +1,517 @@
+"""Remove whole channels and neurons from a network, so that it really gets smaller and faster."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.masks import SCOPES, check_share
+from lightning_koopman.optimizer_state import replace
+from lightning_koopman.parameters import match_names
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose outputs are removed
+KNOWN = (*LAYERS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)  # to the tracing
+MIXING = ("Bmm", "ScaledDotProduct", "Softmax", "Opaque")  # operations that do more than pass channels through
+OUTPUT = "its outputs leave the network"
+Run = Callable[[nn.Module], Any]
+
+
+@dataclass(frozen=True)
+class ChannelRemoval:
+    """Channels and neurons removed from a network: what :func:`remove_channels` returns.
+
+    Attributes:
+        changes: By module name, the constructor arguments that changed: ``{"0": {"out_features": (32, 8)}}``.
+        removed: By layer name, the channels removed, as a sorted list of their old indices.
+        channels: By layer name, how many channels it had.
+        left_alone: By layer name, why no channel of it was removed.
+    """
+
+    changes: dict[str, dict[str, tuple[Any, Any]]]
+    removed: dict[str, list[int]]
+    channels: dict[str, int]
+    left_alone: dict[str, str]
+    kept: dict[str, tuple[Tensor, torch.Size]] = field(repr=False)
+    """By name of a changed parameter or buffer: flat indices of what is kept, and the new shape."""
+
+    @property
+    def share(self) -> float:
+        """Share of the removable channels that was removed, in [0, 1)."""
+        return sum(map(len, self.removed.values())) / max(1, sum(self.channels.values()))
+
+    def apply(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+        """Remove the same channels from a network of the same structure.
+
+        Args:
+            module: The network; its changed parameters are new objects.
+            optimizers: Optimizers that hold its parameters; what they remember is carried over.
+        """
+        exchanged: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
+        for name, (index, shape) in self.kept.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            old = getattr(owner, leaf)
+            index = index.to(old.device)
+            values = old.detach().reshape(-1)[index].reshape(shape)
+            if isinstance(old, nn.Parameter):
+                new = nn.Parameter(values, requires_grad=old.requires_grad)
+                vars(new).update(vars(old))
+                owner._parameters[leaf] = new
+                exchanged.append((old, new, index))
+            else:
+                owner._buffers[leaf] = values
+        for path, attributes in self.changes.items():
+            for attribute, (_, now) in attributes.items():
+                setattr(module.get_submodule(path), attribute, now)
+        replace(optimizers, exchanged)
+
+    def table(self) -> str:
+        """What changed and what was left alone, a line each."""
+        width = max((len(name) for name in (*self.changes, *self.left_alone)), default=0)
+        lines = [
+            f"{name:<{width}}  " + ", ".join(f"{key} {old} → {new}" for key, (old, new) in attributes.items())
+            for name, attributes in self.changes.items()
+        ]
+        lines += [f"{name:<{width}}  left alone: {reason}" for name, reason in self.left_alone.items()]
+        return "\n".join(lines)
+
+
+def remove_channels(
+    module: nn.Module,
+    run: Run,
+    *,
+    sparsity: float,
+    scores: Mapping[str, Tensor] | None = None,
+    scope: str = "tensor",
+    layers: str | Sequence[str] | None = None,
+    originals: Mapping[str, int] | None = None,
+    optimizers: Iterable[torch.optim.Optimizer] = (),
+    copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+) -> ChannelRemoval:
+    """Remove the channels and neurons of least importance from a network, in place.
+
+    Layers that are coupled (by residual connections, batch norms, concatenations) lose the same channels; Torch-Pruning
+    finds them by tracing.  Only what can be removed without any side effect is: before the network is touched, a copy
+    with the channels removed must give the outputs of one in which they are zero.
+
+    Args:
+        module: The network: convolutions, linear layers, batch norms and what lies between them.  Layers that are
+            coupled to anything else (attention, layer norms, embeddings, bare parameters) and those whose outputs leave
+            the network are left alone.
+        run: Called with copies of the network in evaluation mode; returns what it computes from an example, a loss or
+            outputs, with a graph: for instance ``lambda network: network(images)``.
+        sparsity: Share of the channels to remove, in (0, 1); each layer keeps at least one.
+        scores: Values to judge by, in place of the parameters of the same names: for instance the Koopman
+            reconstruction of the weights.  A channel's importance is the mean square of all weights that belong to it,
+            relative to its layer's mean (Torch-Pruning's group magnitude).
+        scope: ``"tensor"``: the share is removed from each layer; ``"global"``: from all together.
+        layers: Shell-style patterns of the names of the layers' weights; ``!`` excludes (default: all).
+        originals: By layer name, the channels that ``sparsity`` refers to, where earlier removals took some.
+        optimizers: Optimizers that hold the network's parameters; what they remember is carried over.
+        copy: How to copy the network.
+
+    Raises:
+        ModuleNotFoundError: If Torch-Pruning is not installed.
+        ValueError: If no channel can be removed, or an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import remove_channels
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+        >>> removal = remove_channels(network, lambda network: network(torch.ones(2, 4)), sparsity=0.75)
+        >>> print(removal.table())
+        0  out_features 32 → 8
+        2  in_features 32 → 8
+        2  left alone: its outputs leave the network
+    """
+    check_share(sparsity)
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
+    structure = Structure(module, run, layers=layers, copy=copy)
+    unfit = structure.unfit(module, run)
+    if unfit:
+        structure = Structure(module, run, layers=layers, copy=copy, refused=unfit)
+    removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
+    if not agrees(module, run, removal, copy):  # never seen where each group by itself agreed
+        raise ValueError("removing the chosen channels is not the same as setting them to zero: nothing was removed.")
+    removal.apply(module, optimizers)
+    return removal
+
+
+class Structure:
+    """Groups of channels that have to go together, found by tracing a copy of the network.
+
+    Args:
+        module: The network.
+        run: As for :func:`remove_channels`.
+        layers: As for :func:`remove_channels`.
+        copy: As for :func:`remove_channels`.
+        refused: Layers to leave alone, with the reason.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        run: Run,
+        *,
+        layers: str | Sequence[str] | None = None,
+        copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+        refused: Mapping[str, str] | None = None,
+    ) -> None:
+        pruning = torch_pruning()
+        if layers is not None:
+            names = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, LAYERS)]
+            self._selected = set(match_names(names, layers, argument="parameters", kind="weight of a layer"))
+        self._run, self._copy, self._layers = run, copy, layers
+        self.twin = copy(module)
+        self._graph = pruning.DependencyGraph()
+        found_groups = self._trace()
+        self._names = {part: name for name, part in self.twin.named_modules()}
+        self._importance = pruning.importance.GroupMagnitudeImportance(p=2)
+        self.groups: dict[str, Any] = {}
+        self.left_alone: dict[str, str] = {}
+        weights = dict(module.named_parameters(remove_duplicate=False))
+        counts = Counter(map(id, weights.values()))
+        found = set()
+        for group in found_groups:
+            outputs = [
+                self._names[dep.target.module]
+                for dep, _ in group
+                if isinstance(dep.target.module, LAYERS) and self._graph.is_out_channel_pruning_fn(dep.handler)
+            ]
+            found.update(outputs)
+            reason = self._obstacle(group, outputs, weights, counts)
+            for name in outputs:
+                reason = reason or (refused or {}).get(name)
+            if reason is None:
+                self.groups[outputs[0]] = group
+            else:
+                self.left_alone |= dict.fromkeys(outputs, reason)
+        for name, part in module.named_modules():
+            if isinstance(part, LAYERS) and name not in found:
+                self.left_alone[name] = "not reached, or inside a module that is traced as a whole"
+
+    def _trace(self) -> list[Any]:
+        """All groups of the twin's channels."""
+        hooks = [
+            part.register_forward_hook(_hide)
+            for part in self.twin.modules()
+            if isinstance(part, nn.RNNBase)
+            or (not isinstance(part, KNOWN) and not list(part.children()) and list(part.parameters()))
+        ]
+        try:
+            with warnings.catch_warnings(), torch.enable_grad():
+                warnings.simplefilter("ignore")  # about bare parameters and unknown operations: they are left alone
+                self._graph.build_dependency(
+                    self.twin,
+                    (),
+                    forward_fn=lambda network, _: self._run(network),
+                    output_transform=_tensors,
+                    verbose=False,
+                )
+                return list(self._graph.get_all_groups(root_module_types=list(LAYERS)))
+        except Exception as error:
+            raise ValueError(
+                f"the network cannot be traced, so no channel of it can be removed: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @property
+    def channels(self) -> dict[str, int]:
+        """By name of each group's first layer, the number of its channels."""
+        return {name: len(group[0].idxs) for name, group in self.groups.items()}
+
+    def choose(
+        self,
+        sparsity: float,
+        scores: Mapping[str, Tensor] | None = None,
+        scope: str = "tensor",
+        originals: Mapping[str, int] | None = None,
+    ) -> dict[str, list[int]]:
+        """The channels of least importance; the arguments are those of :func:`remove_channels`."""
+        own = dict(self.twin.named_parameters())
+        present = {name: own[name].detach().clone() for name in scores or {}}
+        for name, value in (scores or {}).items():
+            own[name].data.copy_(value)
+        importance = {name: self._importance(group).float().cpu() for name, group in self.groups.items()}
+        for name, value in present.items():
+            own[name].data.copy_(value)
+        channels = self.channels
+        full = {name: (originals or {}).get(name, count) for name, count in channels.items()}
+        if scope == "tensor":
+            excess = {name: count - full[name] + round(sparsity * full[name]) for name, count in channels.items()}
+        else:
+            together = torch.cat(list(importance.values()))
+            spare = sum(channels.values()) - sum(full.values()) + round(sparsity * sum(full.values()))
+            lowest = torch.argsort(together, stable=True)[: max(0, spare)]
+            chosen = torch.zeros_like(together, dtype=torch.bool)
+            chosen[lowest] = True
+            parts = torch.split(chosen, list(channels.values()))
+            excess = {name: int(part.sum()) for name, part in zip(channels, parts, strict=True)}
+        return {
+            name: sorted(torch.argsort(value, stable=True)[: min(max(0, excess[name]), channels[name] - 1)].tolist())
+            for name, value in importance.items()
+        }
+
+    def remove(self, chosen: Mapping[str, Sequence[int]]) -> ChannelRemoval:
+        """What remains without the chosen channels; uses the traced copy up, the network itself is not touched."""
+        twin, channels = self.twin, self.channels
+        before = {name: _arguments(part) for name, part in twin.named_modules()}
+        tensors = dict(_tensors_of(twin))
+        sizes = {name: tensor.shape for name, tensor in tensors.items()}
+        for tensor in tensors.values():  # each entry its own index: what is left of them tells what was kept
+            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
+        for name, channel in chosen.items():
+            if channel:
+                root = self.groups[name][0].dep
+                self._graph.get_pruning_group(root.target.module, root.handler, list(channel)).prune()
+        kept = {
+            name: (tensor.detach().reshape(-1).round().long(), tensor.shape)
+            for name, tensor in _tensors_of(twin)
+            if tensor.shape != sizes[name]
+        }
+        changes = {}
+        for name, part in twin.named_modules():
+            now = _arguments(part)
+            changed = {key: (old, now[key]) for key, old in before[name].items() if now[key] != old}
+            if changed:
+                changes[name] = changed
+        return ChannelRemoval(changes, {k: list(v) for k, v in chosen.items()}, channels, self.left_alone, kept)
+
+    def unfit(self, module: nn.Module, run: Run) -> dict[str, str]:
+        """Layers whose channels cannot be removed without side effects, with the reason, by trying on copies.
+
+        Raises:
+            ValueError: If no layer is left.
+        """
+        drawn = torch.Generator().manual_seed(0)  # a regular pattern would hide what is regular, such as heads
+        halves = {
+            name: sorted(torch.randperm(count, generator=drawn)[: count // 2].tolist())
+            for name, count in self.channels.items()
+        }
+        refused: dict[str, str] = {}
+        if not self._fits(module, run, halves):
+            for name, half in halves.items():
+                trial = Structure(module, run, layers=self._layers, copy=self._copy)
+                problem = trial._problem(module, run, {name: half})
+                if problem is not None:
+                    refused[name] = problem
+        if len(refused) == len(self.groups):
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in {**self.left_alone, **refused}.items())
+            raise ValueError(f"no channel of the network can be removed ({reasons or 'no such layer'}).")
+        return refused
+
+    def _fits(self, module: nn.Module, run: Run, chosen: Mapping[str, Sequence[int]]) -> bool:
+        trial = Structure(module, run, layers=self._layers, copy=self._copy)
+        return trial._problem(module, run, chosen) is None
+
+    def _problem(self, module: nn.Module, run: Run, chosen: Mapping[str, Sequence[int]]) -> str | None:
+        try:
+            alike = agrees(module, run, self.remove(chosen), self._copy)
+        except Exception as error:  # whatever the user's code raises at an unexpected shape
+            return f"the network fails without its channels: {type(error).__name__}: {error}".splitlines()[0]
+        return None if alike else "removing its channels is not the same as setting them to zero"
+
+    def _obstacle(
+        self, group: Any, outputs: Sequence[str], weights: Mapping[str, nn.Parameter], counts: Mapping[int, int]
+    ) -> str | None:
+        """Why a group is left alone, or None."""
+        kinds = torch_pruning().ops.OPTYPE
+        allowed = {
+            kinds.CONV, kinds.DEPTHWISE_CONV, kinds.LINEAR, kinds.BN, kinds.PRELU, kinds.CONCAT, kinds.SPLIT,
+            kinds.ELEMENTWISE, kinds.RESHAPE, kinds.UNBIND, kinds.EXPAND, kinds.SLICE,
+        }  # fmt: skip
+        readers = [
+            dep.target.module
+            for dep, _ in group
+            if isinstance(dep.target.module, LAYERS) and not self._graph.is_out_channel_pruning_fn(dep.handler)
+        ]
+        if not readers or any(dep.target.type == kinds.OUTPUT for dep, _ in group):
+            return OUTPUT
+        for dep, _ in group:
+            target = dep.target
+            if target.type not in allowed:
+                name = self._names.get(target.module, "a parameter that belongs to no layer")
+                return f"coupled with {name!r} ({type(target.module).__name__})"
+            operation = str(getattr(target.module, "_grad_fn", ""))
+            mixing = next((name for name in MIXING if name in operation), None)
+            if mixing is not None:
+                return f"coupled by {'an unknown module' if mixing == 'Opaque' else mixing}"
+            if target.type == kinds.CONV and target.module.groups > 1:
+                return f"coupled with the grouped convolution {self._names[target.module]!r}"
+        for part in (dep.target.module for dep, _ in group if dep.target.module in self._names):
+            if isinstance(part, LAYERS) and part._parameters.get("weight") is None:
+                return f"the weight of {self._names[part]!r} is computed from other parameters"
+            for leaf in part._parameters:
+                name = f"{self._names[part]}.{leaf}"
+                if name in weights and counts[id(weights[name])] > 1:
+                    return f"the parameter {name!r} is shared between modules"
+        own = [f"{name}.weight" for name in outputs]
+        if not all(weights[name].requires_grad for name in own):
+            return "frozen"
+        if self._layers is not None and not self._selected.issuperset(own):
+            return "not selected"
+        return "it has a single channel" if len(group[0].idxs) == 1 else None
+
+
+def agrees(module: nn.Module, run: Run, removal: ChannelRemoval, copy: Callable[[nn.Module], nn.Module]) -> bool:
+    """Whether a copy without the channels computes the same as one in which their weights are zero."""
+    zeroed, smaller = copy(module), copy(module)
+    for name, tensor in zeroed.named_parameters():
+        if name in removal.kept:
+            gone = torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
+            gone[removal.kept[name][0].to(tensor.device)] = False
+            tensor.data.masked_fill_(gone.reshape(tensor.shape), 0.0)
+    removal.apply(smaller)
+    heads = [name for name, reason in removal.left_alone.items() if reason == OUTPUT]
+    expected, found = (_outputs(network, run, heads) for network in (zeroed, smaller))
+    if [values.shape for values in expected] != [values.shape for values in found]:
+        return False
+    half = any(parameter.dtype.itemsize < 4 for parameter in module.parameters())
+    allowed = 0.05 if half else 1e-3  # of the largest output
+    pairs = zip(expected, found, strict=True)
+    return all(bool((a - b).abs().max() <= allowed * a.abs().max()) for a, b in pairs if a.numel())
+
+
+def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Give the layers of a network the sizes that a state dict has, so that it can be loaded.
+
+    Args:
+        module: The network as its constructor builds it.
+        state_dict: That of the same network with channels removed, for instance ``checkpoint["state_dict"]``.
+
+    Returns:
+        By module name, the constructor arguments that changed, old and new.
+
+    Raises:
+        ValueError: If a tensor of another size belongs to a module that is no convolution, linear layer, batch norm or
+            PReLU.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_koopman import resize_like
+        >>> network = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+        >>> resize_like(network, nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).state_dict())
+        {'0': {'out_features': (32, 8)}, '2': {'in_features': (32, 8)}}
+    """
+    plan = []
+    for path, part in module.named_modules():
+        own = {
+            leaf: state_dict[name].shape
+            for leaf, tensor in chain(part._parameters.items(), part._buffers.items())
+            if tensor is not None and (name := f"{path}.{leaf}" if path else leaf) in state_dict
+            if state_dict[name].shape != tensor.shape
+        }
+        if own:
+            plan.append((path, part, own, _resized(path, part, own)))
+    for _, part, own, arguments in plan:
+        for leaf, shape in own.items():
+            old = getattr(part, leaf)
+            new = old.detach().new_empty(shape)
+            if isinstance(old, nn.Parameter):
+                part._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
+            else:
+                part._buffers[leaf] = new
+        for key, (_, now) in arguments.items():
+            setattr(part, key, now)
+    return {path: arguments for path, _, _, arguments in plan}
+
+
+def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Any, Any]]:
+    """Constructor arguments of a layer whose tensors get other shapes, old and new."""
+    now: dict[str, Any] = {}
+    shape = next(iter(shapes.values()))  # the weight's, or that of a statistic
+    if isinstance(part, nn.Linear) and "weight" in shapes:
+        now = {"in_features": shape[1], "out_features": shape[0]}
+    elif isinstance(part, nn.modules.conv._ConvNd) and "weight" in shapes:
+        depthwise = part.groups == part.in_channels > 1
+        first, second = ("in_channels", "out_channels") if part.transposed else ("out_channels", "in_channels")
+        now = {first: shape[0], second: shape[0] if depthwise else shape[1] * part.groups}
+        if depthwise:
+            now["groups"] = shape[0]
+    elif isinstance(part, nn.modules.batchnorm._NormBase):
+        now = {"num_features": shape[0]}
+    elif isinstance(part, nn.PReLU):
+        now = {"num_parameters": shape[0]}
+    else:
+        raise ValueError(
+            f"{path!r} ({type(part).__name__}) has another size in the state dict: only convolutions, linear layers, "
+            "batch norms and PReLU can be resized. Build it with the size that the state dict has."
+        )
+    return {key: (getattr(part, key), value) for key, value in now.items() if getattr(part, key) != value}
+
+
+def torch_pruning() -> Any:
+    """The package that traces which channels go together."""
+    try:
+        import torch_pruning as package
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "Removing channels needs Torch-Pruning: pip install 'lightning_koopman[structured]'", name="torch_pruning"
+        ) from error
+    return package
+
+
+def _outputs(network: nn.Module, run: Run, heads: Sequence[str]) -> list[Tensor]:
+    """What some layers and the network as a whole compute in evaluation mode."""
+    outputs: list[Tensor] = []
+    hooks = [
+        network.get_submodule(name).register_forward_hook(lambda *given: outputs.append(given[2].detach()))
+        for name in heads
+    ]
+    devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
+    network.eval()
+    with torch.random.fork_rng(list(devices)), torch.enable_grad():
+        torch.manual_seed(0)  # a step that draws noise draws the same
+        outputs += [value.detach() for value in _tensors(run(network))]
+    for hook in hooks:
+        hook.remove()
+    return outputs
+
+
+class _Opaque(torch.autograd.Function):
+    """A node of the graph that stands for all that a module does."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *_: Tensor) -> Tensor:  # noqa: ARG004
+        return output.clone()
+
+
+def _hide(_: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Forward hook: put one node in place of a module's own graph, which tracing could not read."""
+    if isinstance(outputs, Tensor):
+        given = _tensors(inputs)
+        return _Opaque.apply(outputs.detach(), *given) if outputs.is_floating_point() and given else outputs
+    return type(outputs)(_hide(_, inputs, each) for each in outputs) if type(outputs) in (tuple, list) else outputs
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """All tensors of floating point in a nested structure."""
+    if isinstance(values, Tensor):
+        return [values] if values.is_floating_point() else []
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    return [each for value in values for each in _tensors(value)] if isinstance(values, (list, tuple)) else []
+
+
+def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from chain(module.named_parameters(), module.named_buffers())
+
+
+def _arguments(part: nn.Module) -> dict[str, Any]:
+    """Attributes that may be sizes."""
+    return {
+        key: value
+        for key, value in vars(part).items()
+        if (isinstance(value, int) and not isinstance(value, bool)) or isinstance(value, tuple)
+    }
