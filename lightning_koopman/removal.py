@@ -180,6 +180,7 @@ class Structure:
         self.left_alone: dict[str, str] = {}
         weights = dict(module.named_parameters(remove_duplicate=False))
         counts = Counter(map(id, weights.values()))
+        order = list(self._names.values())
         found = set()
         for group in found_groups:
             outputs = [
@@ -192,7 +193,7 @@ class Structure:
             for name in outputs:
                 reason = reason or (refused or {}).get(name)
             if reason is None:
-                self.groups[outputs[0]] = group
+                self.groups[min(outputs, key=order.index)] = group
             else:
                 self.left_alone |= dict.fromkeys(outputs, reason)
         for name, part in module.named_modules():
