@@ -235,8 +235,8 @@ def test_an_optimizer_with_one_memory_for_all_starts_anew():
 
     stepper.step(closure)
     remove_channels(network, lambda net: net(inputs), sparsity=0.5, optimizers=[stepper])
-    before = float(stepper.step(closure))
-    assert float(closure()) < before
+    before = stepper.step(closure).item()
+    assert closure().item() < before
 
 
 def test_layers_can_be_selected():
@@ -319,7 +319,8 @@ def test_shared_and_derived_weights_are_left_alone():
 def test_resizing_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"'1' \(LayerNorm\) has another size"):
         resize_like(
-            nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4)), nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)).state_dict()
+            nn.Sequential(nn.Linear(2, 4), nn.LayerNorm(4)),
+            nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3)).state_dict(),
         )
 
 

@@ -89,7 +89,7 @@ class KoopmanPruner(TrajectoryCallback):
         seed: Seed of that draw, ≥ 0; the run's own random state is left alone.
         dirpath: Local folder below which ``koopman_prune`` is made for the table and the snapshots that checkpoints
             refer to (default: the run's log folder).
-        prefix: First part of the logged names and of that folder's.
+        prefix: First part of the logged names and of that folder's; give two of them on one Trainer different ones.
 
     Attributes:
         masks: The :class:`MaskSet` in force, or None.
