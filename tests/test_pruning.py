@@ -113,7 +113,7 @@ def test_drawing_anew_resets_the_optimizer_and_follows_the_scheme(fit, root):
             states.append(len(trainer.optimizers[0].state))
 
     pruner = KoopmanPruner(0.5, epoch=4, survivors="reinit", scheme="orthogonal", seed=3)
-    module, watcher = fit(pruner, Look(), epochs=6)
+    _, watcher = fit(pruner, Look(), epochs=6)
     assert states[3:5] == [6, 0]
     weight = watcher.at_start[4]["network.1.weight"]
     torch.manual_seed(3 + 1)  # the modules are drawn in order: nn.Linear draws itself, then the scheme does
@@ -150,7 +150,7 @@ def test_pruned_weights_stay_zero_in_training(fit, classifier, options, optimize
     assert total == pruner.masks.pruned
 
 
-def test_manual_optimization(fit, root, regression):
+def test_manual_optimization(fit, regression):
     class Manual(regression):
         def __init__(self) -> None:
             super().__init__()
@@ -186,7 +186,7 @@ def test_compiled_modules(fit, classifier):
 
 
 @pytest.mark.parametrize("kind", ["ema", "swa"])
-def test_averages_of_the_weights_are_sparse(fit, root, kind, classifier):
+def test_averages_of_the_weights_are_sparse(fit, root, kind):
     callbacks = root.callbacks
     if kind == "ema" and not hasattr(callbacks, "WeightAveraging"):
         pytest.skip("this Lightning has no WeightAveraging")
@@ -268,7 +268,7 @@ def test_checkpoints_without_our_state_are_plain_sparse_networks(fit, root, tmp_
     assert MaskSet.from_zeros(loaded).agreement(pruner.masks) == 1.0
 
 
-def test_a_further_fit_keeps_the_masks(fit, classifier):
+def test_a_further_fit_keeps_the_masks(fit):
     pruner = KoopmanPruner(0.75, epoch=2)
     module, watcher = fit(pruner, epochs=4)
     watcher.trainer.fit_loop.max_epochs = 6
@@ -278,7 +278,7 @@ def test_a_further_fit_keeps_the_masks(fit, classifier):
     assert len(pruner.history) == 1
 
 
-def test_a_callback_that_served_another_fit_begins_anew(fit, classifier):
+def test_a_callback_that_served_another_fit_begins_anew(fit):
     pruner = KoopmanPruner(0.75, epoch=2)
     fit(pruner, epochs=4)
     fit(pruner, epochs=4)
@@ -364,10 +364,10 @@ def test_it_logs_the_sparsity_and_writes_a_table(fit, root, tmp_path):
 def test_other_callbacks_begin_a_new_trajectory(fit):
     monitor, stop = KoopmanSpectrumMonitor(window=None), EarlyStopOnUnitEigenvalues()
     pruner = KoopmanPruner(0.75, epoch=4)
-    module, watcher = fit(pruner, monitor, stop, epochs=7)
+    _, watcher = fit(pruner, monitor, stop, epochs=7)
     assert monitor.recorder.epochs == [4, 5, 6, 7]
     first = monitor.trajectory.snapshots()[0]
-    assert torch.equal(first, flatten({name: value for name, value in watcher.at_start[4].items()}))
+    assert torch.equal(first, flatten(watcher.at_start[4]))
     assert pruner.recorder is monitor.recorder
 
 
@@ -390,7 +390,7 @@ def test_it_keeps_no_snapshots_that_it_does_not_need(fit):
 def test_too_few_snapshots_leave_it_to_the_magnitudes(fit):
     pruner = KoopmanPruner(0.75, epoch=1)
     with pytest.warns(KoopmanWarning, match="2 snapshots are too few"):
-        _, watcher = fit(pruner, epochs=3)
+        fit(pruner, epochs=3)
     assert pruner.history[0]["magnitude_agreement"] == 1.0
     assert pruner.history[0]["modes"] == 0
 
@@ -398,7 +398,7 @@ def test_too_few_snapshots_leave_it_to_the_magnitudes(fit):
 def test_an_empty_tensor_is_refused_and_training_goes_on(fit):
     pruner = KoopmanPruner(threshold=50.0, epoch=3)
     with pytest.warns(KoopmanWarning, match="prunes all weights of 'network.1.weight'"):
-        module, watcher = fit(pruner, epochs=5)
+        _, watcher = fit(pruner, epochs=5)
     assert pruner.masks is None
     assert watcher.trainer.current_epoch == 5
     allowed = KoopmanPruner(threshold=50.0, epoch=3, allow_empty=True)
@@ -406,7 +406,7 @@ def test_an_empty_tensor_is_refused_and_training_goes_on(fit):
     assert allowed.achieved == 1.0
 
 
-def test_the_callbacks_live_together(fit, classifier):
+def test_the_callbacks_live_together(fit):
     pruner = KoopmanPruner(0.75, epoch=12)
     fit(pruner, RestartOnBadInitialization(), EarlyStopOnUnitEigenvalues(mode="report"), epochs=15)
     assert len(pruner.history) == 1
@@ -471,10 +471,14 @@ def test_sharded_strategies_are_refused(fit, root):
 def test_two_of_them_need_different_names(fit):
     with pytest.raises(ValueError, match="prefix='koopman' is used by two"):
         fit(KoopmanPruner(0.5, epoch=3), KoopmanPruner(0.4, epoch=4, window=8))
-    weights, biases = KoopmanPruner(0.5, epoch=3), KoopmanPruner(0.5, epoch=4, parameters="*.bias", prefix="biases")
+
+
+def test_two_of_them_prune_at_once(fit):
+    weights, biases = KoopmanPruner(0.5, epoch=4), KoopmanPruner(0.5, epoch=4, parameters="*.bias", prefix="biases")
     fit(weights, biases, epochs=6)
     assert weights.achieved == pytest.approx(0.5)
     assert biases.achieved == pytest.approx(0.5, abs=0.01)
+    assert biases.history[0]["snapshots"] == weights.history[0]["snapshots"] == 5
 
 
 def test_fast_dev_runs_are_left_alone(fit):

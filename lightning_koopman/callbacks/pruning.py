@@ -23,7 +23,6 @@ from lightning_koopman.callbacks._schedule import warming_up
 from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
 from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters
 from lightning_koopman.optimizer_state import forget
-from lightning_koopman.parameters import flatten
 from lightning_koopman.persistence import persistent_weights, relative_changes
 from lightning_koopman.removal import Structure
 from lightning_koopman.spectrum import PERSISTENT
@@ -202,6 +201,7 @@ class KoopmanPruner(TrajectoryCallback):
         self._attempted = 0  # rounds, those that were refused too
         self._settled_at: int | None = None  # completed epochs
         self._changes = (math.nan, math.nan)
+        self._ready: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # scores and where they come from
         self._highest_rate = 0.0
 
     @property
@@ -277,6 +277,7 @@ class KoopmanPruner(TrajectoryCallback):
             self._share_state(trainer)
             if self.masks is not None:
                 self._hold(trainer, pl_module, self.masks)
+            self._prepare(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
@@ -319,14 +320,14 @@ class KoopmanPruner(TrajectoryCallback):
         self._stop_loading()
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        if self.epoch != SETTLED or self._settled_at is not None:
-            return
-        settled = False
-        if trainer.is_global_zero and recorded:
-            with self._guard("telling whether the weights have settled"):
-                settled = self._has_settled(trainer)
-        if trainer.strategy.broadcast(settled):
-            self._settled_at = epoch
+        if self.epoch == SETTLED and self._settled_at is None:
+            settled = False
+            if trainer.is_global_zero and recorded:
+                with self._guard("telling whether the weights have settled"):
+                    settled = self._has_settled(trainer)
+            if trainer.strategy.broadcast(settled):
+                self._settled_at = epoch
+        self._prepare(trainer, pl_module, epoch)
 
     @property
     def _next_due(self) -> int | None:
@@ -405,7 +406,7 @@ class KoopmanPruner(TrajectoryCallback):
     def _mask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[str, Any], dict[str, Any]]:
         """Masks and a row of the history."""
         named = dict(pl_module.named_parameters())
-        everything, about = self._reconstruction(trainer, named)
+        everything, about = self._decisive(named)
         scores = {name: everything[name] for name in self._selected}
         present = {name: named[name].detach() for name in self._selected}
         amount = {"sparsity" if self.threshold is None else "threshold": self._target}
@@ -426,7 +427,7 @@ class KoopmanPruner(TrajectoryCallback):
     ) -> dict[str, Any]:
         """Remove channels; returns a row of the history."""
         named = dict(pl_module.named_parameters())
-        scores, about = self._reconstruction(trainer, named)
+        scores, about = self._decisive(named)
         agreement = channels.remove(trainer, pl_module, batch, 0, scores=scores, sparsity=self._target)
         if self.survivors == "reconstruction" and channels.last is not None:
             kept = channels.last.kept
@@ -459,22 +460,29 @@ class KoopmanPruner(TrajectoryCallback):
         for name, value in values.items():
             parameters[name].copy_(value)
 
-    def _reconstruction(
-        self, trainer: pl.Trainer, named: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What stays of all recorded weights, and what it was computed from; their present values where that fails."""
-        trajectory, last = self.recorder.trajectory, self.settings.window
-        count = 0 if trajectory is None else min(len(trajectory), last or len(trajectory))
-        about = {"modes": 0, "rank": 0, "snapshots": count, "misfit": math.nan}
-        flat = flatten({name: named[name] for name in self._names})
+    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Reconstruct the weights if a pruning follows, before another callback that prunes ends the trajectory."""
+        self._ready = None
+        due = self._next_due
+        if due is None or epoch < due or not trainer.is_global_zero:
+            return
         with self._guard("the Koopman reconstruction"):
-            if trajectory is None or count < LEAST or self.recorder.epochs[-1] != trainer.current_epoch:
+            trajectory, last = self.recorder.trajectory, self.settings.window
+            count = 0 if trajectory is None else min(len(trajectory), last or len(trajectory))
+            if trajectory is None or count < LEAST or self.recorder.epochs[-1] != epoch:
                 raise ValueError(f"{count} snapshots are too few: the weights' present magnitudes decide instead.")
             found = persistent_weights(trajectory, last=last, radius=self.radius, rule=self.rule)
-            flat = found.values
-            about |= {"modes": found.n_modes, "rank": found.spectrum.rank, "misfit": found.spectrum.misfit}
-        parts = dict(zip(self._names, torch.split(flat, [named[name].numel() for name in self._names]), strict=True))
-        return {name: part.reshape(named[name].shape) for name, part in parts.items()}, about
+            named = dict(pl_module.named_parameters())
+            parts = torch.split(found.values, [named[name].numel() for name in self._names])
+            scores = {name: part.reshape(named[name].shape) for name, part in zip(self._names, parts, strict=True)}
+            about = {"modes": found.n_modes, "rank": found.spectrum.rank, "misfit": found.spectrum.misfit}
+            self._ready = scores, {**about, "snapshots": count}
+
+    def _decisive(self, named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What stays of the weights and what it was computed from; where that failed, their present values."""
+        present = {name: named[name].detach() for name in self._names}
+        ready, self._ready = self._ready, None
+        return ready or (present, {"modes": 0, "rank": 0, "misfit": math.nan, "snapshots": 0})
 
     def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: MaskSet) -> None:
         """Set the pruned weights to zero and keep them there, in averages of the weights too."""
