@@ -206,8 +206,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     @property
     def state_key(self) -> str:
-        structured = self._channels is not None
-        return self._generate_state_key(window=self.settings.window, prefix=self.prefix, structured=structured)
+        return self._generate_state_key(window=self.settings.window, prefix=self.prefix)
 
     @property
     def achieved(self) -> float:
