@@ -2,7 +2,8 @@
 
 The paper's CNN on 10,000 images of MNIST, He and Xavier weights, three seeds, is trained for 130 epochs.  From its
 checkpoints after 50 and 100 epochs it goes on for 30 more, pruned to 75 % and to 90 % by each method, with the
-optimizer's state as it was (Figures 3–6 of the paper).  Finished runs are kept in the output folder and not repeated.
+optimizer's state as it was (Figures 3–6 of the paper); from the one after 50 epochs also with whole channels removed.
+Then the times of an epoch and of inference are measured.  Finished runs are kept in the output folder and not repeated.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
+import torch_pruning
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
 from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer, run_all
-from lightning_koopman import KoopmanPruner, MaskSet, prunable_parameters
+from lightning_koopman import KoopmanPruner, MaskSet, prunable_parameters, remove_channels
 from lightning_koopman.initialization import reinitialize, select_modules
 from lightning_koopman.optimizer_state import forget
 
 STARTS, SEEDS = ("he", "xavier"), (0, 1, 2)
 POINTS, FURTHER, SPARSITIES = (50, 100), 30, (0.75, 0.9)
 LAST = POINTS[-1] + FURTHER
+CHANNEL_POINT, SHARES = POINTS[0], (0.5, 0.75, 0.85)
 ALL = {"window": None, "rule": "paper", "prefix": "paper"}  # as the paper: all snapshots, and the one mode at 1
 
 # -- methods ----------------------------------------------------------------------------------------------------------
@@ -81,20 +84,44 @@ class Reinitialized(Once):
         forget(trainer.optimizers, pl_module.parameters())
 
 
+class Removed(Once):
+    """Channels removed by other scores, with the same tool: Torch-Pruning's magnitude, or random numbers."""
+
+    def __init__(self, sparsity: float, images: Tensor, drawn: torch.Generator | None = None) -> None:
+        self.sparsity, self.images, self.drawn = sparsity, images, drawn
+
+    def act(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        named = dict(pl_module.network.named_parameters())
+        drawn = self.drawn
+        scores = drawn and {name: torch.rand(each.shape, generator=drawn) for name, each in named.items()}
+        remove_channels(
+            pl_module.network,
+            lambda network: network(self.images),
+            sparsity=self.sparsity,
+            scores=scores,
+            optimizers=trainer.optimizers,
+        )
+
+
 def callback_of(method: str, case: Case, point: int, sparsity: float, module: Training, folder: str) -> Callback:
+    drawn = torch.Generator().manual_seed(case.seed)
     if method.startswith("koopman"):
         options: dict[str, Any] = {"sparsity": sparsity, "epoch": point, "dirpath": folder}
         if method == "koopman, paper's rule":
             return KoopmanPruner(survivors="reconstruction", **options, **ALL)
+        if method == "koopman channels":
+            return KoopmanPruner(structured=True, **options)
         survivors = method.removeprefix("koopman, ")
         scheme = case.start if survivors == "reinit" else None
         return KoopmanPruner(survivors=survivors, scheme=scheme, **options)
-    drawn = torch.Generator().manual_seed(case.seed)
+    images = torch.zeros(1, 1, 28, 28)
     return {
         "magnitude": lambda: Masked(torch.abs, sparsity),
         "random mask": lambda: Masked(lambda weight: torch.rand(weight.shape, generator=drawn), sparsity),
         "ModelPruning": lambda: LightningPruning(sparsity, module),
         "dense, drawn anew": lambda: Reinitialized(case.start),
+        "magnitude channels": lambda: Removed(sparsity, images),
+        "random channels": lambda: Removed(sparsity, images, drawn),
     }[method]()
 
 
@@ -107,6 +134,7 @@ METHODS = (
     "ModelPruning",
     "random mask",
 )
+CHANNELS = ("koopman channels", "magnitude channels", "random channels")
 UNPRUNED, DENSE = "unpruned", "dense, drawn anew"
 
 # -- training ---------------------------------------------------------------------------------------------------------
@@ -135,20 +163,24 @@ def runs_of(case: Case) -> Iterator[Run]:
         yield Run(case, point, method, sparsity)
     for point in POINTS:
         yield Run(case, point, DENSE, 0.0)
+    for share, method in product(SHARES, CHANNELS):
+        yield Run(case, CHANNEL_POINT, method, share)
 
 
 class Scores(Callback):
     """Loss and accuracy on the test data at the start and after each epoch; on the training data at start and end."""
 
-    def __init__(self, training: Any, test: Any, zeros: bool = True) -> None:
-        self.training, self.test, self.zeros = training, test, zeros
+    def __init__(self, training: Any, test: Any) -> None:
+        self.training, self.test = training, test
         self.train_losses: list[float] = []
         self.rows: list[tuple[float, float]] = []
         self.ends: list[tuple[float, float]] = []
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         self.total, self.count = torch.zeros(()), 0
-        if not self.rows:
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if not self.rows:  # by now all methods have acted
             self.rows.append(pl_module.score(self.test))
             self.ends.append(pl_module.score(self.training))
 
@@ -200,9 +232,11 @@ def train_branch(run: Run, root: Path | None, folder: Path) -> None:
         trainer.fit(module, batches, ckpt_path=folder / f"{run.case.name}-{run.point}" / "base.ckpt")
     weights = [layer.weight for layer in module.network if hasattr(layer, "weight")]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    size = sum(parameter.numel() for parameter in module.parameters())
+    macs, _ = torch_pruning.utils.count_ops_and_params(module.network, training[0][:1])
     history = getattr(pruner, "history", None) or [{}]
     about = {key: float(history[0].get(key, np.nan)) for key in ("modes", "rank", "misfit", "magnitude_agreement")}
-    save(folder / f"{run.name}.npz", scores, zeros=zeros, **about)
+    save(folder / f"{run.name}.npz", scores, zeros=zeros, size=size, macs=macs, **about)
 
 
 def train_all(cases: list[Case], root: Path | None, folder: Path, jobs: int) -> None:
@@ -220,9 +254,20 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("pruning-runs"), help="folder of the recorded runs")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="trainings at a time")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), choices=SEEDS)
+    parser.add_argument("--threads", type=int, default=2, help="threads of the timed runs (default: 2)")
+    parser.add_argument("--figures", type=Path, help="where figures and table go (default: the output folder)")
     options = parser.parse_args()
-    cases = [case for case in CASES if case.seed in options.seeds]
-    train_all(cases, options.data_root, options.output.absolute(), options.jobs)
+    from benchmarks import pruning_report, pruning_times  # which import from here
+
+    cases, folder = [case for case in CASES if case.seed in options.seeds], options.output.absolute()
+    train_all(cases, options.data_root, folder, options.jobs)
+    pruning_report.print_tables(cases, folder)
+    pruning_report.print_channels(cases, folder)
+    target = options.figures or folder
+    pruning_report.write_csv(cases, folder, target / "pruning.csv")
+    for path in pruning_report.draw(cases, folder, target):
+        print(path)
+    pruning_times.run(options.data_root, SHARES, options.threads)
 
 
 if __name__ == "__main__":

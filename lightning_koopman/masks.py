@@ -167,7 +167,8 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: If a parameter is missing or has another shape; nothing is changed then.
         """
-        _clear([(parameter.data, mask) for parameter, mask in self._matched(module).values()])
+        for parameter, bits in self._matched(module).values():
+            _clear(parameter, bits)
 
     def pin(self, module: nn.Module, *optimizers: torch.optim.Optimizer) -> Pin:
         """Keep the pruned weights at zero while the network is trained.
@@ -267,10 +268,10 @@ class Pin:
     ) -> None:
         self._matched = list({id(parameter): (parameter, bits) for parameter, bits in matched.values()}.values())
         self._handles: list[RemovableHandle] = []
-        _clear([(parameter.data, bits) for parameter, bits in self._matched])
         for parameter, bits in self._matched:
+            _clear(parameter, bits)
             if parameter.grad is not None:
-                _clear([(parameter.grad, bits)])
+                _GradientMask(bits)(parameter)
             if parameter.requires_grad:
                 hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in PyTorch
                 self._handles.append(hook(_GradientMask(bits)))
@@ -291,14 +292,15 @@ class Pin:
         self.remove()
 
     def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        _clear([(parameter.data, bits) for parameter, bits in self._matched])
+        for parameter, bits in self._matched:
+            _clear(parameter, bits)
 
     def _forget_pruned(self, optimizer: torch.optim.Optimizer) -> None:
         """Clear what the optimizer remembers of pruned weights: momentum would move them."""
         for parameter, bits in self._matched:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    _clear([(value, _bits(bits != 0, value))])
+                    _clear(value, _bits(bits != 0, value))
 
 
 class _GradientMask:
@@ -311,13 +313,12 @@ class _GradientMask:
         gradient = parameter.grad
         if gradient is not None and gradient.layout == torch.strided:  # sparse ones are few: see `_after_step`
             bits = self.bits if gradient.dtype == parameter.dtype else _bits(self.bits != 0, gradient)
-            _clear([(gradient, bits)])
+            _clear(gradient, bits)
 
 
-@torch.no_grad()
-def _clear(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-    for values, bits in pairs:
-        values.detach().view(bits.dtype).bitwise_and_(bits)
+def _clear(values: Tensor, bits: Tensor) -> None:
+    """Set to zero, in place, where the bits are zero; integers need no gradient mode."""
+    values.detach().view(bits.dtype).bitwise_and_(bits)
 
 
 def _bits(mask: Tensor, like: Tensor) -> Tensor:

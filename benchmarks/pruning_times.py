@@ -1,0 +1,81 @@
+"""What pruning costs and gains in time: mask upkeep, and an epoch and inference before and after a removal."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from pytorch_lightning.callbacks import Callback
+
+import lightning_koopman.masks
+from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer
+from lightning_koopman import KoopmanPruner
+
+BEFORE, AFTER = 4, 5  # epochs timed; the first after a removal is not
+
+
+class Clock(Callback):
+    """Wall time of the epochs and of inference on the test data, by whether the network has been pruned."""
+
+    def __init__(self, test: Any, pruner: KoopmanPruner) -> None:
+        self.test, self.pruner = test, pruner
+        self.epochs: dict[bool, list[float]] = {False: [], True: []}
+        self.inference: dict[bool, list[float]] = {False: [], True: []}
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self.pruned, self.started = bool(self.pruner.history), time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        now = time.perf_counter()
+        if self.pruned == bool(self.pruner.history):  # nothing was pruned within this epoch
+            self.epochs[self.pruned].append(now - self.started)
+            started = time.perf_counter()
+            pl_module.score(self.test)
+            self.inference[self.pruned].append(time.perf_counter() - started)
+
+
+def run(root: Path | None, shares: tuple[float, ...], threads: int) -> None:
+    """Print the times, measured in one run each."""
+    torch.set_num_threads(threads)
+    print(f"\nTimes on {threads} threads, medians of {BEFORE} epochs before and {AFTER} after")
+    print("| | epoch before (s) | after (s) | faster | inference before (s) | after (s) | faster |")
+    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    training, _, test = data_of("mnist", root)
+    for share in shares:
+        pruner = KoopmanPruner(share, epoch=BEFORE, structured=True)
+        times = _timed(pruner, training, test)
+        cells = [
+            cell
+            for name in ("epochs", "inference")
+            for before, after in [[median(getattr(times, name)[pruned]) for pruned in (False, True)]]
+            for cell in (f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}×")
+        ]
+        print(f"| {share:.0%} of the channels | " + " | ".join(cells) + " |", flush=True)
+    spent = [0.0]
+    original: Callable[..., None] = lightning_koopman.masks._clear
+
+    def timed(*given: Any) -> None:
+        started = time.perf_counter()
+        original(*given)
+        spent[0] += time.perf_counter() - started
+
+    lightning_koopman.masks._clear = timed  # type: ignore[assignment]
+    times = _timed(KoopmanPruner(0.75, epoch=BEFORE), training, test)
+    lightning_koopman.masks._clear = original
+    epoch = median(times.epochs[True])
+    share = spent[0] / (AFTER + 1) / epoch
+    print(f"\nMask upkeep: {1e3 * spent[0] / (AFTER + 1):.1f} ms of an epoch of {epoch:.3f} s, {share:.2%}")
+
+
+def _timed(pruner: KoopmanPruner, training: Any, test: Any) -> Clock:
+    clock = Clock(test, pruner)
+    with tempfile.TemporaryDirectory() as scratch:
+        pruner.dirpath = Path(scratch)
+        trainer = quiet_trainer(scratch, max_epochs=BEFORE + AFTER + 1, callbacks=[clock, pruner])
+        trainer.fit(Training(Case("mnist", "he", "adam", 0)), Batches(training, 0))
+    return clock
