@@ -1,6 +1,6 @@
 """Remove half of a network's channels in mid-training, and hand the small one over.
 
-Run with ``python examples/prune_and_export.py``; it needs the extra ``structured``, no network, and takes under a minute.
+Run with ``python examples/prune_and_export.py``; it needs the extra ``structured`` and takes under a minute.
 """
 
 import pytorch_lightning as pl

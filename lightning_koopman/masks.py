@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from numbers import Real
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -70,12 +72,12 @@ class MaskSet(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} tensors, {self.pruned:,} of {self.numel:,} weights pruned, {self.sparsity:.2%})"
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """Number of weights in the masked tensors."""
         return sum(mask.numel() for mask in self.values())
 
-    @property
+    @cached_property
     def pruned(self) -> int:
         """Number of weights pruned."""
         return sum(mask.numel() - int(mask.sum()) for mask in self.values())
@@ -83,7 +85,7 @@ class MaskSet(Mapping[str, Tensor]):
     @property
     def sparsity(self) -> float:
         """Share of the masked tensors' weights that is pruned, in [0, 1]."""
-        return self.pruned / self.numel
+        return self.pruned / max(1, self.numel)
 
     # -- choosing -----------------------------------------------------------------------------------------------------
 
@@ -108,7 +110,8 @@ class MaskSet(Mapping[str, Tensor]):
             sparsity: Share to prune, in (0, 1), hit exactly up to rounding to whole weights; or
             threshold: the paper's ε > 0: what is smaller in magnitude is pruned.
             scope: ``"global"``: one quantile over all tensors; ``"tensor"``: the share is pruned in each tensor.
-            within: Masks of earlier rounds: what they prune stays pruned.
+            within: Masks of earlier rounds: what they prune stays pruned, also where it is more than the share, or has
+                no scores any more.
             allow_empty: Whether a tensor may lose all its weights.
 
         Raises:
@@ -116,14 +119,15 @@ class MaskSet(Mapping[str, Tensor]):
                 not finite, or a tensor would lose all its weights.
         """
         check_amount(sparsity, threshold, scope)
+        if not scores:
+            raise ValueError("scores must not be empty: give a tensor by parameter name.")
+        earlier: Mapping[str, Tensor] = within or {}
         sizes = {name: score.detach().abs().reshape(-1).cpu() for name, score in scores.items()}
         for name, size in sizes.items():
             if not torch.isfinite(size).all():
                 raise ValueError(f"scores[{name!r}] holds NaN or infinite values: they give no order.")
-            if within is not None and name in within:
-                size = size.clone()
-                size[~within[name].reshape(-1)] = -1.0
-                sizes[name] = size
+            if name in earlier:
+                sizes[name] = size.masked_fill(~earlier[name].reshape(-1), -1.0)
         if threshold is not None:
             kept = {name: size >= threshold for name, size in sizes.items()}
         elif scope == "global":
@@ -132,15 +136,18 @@ class MaskSet(Mapping[str, Tensor]):
             kept = dict(zip(sizes, parts, strict=True))
         else:
             kept = {name: _keep_largest(size, sparsity or 0.0) for name, size in sizes.items()}
+        kept = {name: mask & earlier[name].reshape(-1) if name in earlier else mask for name, mask in kept.items()}
         empty = [name for name, mask in kept.items() if mask.numel() and not mask.any()]
         if empty and not allow_empty:
             asked = f"sparsity={sparsity}" if threshold is None else f"threshold={threshold}"
+            spread = sparsity is not None and scope == "global"
+            itself = "prune each tensor by itself (scope='tensor'), " if spread else ""
             raise ValueError(
                 f"{asked} prunes all weights of {', '.join(map(repr, empty[:4]))}{', …' if len(empty) > 4 else ''}: "
-                "nothing would pass through. Take a smaller one, leave them out, prune each tensor by itself "
-                "(scope='tensor'), or set allow_empty=True."
+                f"nothing would pass through. Take a smaller one, leave them out, {itself}or set allow_empty=True."
             )
-        return cls({name: mask.reshape(scores[name].shape) for name, mask in kept.items()})
+        masks = {name: mask.reshape(scores[name].shape) for name, mask in kept.items()}
+        return cls({**{name: mask for name, mask in earlier.items() if name not in masks}, **masks})
 
     @classmethod
     def from_zeros(cls, module: nn.Module, parameters: str | Sequence[str] | None = None) -> MaskSet:
@@ -185,7 +192,14 @@ class MaskSet(Mapping[str, Tensor]):
 
         Raises:
             ValueError: As :meth:`apply`.
+            TypeError: If an optimizer takes no step hooks.
         """
+        for optimizer in optimizers:
+            if not takes_hooks(optimizer):
+                raise TypeError(
+                    f"{type(optimizer).__name__} takes no step hooks (it did not call torch.optim.Optimizer.__init__): "
+                    "leave it out, and call `clear` of what `pin` returns after its steps."
+                )
         return Pin(self._matched(module), optimizers)
 
     def _matched(self, module: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
@@ -210,7 +224,7 @@ class MaskSet(Mapping[str, Tensor]):
                 "shape": "×".join(map(str, mask.shape)),
                 "pruned": mask.numel() - int(mask.sum()),
                 "weights": mask.numel(),
-                "sparsity": 1 - int(mask.sum()) / max(1, mask.numel()),
+                "sparsity": (mask.numel() - int(mask.sum())) / max(1, mask.numel()),
             }
             for name, mask in self.items()
         ]
@@ -267,14 +281,17 @@ class Pin:
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
         self._matched = list({id(parameter): (parameter, bits) for parameter, bits in matched.values()}.values())
+        self._optimizers = [id(optimizer) for optimizer in optimizers]
         self._handles: list[RemovableHandle] = []
         for parameter, bits in self._matched:
             _clear(parameter, bits)
             if parameter.grad is not None:
                 _GradientMask(bits)(parameter)
-            if parameter.requires_grad:
-                hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in PyTorch
-                self._handles.append(hook(_GradientMask(bits)))
+            frozen = not parameter.requires_grad
+            parameter.requires_grad_(True)  # it may be thawed later, and takes no hook before
+            hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in PyTorch
+            self._handles.append(hook(_GradientMask(bits)))
+            parameter.requires_grad_(not frozen)
         for optimizer in optimizers:
             self._forget_pruned(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -291,12 +308,25 @@ class Pin:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    def clear(self) -> None:
+        """Set the pruned weights to zero again, in case something else wrote over them."""
         for parameter, bits in self._matched:
             _clear(parameter, bits)
 
+    def holds(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
+        """Whether it holds the parameters that the module and the optimizers have now."""
+        own = {id(parameter) for parameter in module.parameters()}
+        return self._optimizers == [id(optimizer) for optimizer in optimizers] and all(
+            id(parameter) in own for parameter, _ in self._matched
+        )
+
+    def _after_step(self, *_: Any) -> None:
+        self.clear()
+
     def _forget_pruned(self, optimizer: torch.optim.Optimizer) -> None:
         """Clear what the optimizer remembers of pruned weights: momentum would move them."""
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.state.clear()  # its memory is flat, and of a path that has ended
         for parameter, bits in self._matched:
             for value in optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
@@ -311,14 +341,25 @@ class _GradientMask:
 
     def __call__(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        if gradient is not None and gradient.layout == torch.strided:  # sparse ones are few: see `_after_step`
-            bits = self.bits if gradient.dtype == parameter.dtype else _bits(self.bits != 0, gradient)
+        if gradient is None:
+            return
+        bits = self.bits if gradient.dtype == parameter.dtype else _bits(self.bits != 0, gradient)
+        if gradient.is_sparse:  # of an embedding: some rows
+            rows = gradient.coalesce()
+            parameter.grad = rows
+            _clear(rows._values(), bits[rows._indices()[0]])
+        else:
             _clear(gradient, bits)
 
 
 def _clear(values: Tensor, bits: Tensor) -> None:
     """Set to zero, in place, where the bits are zero; integers need no gradient mode."""
     values.detach().view(bits.dtype).bitwise_and_(bits)
+
+
+def takes_hooks(optimizer: object) -> bool:
+    """Whether an optimizer can tell when it has stepped."""
+    return hasattr(optimizer, "_optimizer_step_post_hooks")
 
 
 def _bits(mask: Tensor, like: Tensor) -> Tensor:
@@ -362,6 +403,8 @@ def check_amount(sparsity: object, threshold: object, scope: str) -> None:
         raise ValueError(f"threshold must be positive and finite, got {threshold!r}: smaller weights are pruned.")
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
+    if threshold is not None and scope != "global":
+        raise ValueError(f"scope={scope!r} goes with a sparsity, got threshold={threshold}: it is the same everywhere.")
 
 
 def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
@@ -370,12 +413,12 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
     Args:
         module: Any module.
         patterns: Shell-style patterns over the parameters' names, all of a tied one's too; one that begins with ``!``
-            excludes.  Default: matrices and kernels, that is what has two dimensions or more, requires a gradient and
-            is no part of a norm.
+            excludes.  Default: matrices and kernels, that is what has two dimensions or more, requires a gradient, is
+            no part of a norm and is no parameter that others are computed from (weight norm and the like).
 
     Raises:
-        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy, complex, sharded
-            or frozen.
+        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy, complex,
+            sharded, frozen, or one that others are computed from.
 
     Example:
         >>> from torch import nn
@@ -385,12 +428,13 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
     """
     named = dict(module.named_parameters(remove_duplicate=False))
     first = {id(parameter): name for name, parameter in reversed(named.items())}
+    derived = _underlying(module)
     if patterns is None:
         norms = {id(each) for part in module.modules() if isinstance(part, NORMS) for each in part.parameters()}
         chosen = [
             name
             for name, parameter in named.items()
-            if parameter.requires_grad and parameter.ndim >= 2 and id(parameter) not in norms
+            if parameter.requires_grad and parameter.ndim >= 2 and id(parameter) not in norms | derived
         ]
         if not chosen:
             raise ValueError(
@@ -400,6 +444,12 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
         chosen = match_names(named, patterns, argument="parameters", kind="parameter")
     selected = {first[id(named[name])]: named[name] for name in chosen}
     select_parameters(module, list(selected))  # refuses what cannot be observed
+    for name, parameter in selected.items():
+        if id(parameter) in derived:
+            raise ValueError(
+                f"parameters={patterns!r} selects {name!r}, from which a weight is computed (a parametrization), so "
+                "that zeros in it are none in the weight: exclude it with '!', or remove the parametrization first."
+            )
     frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
     if frozen:
         raise ValueError(
@@ -407,3 +457,15 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
             "trajectory to be pruned by: unfreeze it, or exclude it with '!'."
         )
     return selected
+
+
+def _underlying(module: nn.Module) -> set[int]:
+    """Ids of the parameters that weights are computed from: parametrizations, weight norm, PyTorch's own pruning."""
+    lists = (part for part in module.modules() if isinstance(part, nn.utils.parametrize.ParametrizationList))
+    found = {id(parameter) for part in lists for parameter in part.parameters()}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            stem, _, kind = name.rpartition("_")
+            if stem and kind in ("g", "v", "orig") and stem not in part._parameters and hasattr(part, stem):
+                found.add(id(parameter))
+    return found

@@ -62,6 +62,8 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
     """
     known = list(names)
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted:
+        raise ValueError(f"{argument}={patterns!r} names nothing: give patterns, or leave it out.")
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in known):
             raise ValueError(f"{argument}={pattern!r} matches no {kind}; the module has {_listed(known) or 'none'}.")

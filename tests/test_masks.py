@@ -104,6 +104,9 @@ def test_what_was_pruned_stays_pruned():
     second = MaskSet.from_scores({"w": torch.arange(11.0, 1.0, -1)}, sparsity=0.5, within=first)
     assert second["w"].tolist() == [False] * 3 + [True] * 5 + [False] * 2
     assert MaskSet.from_scores({"w": torch.ones(10)}, threshold=0.5, within=first)["w"].tolist() == first["w"].tolist()
+    assert MaskSet.from_scores({"w": torch.ones(10)}, sparsity=0.1, within=first)["w"].tolist() == first["w"].tolist()
+    other = MaskSet.from_scores({"v": torch.arange(4.0)}, sparsity=0.5, within=first)
+    assert other["w"].tolist() == first["w"].tolist()
 
 
 def test_agreement_counts_equal_entries():
@@ -173,11 +176,29 @@ def test_matrices_are_selected_and_norms_are_not():
         (lambda: nn.BatchNorm1d(3), None, "the module has none"),
         (lambda: Network().requires_grad_(False), "0.*", "'0.weight', which is frozen"),
         (lambda: nn.LazyLinear(3), "weight", "lazy"),
+        (
+            lambda: nn.utils.parametrizations.weight_norm(nn.Linear(3, 3)),
+            "*original1",
+            "from which a weight is computed",
+        ),
+        (Network, [], "names nothing"),
     ],
 )
 def test_selections_that_cannot_be_pruned_are_refused(build, patterns, message):
     with pytest.raises(ValueError, match=message):
         prunable_parameters(build(), patterns)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_computed_from_others_are_left_alone():
+    network = nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+        nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
+        nn.utils.weight_norm(nn.Linear(4, 4)),
+        nn.utils.prune.identity(nn.Linear(4, 4), "weight"),
+        nn.Linear(4, 4),
+    )
+    assert list(prunable_parameters(network)) == ["4.weight"]
 
 
 # -- holding ----------------------------------------------------------------------------------------------------------
@@ -290,15 +311,29 @@ def test_tied_weights_are_masked_together():
     assert masks.numel == 16
 
 
+def test_weights_that_are_frozen_when_masked_and_thawed_later():
+    network = Network()
+    masks = random_masks(network)
+    network.requires_grad_(False)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9)
+    masks.pin(network, optimizer)
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    network.requires_grad_(True)
+    nn.functional.mse_loss(network(x), y).backward()
+    assert not network[0].weight.grad[~masks["0.weight"]].any()
+
+
 def test_sparse_gradients():
     table = nn.Embedding(8, 4, sparse=True)
     optimizer = torch.optim.SparseAdam(table.parameters(), lr=0.1)
     masks = random_masks(table)
     masks.pin(table, optimizer)
     for _ in range(3):
-        table(torch.tensor([1, 5])).sum().backward()
+        optimizer.zero_grad()
+        table(torch.tensor([1, 5, 5])).sum().backward()
         optimizer.step()
         assert_pruned(table, masks)
+        assert not optimizer.state[table.weight]["exp_avg"][~masks["weight"]].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

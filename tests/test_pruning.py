@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -268,6 +269,47 @@ def test_checkpoints_without_our_state_are_plain_sparse_networks(fit, root, tmp_
     assert MaskSet.from_zeros(loaded).agreement(pruner.masks) == 1.0
 
 
+def test_a_finished_run_that_is_resumed_keeps_its_masks(fit, root, trainer, classifier, tmp_path):
+    pruner = KoopmanPruner(0.75, epoch=2, window=8)
+    fit(pruner, saving(root, tmp_path / "a"), epochs=4, enable_checkpointing=True)
+    path = tmp_path / "a" / "epoch=3.ckpt"
+    for epochs in (4, 6):  # nothing to train; then two more epochs, with another window
+        again = KoopmanPruner(0.75, epoch=2)
+        _, watcher = fit(
+            again,
+            saving(root, tmp_path / f"b{epochs}"),
+            epochs=epochs,
+            enable_checkpointing=True,
+            fit_options={"ckpt_path": path, "weights_only": True},
+        )
+        path = tmp_path / "later.ckpt"
+        watcher.trainer.save_checkpoint(path)
+        assert again.masks.agreement(pruner.masks) == 1.0
+        assert [row["epoch"] for row in again.history] == [2]
+    tested = KoopmanPruner(0.75, epoch=2)
+    lightning = trainer(callbacks=[tested, saving(root, tmp_path / "c")], enable_checkpointing=True)
+    lightning.validate(classifier(), ckpt_path=path, weights_only=True, verbose=False)
+    assert tested.table() == pruner.table()
+
+
+def test_a_checkpoint_within_an_epoch_does_not_lose_the_pruning(fit, root, tmp_path):
+    """Lightning begins no epoch when it goes on after an epoch's last batch."""
+    steps = root.callbacks.ModelCheckpoint(tmp_path / "a", filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    fit(KoopmanPruner(0.75, epoch=4), steps, epochs=6, enable_checkpointing=True)
+    again = KoopmanPruner(0.75, epoch=4)
+    more = root.callbacks.ModelCheckpoint(tmp_path / "b", filename="{step}", every_n_train_steps=10, save_top_k=-1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", KoopmanWarning)  # that epoch's snapshot is missing
+        fit(
+            again,
+            more,
+            epochs=5,
+            enable_checkpointing=True,
+            fit_options={"ckpt_path": tmp_path / "a" / "step=40.ckpt", "weights_only": True},
+        )
+    assert [row["epoch"] for row in again.history] == [4]
+
+
 def test_a_further_fit_keeps_the_masks(fit):
     pruner = KoopmanPruner(0.75, epoch=2)
     module, watcher = fit(pruner, epochs=4)
@@ -412,6 +454,94 @@ def test_the_callbacks_live_together(fit):
     assert len(pruner.history) == 1
 
 
+def test_weights_that_nobody_trains_are_left_alone(fit, classifier):
+    module = classifier()
+    module.teacher = nn.Linear(8, 8)  # requires a gradient, but no optimizer steps it
+    module.configure_optimizers = lambda: torch.optim.Adam(module.network.parameters(), lr=1e-2)
+    before = module.teacher.weight.detach().clone()
+    pruner = KoopmanPruner(0.75, epoch=3)
+    fit(pruner, epochs=5, module=module)
+    assert list(pruner.masks) == list(WEIGHTS)
+    assert torch.equal(module.teacher.weight, before)
+
+
+def test_a_restart_after_a_pruning_keeps_the_masks(trainer, classifier, watch, root):
+    class Restart(root.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 5:
+                restart._begin(5)
+                restart._chosen = ["network.1", "network.5"]
+                restart._restart(trainer, pl_module, "a test")
+
+    restart, pruner = RestartOnBadInitialization(check_epoch=30), KoopmanPruner(0.75, epoch=3)
+    monitor, watcher = KoopmanSpectrumMonitor(window=None), watch(pruner)
+    trainer(callbacks=[monitor, restart, pruner, Restart(), watcher], max_epochs=8).fit(classifier())
+    assert watcher.checked == 5 * 10 * 2
+    assert monitor.recorder.epochs == [5, 6, 7, 8]
+    assert int((monitor.trajectory.snapshots()[0] == 0).sum()) >= pruner.masks.pruned
+
+
+def test_a_layer_that_is_replaced_is_held_too(fit, root):
+    class Replace(root.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 4:
+                pl_module.network[5] = nn.Linear(32, 10)
+                trainer.strategy.setup_optimizers(trainer)
+
+    _, watcher = fit(KoopmanPruner(0.75, epoch=3), Replace(), epochs=8)
+    assert watcher.checked > 0
+
+
+def test_optimizers_without_step_hooks(fit, classifier):
+    class Wrapped:
+        """What Lightning takes for an optimizer, without being one of PyTorch's."""
+
+        def __init__(self, inner) -> None:
+            self.inner, self.state, self.defaults = inner, inner.state, inner.defaults
+            self.param_groups, self.zero_grad = inner.param_groups, inner.zero_grad
+            self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
+
+        def step(self, closure=None):
+            return self.inner.step(closure)
+
+    network = nn.Linear(3, 3)
+    optimizer = Wrapped(torch.optim.SGD(network.parameters(), lr=0.1))
+    with pytest.raises(TypeError, match="Wrapped takes no step hooks"):
+        MaskSet({"weight": torch.zeros(3, 3) > 0}).pin(network, optimizer)
+    module = classifier()
+    module.configure_optimizers = lambda: Wrapped(torch.optim.Adam(module.parameters(), lr=1e-2))
+    pruner = KoopmanPruner(0.75, epoch=3)
+    fit(pruner, epochs=5, module=module)
+    named = dict(module.named_parameters())
+    assert all(not named[name].detach()[~mask].any() for name, mask in pruner.masks.items())
+
+
+def test_a_failing_draw_leaves_the_survivors_as_they_were(fit):
+    def scheme(module):
+        for parameter in module.parameters(recurse=False):
+            parameter.zero_()
+        raise RuntimeError("no such scheme")
+
+    pruner = KoopmanPruner(0.75, epoch=3, survivors="reinit", scheme=scheme)
+    with pytest.warns(KoopmanWarning, match="drawing the survivors anew failed.*no such scheme"):
+        _, watcher = fit(pruner, epochs=5)
+    mask = pruner.masks["network.1.weight"]
+    assert watcher.at_start[3]["network.1.weight"][mask].all()
+
+
+def test_an_exception_lets_go_of_the_module(fit, root, classifier):
+    class Fail(root.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.current_epoch == 4:
+                raise KeyError("stop")
+
+    module, pruner = classifier(), KoopmanPruner(0.75, epoch=3)
+    with pytest.raises(KeyError):
+        fit(pruner, Fail(), epochs=6, module=module)
+    assert pruner._pin is None
+    assert all(not parameter._post_accumulate_grad_hooks for parameter in module.parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -424,6 +554,7 @@ def test_the_callbacks_live_together(fit):
         ({"sparsity": 0.5, "survivors": "drop"}, "survivors must be one of"),
         ({"sparsity": 0.5, "rule": "all"}, "rule must be one of"),
         ({"sparsity": 0.5, "scope": "layer"}, "scope must be one of"),
+        ({"threshold": 0.5, "scope": "tensor"}, "scope='tensor' goes with a sparsity"),
         ({"sparsity": 0.5, "rounds": 0}, "rounds must be at least 1"),
         ({"sparsity": 0.5, "round_epochs": 2}, "round_epochs must be at least 3"),
         ({"sparsity": 0.5, "radius": 0.0}, "radius must be positive"),
@@ -446,6 +577,8 @@ def test_bad_arguments_are_refused_at_once(options, message):
         ({"sparsity": 0.5, "epoch": 10}, "epoch=10 must be below max_epochs=10"),
         ({"sparsity": 0.5, "epoch": 5, "rounds": 3}, "the last after epoch 15, must be below max_epochs=10"),
         ({"sparsity": 0.5}, "epoch='settled' looks 10 epochs back, but max_epochs=10"),
+        ({"sparsity": 0.5, "rounds": 2, "parameters": None}, "epoch='settled' looks"),
+        ({"sparsity": 0.5, "epoch": 5, "parameters": []}, "names nothing"),
         ({"sparsity": 0.5, "epoch": 5, "parameters": "head.*"}, "parameters='head.*' matches no parameter"),
         (
             {"sparsity": 0.99, "epoch": 5, "parameters": "*.bias", "scope": "tensor"},
@@ -466,11 +599,6 @@ def test_sharded_strategies_are_refused(fit, root):
 
     with pytest.raises(ValueError, match="shards the weights"):
         fit(KoopmanPruner(0.5, epoch=3), strategy=FSDPStrategy("cpu"), accelerator="auto")
-
-
-def test_two_of_them_need_different_names(fit):
-    with pytest.raises(ValueError, match="prefix='koopman' is used by two"):
-        fit(KoopmanPruner(0.5, epoch=3), KoopmanPruner(0.4, epoch=4, window=8))
 
 
 def test_two_of_them_prune_at_once(fit):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import inspect
 import math
 import os
 import shutil
@@ -60,6 +61,7 @@ class TrajectoryCallback(LightningCallback):
     prefix = "koopman"  # first part of the logged names
     columns: tuple[str, ...] = ()  # of the history; without any, none is kept
     enough: float = math.inf  # snapshots after a resume; with fewer than were saved, and than this, it warns
+    storable = False  # whether the user chooses what is recorded and where: for messages
     any_window = False  # whether a trajectory longer than the window asked for does as well
 
     def __init__(
@@ -196,6 +198,9 @@ class TrajectoryCallback(LightningCallback):
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         """Called on all ranks after each epoch with a snapshot due; the trajectory exists on global rank zero only."""
 
+    def weights_replaced(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called when the weights were not trained but set, before anything records them."""
+
     def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a new trajectory from the present weights, which were not trained from those recorded last."""
         self.rates = current_rates(trainer)
@@ -309,7 +314,7 @@ class TrajectoryCallback(LightningCallback):
         if self.settings.observable == WEIGHTS and names & set(SHARDED):
             raise ValueError(
                 f"strategy {type(trainer.strategy).__name__} shards the weights, which is not supported yet: use a "
-                "replicated strategy such as 'ddp', or observable='train_loss'."
+                f"replicated strategy such as 'ddp'{', or observable=' + repr(TRAIN_LOSS) if self.storable else ''}."
             )
 
     def _check_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
@@ -332,10 +337,17 @@ class TrajectoryCallback(LightningCallback):
                 raise ValueError(
                     f"window={self.settings.window} keeps {rows} snapshots of {needed / (rows or 1) / 2**30:.2f} GiB, "
                     f"{needed / 2**30:.1f} GiB in all, but {free / 2**30:.1f} GiB of "
-                    f"{'memory' if in_memory else 'disk'} are free: take a smaller window, observe fewer `parameters`, "
-                    f"or {'set storage=' + repr('disk') if in_memory else 'pass another `dirpath`'}."
+                    f"{'memory' if in_memory else 'disk'} are free: {self._mend(in_memory)}."
                 )
         return list(chosen)
+
+    def _mend(self, in_memory: bool) -> str:
+        if not self.storable:
+            return "take a smaller window" if "window" in inspect.signature(type(self)).parameters else "free some"
+        return (
+            "take a smaller window, observe fewer `parameters`, or "
+            f"{'set storage=' + repr('disk') if in_memory else 'pass another `dirpath`'}"
+        )
 
     def _resolve_directory(self, trainer: pl.Trainer) -> None:
         """Make the output folder and prove that it can be written, before any work starts."""
@@ -387,6 +399,8 @@ class TrajectoryCallback(LightningCallback):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
+        if self._pending is not None:  # loaded, but no training has begun since
+            return self._pending
         if self._directory is None:
             return {}
         state: dict[str, Any] = {"loss_total": 0.0, "loss_count": 0}
@@ -464,6 +478,15 @@ class TrajectoryCallback(LightningCallback):
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(f"{type(self).__name__}: {message}", KoopmanWarning, stacklevel=2)
+
+
+def start_segments(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let every Koopman callback begin a new trajectory from the present weights."""
+    found = [each for each in trainer.callbacks if isinstance(each, TrajectoryCallback)]  # type: ignore[attr-defined]
+    for callback in found:
+        callback.weights_replaced(trainer, pl_module)
+    for callback in found:
+        callback.start_segment(trainer, pl_module)
 
 
 def _unused(directory: Path) -> Path:

@@ -11,7 +11,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_count
+from lightning_koopman.callbacks._base import WEIGHTS, check_count, start_segments
 from lightning_koopman.callbacks._chance import ChanceCallback
 from lightning_koopman.callbacks._schedule import warming_up
 from lightning_koopman.convergence import RECENT, StoppingReason, bad_start
@@ -230,8 +230,7 @@ class RestartOnBadInitialization(ChanceCallback):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if {base.__name__ for base in type(other).__mro__} & set(AVERAGING):
                 self._warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
-            if isinstance(other, TrajectoryCallback):
-                other.start_segment(trainer, pl_module)
+        start_segments(trainer, pl_module)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

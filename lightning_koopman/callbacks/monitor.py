@@ -104,6 +104,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     """
 
     columns = COLUMNS
+    storable = True
 
     def __init__(
         self,

@@ -17,11 +17,12 @@ from lightning_koopman.callbacks._base import (
     check_count,
     check_positive,
     checked_prefix,
+    start_segments,
 )
 from lightning_koopman.callbacks._channels import ChannelRounds
 from lightning_koopman.callbacks._schedule import warming_up
 from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
-from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters
+from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters, takes_hooks
 from lightning_koopman.optimizer_state import forget
 from lightning_koopman.persistence import persistent_weights, relative_changes
 from lightning_koopman.removal import Structure
@@ -147,13 +148,13 @@ class KoopmanPruner(TrajectoryCallback):
         prefix: str = "koopman",
     ) -> None:
         scope = scope or ("tensor" if structured else "global")
-        check_amount(sparsity, threshold, scope)
-        if structured and sparsity is None:
+        if structured and threshold is not None:
             raise ValueError(
                 f"threshold={threshold} is for weights: give the share of channels to remove as `sparsity`."
             )
         if structured and allow_empty:
             raise ValueError("allow_empty=True is for masks: with structured=True each layer keeps a channel.")
+        check_amount(sparsity, threshold, scope)
         if epoch != SETTLED:
             if isinstance(epoch, str):
                 raise ValueError(f"epoch must be a number of completed epochs or 'settled', got {epoch!r}.")
@@ -189,6 +190,7 @@ class KoopmanPruner(TrajectoryCallback):
         self._channels = ChannelRounds(self.parameters, scope) if structured else None
         self._loading: Any = None
         self._pin: Pin | None = None
+        self._unhooked = False  # an optimizer does not tell when it has stepped
         self._selected: list[str] = []
         self._redrawn: list[str] = []
         self._forget()
@@ -199,6 +201,7 @@ class KoopmanPruner(TrajectoryCallback):
         if self._channels is not None:
             self._channels.restart()
         self._attempted = 0  # rounds, those that were refused too
+        self._last_round: int | None = None  # completed epochs
         self._settled_at: int | None = None  # completed epochs
         self._changes = (math.nan, math.nan)
         self._ready: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # scores and where they come from
@@ -206,7 +209,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(window=self.settings.window, prefix=self.prefix)
+        return self._generate_state_key(prefix=self.prefix)  # a resumed run may be given other options
 
     @property
     def achieved(self) -> float:
@@ -248,11 +251,16 @@ class KoopmanPruner(TrajectoryCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._stop_loading()
+        chosen = prunable_parameters(pl_module, self.parameters)
         if not self._active:
             return
-        chosen = prunable_parameters(pl_module, self.parameters)
+        if self.parameters is None:  # others, such as a teacher's or an average's, are not trained
+            stepped = {
+                id(each) for stepper in trainer.optimizers for group in stepper.param_groups for each in group["params"]
+            }
+            chosen = {name: each for name, each in chosen.items() if id(each) in stepped} or chosen
         self._selected = list(chosen)
-        if self.scope == "tensor" and self.sparsity is not None and not self.allow_empty:
+        if self._channels is None and self.scope == "tensor" and self.sparsity is not None and not self.allow_empty:
             for name, parameter in chosen.items():
                 if round(self.sparsity * parameter.numel()) == parameter.numel():
                     raise ValueError(
@@ -273,37 +281,46 @@ class KoopmanPruner(TrajectoryCallback):
             self._forget()  # before the first snapshot is taken, which depends on it
         super().on_train_start(trainer, pl_module)
         if self._active:
-            self._share_state(trainer)
-            if self.masks is not None:
-                self._hold(trainer, pl_module, self.masks)
+            self.weights_replaced(trainer, pl_module)
             self._prepare(trainer, pl_module, trainer.current_epoch)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
+        if self._pin is not None and not self._pin.holds(pl_module, self._stepping(trainer)):
+            self.weights_replaced(trainer, pl_module)
         if self._channels is None and self._is_due(trainer):
             self._prune(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self._channels is None or not self._active or self._finished:
+        if not self._active or self._finished:
             return
-        if self._channels.refused is None:
+        if self._channels is not None and self._channels.refused is None:
             self._say_what_can_go(self._channels.try_out(trainer, pl_module, batch, batch_idx))
-        if batch_idx == 0 and self._is_due(trainer):  # not before: tracing takes a batch
-            self._prune(trainer, pl_module, batch)
+        if self._is_due(
+            trainer
+        ):  # channels not before, as tracing takes a batch; else a resumed epoch, which has begun
+            self._prune(trainer, pl_module, batch, batch_idx)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._pin is not None and self._unhooked:
+            self._pin.clear()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
         if self._active:
-            self._reapply(pl_module)
+            self._reapply()
             pl_module.log(f"{self.prefix}/sparsity", self.achieved, batch_size=1, sync_dist=trainer.world_size > 1)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._reapply(pl_module)  # averages of the weights may have been written over them
+        self._reapply()  # averages of the weights may have been written over them
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._reapply(pl_module)
+        self._reapply()
         if self._active and self._attempted < self.rounds and trainer.is_global_zero:
             why = f"round {self._attempted + 1} of {self.rounds} was due after epoch {self._next_due}"
             if self._next_due is None:
@@ -313,6 +330,10 @@ class KoopmanPruner(TrajectoryCallback):
                     f"the last were {ahead:.1%} (predicted) and {past:.1%} (past)"
                 )
             self._warn("unpruned", f"training ended after epoch {trainer.current_epoch} at {self.achieved:.0%}: {why}.")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._release()  # Lightning then leaves `teardown` out
+        self._stop_loading()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._release()
@@ -331,8 +352,11 @@ class KoopmanPruner(TrajectoryCallback):
     @property
     def _next_due(self) -> int | None:
         """Completed epochs after which the next round is due, if that is known."""
-        start = self._settled_at if self.epoch == SETTLED else int(self.epoch)
-        return None if start is None or self._finished else start + self._attempted * self.round_epochs
+        if self._finished:
+            return None
+        if self._last_round is not None:
+            return self._last_round + self.round_epochs
+        return self._settled_at if self.epoch == SETTLED else int(self.epoch)
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         due = self._next_due
@@ -357,41 +381,54 @@ class KoopmanPruner(TrajectoryCallback):
         self._changes = relative_changes(trajectory.factor(last=HORIZON + 1), HORIZON)
         return max(self._changes) <= self.settled_change and not warming_up(trainer, [self._highest_rate])
 
-    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None) -> None:
+    def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, batch_idx: int = 0) -> None:
         """Prune once; rank zero, which holds the trajectory, decides and all ranks follow."""
         plan: tuple[dict[str, Any] | None, dict[str, Any]] | None = None
         if trainer.is_global_zero:
-            with self._guard("pruning"):
+            with self._guard(f"pruning (round {self._attempted + 1})"):
                 if self._channels is None:
                     plan = self._mask(trainer, pl_module)
                 else:
-                    plan = None, self._remove(trainer, pl_module, self._channels, batch)
+                    plan = None, self._remove(trainer, pl_module, self._channels, batch, batch_idx)
         plan = trainer.strategy.broadcast(plan)
         self._attempted += 1
+        self._last_round = trainer.current_epoch
         if plan is None:
             return
         state, row = plan
         self.history.append(row)
+        self.masks = None if state is None else MaskSet.from_state_dict(state)
         if self.survivors == "reinit":
-            modules = dict(pl_module.named_modules())
-            redrawn = [modules[name] for name in self._redrawn]
-            reinitialize(redrawn, self.scheme, seed=self.seed + self._attempted)
-            forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
-            self._warn_of_averages(trainer)
-        if state is not None:
-            self.masks = MaskSet.from_state_dict(state)
-            self._hold(trainer, pl_module, self.masks)
-        if trainer.world_size > 1:
-            for tensor in pl_module.state_dict().values():
-                torch.distributed.broadcast(tensor, src=0)
+            with self._guard("drawing the survivors anew"):
+                self._redraw(trainer, pl_module)
+        if trainer.world_size > 1 and self.survivors != "keep":
+            for parameter in pl_module.parameters():
+                torch.distributed.broadcast(parameter.data, src=0)
         if trainer.is_global_zero:
             self._write_history()
             self._report(trainer)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(other, TrajectoryCallback):
-                other.start_segment(trainer, pl_module)
+        start_segments(trainer, pl_module)
         if self._finished and self._alone:
             self.recorder.clear()
+
+    def _redraw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the survivors anew, or leave everything as it was where that fails."""
+        modules = dict(pl_module.named_modules())
+        redrawn = [modules[name] for name in self._redrawn]
+        before = {name: value.clone() for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
+        try:
+            reinitialize(redrawn, self.scheme, seed=self.seed + self._attempted)
+        except Exception:
+            pl_module.load_state_dict(before, strict=False)
+            raise
+        forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
+        for average in _averages(trainer):  # what it holds was trained from other weights
+            fresh = dict(pl_module.named_parameters())
+            for name, parameter in getattr(average, "module", average).named_parameters():
+                parameter.data.copy_(fresh[name].data)
+            counter = getattr(average, "n_averaged", None)
+            if isinstance(counter, Tensor):
+                counter.zero_()
 
     @property
     def _target(self) -> float:
@@ -422,12 +459,17 @@ class KoopmanPruner(TrajectoryCallback):
         return masks.state_dict(), row
 
     def _remove(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, channels: ChannelRounds, batch: Any
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        channels: ChannelRounds,
+        batch: Any,
+        batch_idx: int,
     ) -> dict[str, Any]:
         """Remove channels; returns a row of the history."""
         named = dict(pl_module.named_parameters())
         scores, about = self._decisive(named)
-        agreement = channels.remove(trainer, pl_module, batch, 0, scores=scores, sparsity=self._target)
+        agreement = channels.remove(trainer, pl_module, batch, batch_idx, scores=scores, sparsity=self._target)
         if self.survivors == "reconstruction" and channels.last is not None:
             kept = channels.last.kept
             now = dict(pl_module.named_parameters())
@@ -483,35 +525,37 @@ class KoopmanPruner(TrajectoryCallback):
         ready, self._ready = self._ready, None
         return ready or (present, {"modes": 0, "rank": 0, "misfit": math.nan, "snapshots": 0})
 
-    def _hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule, masks: MaskSet) -> None:
+    def weights_replaced(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Set the pruned weights to zero and keep them there, in averages of the weights too."""
         self._release()
-        self._pin = masks.pin(pl_module, *trainer.optimizers)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            average = getattr(other, "_average_model", None)
-            if isinstance(average, nn.Module):
-                with self._guard("pruning an average of the weights"):
-                    masks.apply(getattr(average, "module", average))
+        if self.masks is None:
+            return
+        with self._guard("holding the masks"):
+            hooked = self._stepping(trainer)
+            self._pin = self.masks.pin(pl_module, *hooked)
+            self._unhooked = len(hooked) < len(trainer.optimizers)
+            for average in _averages(trainer):
+                self.masks.apply(getattr(average, "module", average))
+
+    @staticmethod
+    def _stepping(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
+        """The optimizers that tell when they have stepped."""
+        return [optimizer for optimizer in trainer.optimizers if takes_hooks(optimizer)]
 
     def _release(self) -> None:
         if self._pin is not None:
             self._pin.remove()
             self._pin = None
 
-    def _reapply(self, pl_module: pl.LightningModule) -> None:
-        if self._pin is not None and self.masks is not None:
+    def _reapply(self) -> None:
+        if self._pin is not None:
             with self._guard("applying the masks again"):
-                self.masks.apply(pl_module)
+                self._pin.clear()
 
     def _stop_loading(self) -> None:
         if self._loading is not None:
             self._loading.remove()
             self._loading = None
-
-    def _warn_of_averages(self, trainer: pl.Trainer) -> None:
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(getattr(other, "_average_model", None), nn.Module):
-                self._warn("average", f"the average of {type(other).__name__} still holds the weights before the draw.")
 
     def _say_what_can_go(self, structure: Structure) -> None:
         channels = self._channels
@@ -546,9 +590,10 @@ class KoopmanPruner(TrajectoryCallback):
         if trainer.fast_dev_run or end is None or end < 0:  # type: ignore[attr-defined]
             return
         if self.epoch == SETTLED:
-            if end <= HORIZON + 1:
+            if end <= HORIZON + (self.rounds - 1) * self.round_epochs:
                 raise ValueError(
-                    f"epoch='settled' looks {HORIZON} epochs back, but max_epochs={end}: give a number or train longer."
+                    f"epoch='settled' looks {HORIZON} epochs back, but max_epochs={end}"
+                    f"{f' with rounds={self.rounds}' if self.rounds > 1 else ''}: give a number, or train longer."
                 )
             return
         last = int(self.epoch) + (self.rounds - 1) * self.round_epochs
@@ -565,6 +610,7 @@ class KoopmanPruner(TrajectoryCallback):
         if state:
             state |= {
                 "attempted": self._attempted,
+                "last_round": self._last_round,
                 "settled_at": self._settled_at,
                 "highest_rate": self._highest_rate,
                 "masks": None if self.masks is None else self.masks.state_dict(),
@@ -572,17 +618,21 @@ class KoopmanPruner(TrajectoryCallback):
             }
         return state
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        if state_dict:  # at once: not every run trains
+            self._restore_state(state_dict)
+
     def _restore_state(self, state: dict[str, Any]) -> None:
         super()._restore_state(state)
-        self._attempted, self._settled_at = state["attempted"], state["settled_at"]
-        self._highest_rate = state["highest_rate"]
+        self._attempted, self._last_round = state["attempted"], state["last_round"]
+        self._settled_at, self._highest_rate = state["settled_at"], state["highest_rate"]
         self.masks = None if state["masks"] is None else MaskSet.from_state_dict(state["masks"])
         if self._channels is not None and state["channels"] is not None:
             self._channels.load_state_dict(state["channels"])
 
-    def _share_state(self, trainer: pl.Trainer) -> None:
-        """Give every rank what was restored on global rank zero."""
-        masks = None if self.masks is None else self.masks.state_dict()
-        known = trainer.strategy.broadcast((self.history, self._attempted, self._settled_at, masks))
-        self.history, self._attempted, self._settled_at, masks = known
-        self.masks = None if masks is None else MaskSet.from_state_dict(masks)
+
+def _averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """Averages of the weights that other callbacks keep."""
+    found = [getattr(other, "_average_model", None) for other in trainer.callbacks]  # type: ignore[attr-defined]
+    return [average for average in found if isinstance(average, nn.Module)]
