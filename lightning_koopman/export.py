@@ -60,12 +60,16 @@ def export_network(
     example = getattr(network, "example_input_array", None) if example is None else example
     if example is None:
         raise ValueError("example=None: ONNX is made by running the network, so give an input that `forward` takes.")
-    given = example if isinstance(example, tuple) else (example,)
+    if isinstance(example, dict):
+        raise ValueError(
+            "example must be a tensor or a tuple of tensors in the order that `forward` takes, got a dict."
+        )
+    given = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     given = tuple(value.to(device) for value in given)
     if given[0].shape[0] == 1:  # a batch of one would be taken for a fixed size
         given = tuple(value.expand(2, *value.shape[1:]) for value in given)
-    training = network.training
+    modes = {part: part.training for part in network.modules()}
     network.eval()
     try:
         batch = torch.export.Dim("batch")
@@ -73,5 +77,6 @@ def export_network(
             network, given, target, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in given), verbose=False
         )
     finally:
-        network.train(training)
+        for part, training in modes.items():
+            part.training = training
     return target

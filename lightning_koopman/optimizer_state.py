@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,30 +30,54 @@ def forget(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.
                     optimizer.state.pop(parameter, None)
 
 
-def replace(
+def replacement(
     optimizers: Iterable[torch.optim.Optimizer], exchanged: Sequence[tuple[nn.Parameter, nn.Parameter, Tensor]]
-) -> None:
-    """Let optimizers step smaller parameters in place of the old ones, remembering what they knew of what is left.
+) -> Callable[[], None]:
+    """Prepare optimizers to step smaller parameters in place of the old ones, remembering what they knew of the rest.
 
     Args:
         optimizers: The optimizers.
         exchanged: Old parameters, new ones, and the flat indices of the old entries that the new ones keep.
+
+    Returns:
+        A function that makes the exchange; everything that can fail has been done by then.
     """
-    known = {id(old): (new, index) for old, new, index in exchanged}
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            for position, old in enumerate(group["params"]):
-                if id(old) not in known:
-                    continue
-                new, index = known[id(old)]
-                group["params"][position] = new  # in place: some optimizers keep the list
-                if isinstance(optimizer, torch.optim.LBFGS):
-                    optimizer.state.clear()
-                    optimizer._numel_cache = None
-                elif old in optimizer.state:
-                    optimizer.state[new] = {
-                        key: value.reshape(-1)[index].reshape(new.shape)
-                        if isinstance(value, Tensor) and value.shape == old.shape
-                        else value
-                        for key, value in optimizer.state.pop(old).items()
-                    }
+    known = {id(old): (old, new, index) for old, new, index in exchanged}
+    held = list(optimizers)
+    states = {
+        (number, id(old)): _smaller(optimizer.state[old], old, new, index)
+        for number, optimizer in enumerate(held)
+        for old, new, index in known.values()
+        if old in optimizer.state
+    }
+
+    def commit() -> None:
+        for number, optimizer in enumerate(held):
+            flat = isinstance(optimizer, torch.optim.LBFGS)  # one memory for all parameters together
+            for group in optimizer.param_groups:
+                for position, parameter in enumerate(group["params"]):
+                    if id(parameter) not in known:
+                        continue
+                    old, new, _ = known[id(parameter)]
+                    group["params"][position] = new  # in place: some optimizers keep the list
+                    optimizer.state.pop(old, None)
+                    if flat:
+                        optimizer.state.clear()
+                        optimizer._numel_cache = None  # type: ignore[attr-defined]
+                    elif states.get((number, id(old))):
+                        optimizer.state[new] = states[number, id(old)]
+
+    return commit
+
+
+def _smaller(state: Mapping[str, Any], old: Tensor, new: Tensor, index: Tensor) -> dict[str, Any]:
+    """What is left of an optimizer's memory of a parameter; nothing where its shapes are the optimizer's own."""
+    tensors = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
+    if any(value.shape != old.shape for value in tensors):  # such as Adafactor's sums over rows and columns
+        return {}
+    return {
+        key: value.reshape(-1)[index].reshape(new.shape)
+        if isinstance(value, Tensor) and value.shape == old.shape
+        else value
+        for key, value in state.items()
+    }

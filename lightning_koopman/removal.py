@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.masks import SCOPES, check_share
-from lightning_koopman.optimizer_state import replace
+from lightning_koopman.optimizer_state import replacement
 from lightning_koopman.parameters import match_names
 
 LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose outputs are removed
@@ -47,13 +48,17 @@ class ChannelRemoval:
         """Share of the removable channels that was removed, in [0, 1)."""
         return sum(map(len, self.removed.values())) / max(1, sum(self.channels.values()))
 
-    def apply(self, module: nn.Module, optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-        """Remove the same channels from a network of the same structure.
+    def apply(
+        self, module: nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
+    ) -> None:
+        """Remove the same channels from a network of the same structure; where that fails, nothing is changed.
 
         Args:
             module: The network; its changed parameters are new objects.
             optimizers: Optimizers that hold its parameters; what they remember is carried over.
         """
+        held = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        smaller: list[tuple[nn.Module, str, Tensor]] = []
         exchanged: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         for name, (index, shape) in self.kept.items():
             path, _, leaf = name.rpartition(".")
@@ -61,17 +66,24 @@ class ChannelRemoval:
             old = getattr(owner, leaf)
             index = index.to(old.device)
             values = old.detach().reshape(-1)[index].reshape(shape)
+            if values.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last):
+                values = values.contiguous(memory_format=torch.channels_last)
             if isinstance(old, nn.Parameter):
-                new = nn.Parameter(values, requires_grad=old.requires_grad)
-                vars(new).update(vars(old))
-                owner._parameters[leaf] = new
-                exchanged.append((old, new, index))
+                values = nn.Parameter(values, requires_grad=old.requires_grad)
+                vars(values).update(vars(old))
+                exchanged.append((old, values, index))
+            smaller.append((owner, leaf, values))
+        parts = {path: module.get_submodule(path) for path in self.changes}
+        commit = replacement(held, exchanged)
+        for owner, leaf, values in smaller:  # from here on nothing can fail
+            if isinstance(values, nn.Parameter):
+                owner._parameters[leaf] = values
             else:
                 owner._buffers[leaf] = values
-        for path, attributes in self.changes.items():
-            for attribute, (_, now) in attributes.items():
-                setattr(module.get_submodule(path), attribute, now)
-        replace(optimizers, exchanged)
+        for path, arguments in self.changes.items():
+            for argument, (_, now) in arguments.items():
+                setattr(parts[path], argument, now)
+        commit()
 
     def table(self) -> str:
         """What changed and what was left alone, a line each."""
@@ -93,21 +105,22 @@ def remove_channels(
     scope: str = "tensor",
     layers: str | Sequence[str] | None = None,
     originals: Mapping[str, int] | None = None,
-    optimizers: Iterable[torch.optim.Optimizer] = (),
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
     copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
 ) -> ChannelRemoval:
     """Remove the channels and neurons of least importance from a network, in place.
 
     Layers that are coupled (by residual connections, batch norms, concatenations) lose the same channels; Torch-Pruning
     finds them by tracing.  Only what can be removed without any side effect is: before the network is touched, a copy
-    with the channels removed must give the outputs of one in which they are zero.
+    with the channels removed must give the outputs of one in which they are zero, with weights drawn at random.
 
     Args:
         module: The network: convolutions, linear layers, batch norms and what lies between them.  Layers that are
-            coupled to anything else (attention, layer norms, embeddings, bare parameters) and those whose outputs leave
-            the network are left alone.
-        run: Called with copies of the network in evaluation mode; returns what it computes from an example, a loss or
-            outputs, with a graph: for instance ``lambda network: network(images)``.
+            coupled to anything else (attention, layer and group norms, grouped convolutions, embeddings, bare
+            parameters) and those whose outputs leave the network are left alone.
+        run: Called with copies of the network; returns what it computes from an example, a loss or outputs, with a
+            graph: for instance ``lambda network: network(images)``.  Layers that it does not reach keep their inputs:
+            let it run all that the network is used for.
         sparsity: Share of the channels to remove, in (0, 1); each layer keeps at least one.
         scores: Values to judge by, in place of the parameters of the same names: for instance the Koopman
             reconstruction of the weights.  A channel's importance is the mean square of all weights that belong to it,
@@ -119,8 +132,8 @@ def remove_channels(
         copy: How to copy the network.
 
     Raises:
-        ModuleNotFoundError: If Torch-Pruning is not installed.
-        ValueError: If no channel can be removed, or an argument is out of its range.
+        ModuleNotFoundError: If Torch-Pruning is not installed, or is too old.
+        ValueError: If no channel can be removed, or an argument is out of its range; the network is then unchanged.
 
     Example:
         >>> import torch
@@ -136,7 +149,7 @@ def remove_channels(
     if scope not in SCOPES:
         raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
     structure = Structure(module, run, layers=layers, copy=copy)
-    unfit = structure.unfit(module, run)
+    unfit = structure.unfit()
     if unfit:
         structure = Structure(module, run, layers=layers, copy=copy, refused=unfit)
     removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
@@ -155,6 +168,8 @@ class Structure:
         layers: As for :func:`remove_channels`.
         copy: As for :func:`remove_channels`.
         refused: Layers to leave alone, with the reason.
+        also: Further things the network is used for, which must not fail without the channels, whatever they return.
+        argument: The user's name of ``layers``, for messages.
     """
 
     def __init__(
@@ -165,13 +180,23 @@ class Structure:
         layers: str | Sequence[str] | None = None,
         copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
         refused: Mapping[str, str] | None = None,
+        also: Sequence[Run] = (),
+        argument: str = "layers",
     ) -> None:
         pruning = torch_pruning()
+        self._selected: set[str] | None = None
         if layers is not None:
             names = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, LAYERS)]
-            self._selected = set(match_names(names, layers, argument="parameters", kind="weight of a layer"))
-        self._run, self._copy, self._layers = run, copy, layers
-        self.twin = copy(module)
+            self._selected = set(match_names(names, layers, argument=argument, kind="weight of a layer"))
+        self._run, self._also = run, also
+        self._again = partial(Structure, module, run, layers=layers, copy=copy, also=also, argument=argument)
+        self._agrees = partial(agrees, module, run, copy=copy, also=also)
+        try:
+            self.twin = copy(module)
+        except Exception as error:
+            raise ValueError(
+                f"the module cannot be copied, so nothing can be tried out: {type(error).__name__}: {error}"
+            ) from error
         self._graph = pruning.DependencyGraph()
         found_groups = self._trace()
         self._names = {part: name for name, part in self.twin.named_modules()}
@@ -179,7 +204,7 @@ class Structure:
         self.groups: dict[str, Any] = {}
         self.left_alone: dict[str, str] = {}
         weights = dict(module.named_parameters(remove_duplicate=False))
-        counts = Counter(map(id, weights.values()))
+        counts = Counter(id(each) for part in module.modules() for each in part._parameters.values())
         order = list(self._names.values())
         found = set()
         for group in found_groups:
@@ -208,14 +233,20 @@ class Structure:
             if isinstance(part, nn.RNNBase)
             or (not isinstance(part, KNOWN) and not list(part.children()) and list(part.parameters()))
         ]
+
+        def traced(network: nn.Module, _: Any) -> list[Tensor]:
+            found = [value for value in _tensors(self._run(network)) if value.requires_grad]
+            if not found:
+                raise ValueError("`run` returned nothing that depends on the network it was given")
+            return found
+
         try:
             with warnings.catch_warnings(), torch.enable_grad():
                 warnings.simplefilter("ignore")  # about bare parameters and unknown operations: they are left alone
                 self._graph.build_dependency(
                     self.twin,
                     (),
-                    forward_fn=lambda network, _: self._run(network),
-                    output_transform=_tensors,
+                    forward_fn=traced,
                     verbose=False,
                 )
                 return list(self._graph.get_all_groups(root_module_types=list(LAYERS)))
@@ -241,6 +272,10 @@ class Structure:
     ) -> dict[str, list[int]]:
         """The channels of least importance; the arguments are those of :func:`remove_channels`."""
         own = dict(self.twin.named_parameters())
+        for name, value in (scores or {}).items():
+            if name not in own or own[name].shape != value.shape:
+                expected = f"has shape {tuple(own[name].shape)}" if name in own else "does not exist in the network"
+                raise ValueError(f"scores[{name!r}] has shape {tuple(value.shape)}, but that parameter {expected}.")
         present = {name: own[name].detach().clone() for name in scores or {}}
         for name, value in (scores or {}).items():
             own[name].data.copy_(value)
@@ -289,7 +324,7 @@ class Structure:
                 changes[name] = changed
         return ChannelRemoval(changes, {k: list(v) for k, v in chosen.items()}, channels, self.left_alone, kept)
 
-    def unfit(self, module: nn.Module, run: Run) -> dict[str, str]:
+    def unfit(self) -> dict[str, str]:
         """Layers whose channels cannot be removed without side effects, with the reason, by trying on copies.
 
         Raises:
@@ -301,10 +336,9 @@ class Structure:
             for name, count in self.channels.items()
         }
         refused: dict[str, str] = {}
-        if not self._fits(module, run, halves):
+        if self._again().problem(halves) is not None:
             for name, half in halves.items():
-                trial = Structure(module, run, layers=self._layers, copy=self._copy)
-                problem = trial._problem(module, run, {name: half})
+                problem = self._again().problem({name: half})
                 if problem is not None:
                     refused[name] = problem
         if len(refused) == len(self.groups):
@@ -312,13 +346,10 @@ class Structure:
             raise ValueError(f"no channel of the network can be removed ({reasons or 'no such layer'}).")
         return refused
 
-    def _fits(self, module: nn.Module, run: Run, chosen: Mapping[str, Sequence[int]]) -> bool:
-        trial = Structure(module, run, layers=self._layers, copy=self._copy)
-        return trial._problem(module, run, chosen) is None
-
-    def _problem(self, module: nn.Module, run: Run, chosen: Mapping[str, Sequence[int]]) -> str | None:
+    def problem(self, chosen: Mapping[str, Sequence[int]]) -> str | None:
+        """Why the chosen channels cannot be removed, or None; uses the traced copy up."""
         try:
-            alike = agrees(module, run, self.remove(chosen), self._copy)
+            alike = self._agrees(self.remove(chosen))
         except Exception as error:  # whatever the user's code raises at an unexpected shape
             return f"the network fails without its channels: {type(error).__name__}: {error}".splitlines()[0]
         return None if alike else "removing its channels is not the same as setting them to zero"
@@ -360,14 +391,26 @@ class Structure:
         own = [f"{name}.weight" for name in outputs]
         if not all(weights[name].requires_grad for name in own):
             return "frozen"
-        if self._layers is not None and not self._selected.issuperset(own):
+        if self._selected is not None and not self._selected.issuperset(own):
             return "not selected"
         return "it has a single channel" if len(group[0].idxs) == 1 else None
 
 
-def agrees(module: nn.Module, run: Run, removal: ChannelRemoval, copy: Callable[[nn.Module], nn.Module]) -> bool:
-    """Whether a copy without the channels computes the same as one in which their weights are zero."""
+def agrees(
+    module: nn.Module,
+    run: Run,
+    removal: ChannelRemoval,
+    copy: Callable[[nn.Module], nn.Module],
+    also: Sequence[Run] = (),
+) -> bool:
+    """Whether a copy without the channels computes the same as one in which their weights are zero.
+
+    Both are given the same random weights: the present ones may be zero where it matters.  The copy must also not fail
+    in training mode, nor at what else the network is used for.
+    """
     zeroed, smaller = copy(module), copy(module)
+    for network in (zeroed, smaller):
+        _draw(network)
     for name, tensor in zeroed.named_parameters():
         if name in removal.kept:
             gone = torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
@@ -375,13 +418,33 @@ def agrees(module: nn.Module, run: Run, removal: ChannelRemoval, copy: Callable[
             tensor.data.masked_fill_(gone.reshape(tensor.shape), 0.0)
     removal.apply(smaller)
     heads = [name for name, reason in removal.left_alone.items() if reason == OUTPUT]
-    expected, found = (_outputs(network, run, heads) for network in (zeroed, smaller))
+    expected, found = (_outputs(network.eval(), run, heads) for network in (zeroed, smaller))
     if [values.shape for values in expected] != [values.shape for values in found]:
         return False
     half = any(parameter.dtype.itemsize < 4 for parameter in module.parameters())
     allowed = 0.05 if half else 1e-3  # of the largest output
     pairs = zip(expected, found, strict=True)
-    return all(bool((a - b).abs().max() <= allowed * a.abs().max()) for a, b in pairs if a.numel())
+    if not all(bool((a - b).abs().max() <= allowed * a.abs().max()) for a, b in pairs if a.numel()):
+        return False
+    for use in (run, *also):
+        try:
+            _outputs(copy(module).train(), use, [])
+        except Exception:  # it fails with all channels too, so it tells nothing
+            continue
+        _outputs(smaller.train(), use, [])
+    return True
+
+
+def _draw(network: nn.Module) -> None:
+    """Give a network random weights of the usual size, the same for the same structure."""
+    drawn = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        values = torch.randn(parameter.shape, generator=drawn)
+        if parameter.ndim >= 2:
+            values *= parameter[0].numel() ** -0.5
+        else:
+            values = 1 + 0.3 * values
+        parameter.data.copy_(values)
 
 
 def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[Any, Any]]]:
@@ -456,27 +519,31 @@ def torch_pruning() -> Any:
     """The package that traces which channels go together."""
     try:
         import torch_pruning as package
-    except ModuleNotFoundError as error:
+
+        package.importance.GroupMagnitudeImportance  # noqa: B018 - since 1.5.2
+    except (ModuleNotFoundError, AttributeError) as error:
         raise ModuleNotFoundError(
-            "Removing channels needs Torch-Pruning: pip install 'lightning_koopman[structured]'", name="torch_pruning"
+            "Removing channels needs Torch-Pruning 1.5.2 or newer: pip install 'lightning_koopman[structured]'",
+            name="torch_pruning",
         ) from error
     return package
 
 
 def _outputs(network: nn.Module, run: Run, heads: Sequence[str]) -> list[Tensor]:
-    """What some layers and the network as a whole compute in evaluation mode."""
+    """What some layers and the network as a whole compute."""
     outputs: list[Tensor] = []
     hooks = [
         network.get_submodule(name).register_forward_hook(lambda *given: outputs.append(given[2].detach()))
         for name in heads
     ]
     devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
-    network.eval()
-    with torch.random.fork_rng(list(devices)), torch.enable_grad():
-        torch.manual_seed(0)  # a step that draws noise draws the same
-        outputs += [value.detach() for value in _tensors(run(network))]
-    for hook in hooks:
-        hook.remove()
+    try:
+        with torch.random.fork_rng(list(devices)), torch.enable_grad():
+            torch.manual_seed(0)  # a step that draws noise draws the same
+            outputs += [value.detach() for value in _tensors(run(network))]
+    finally:
+        for hook in hooks:
+            hook.remove()
     return outputs
 
 

@@ -282,6 +282,72 @@ def test_the_small_network_is_handed_over(fit, tmp_path):
     assert saved["arguments"]["network.inner"] == {"in_channels": 4, "out_channels": 6}
 
 
+def test_steps_may_take_their_batch_apart(fit, build):
+    module = build()
+    base = type(module)
+
+    class Apart(base):
+        step, calls_seen = 0, 0
+
+        def on_train_batch_start(self, batch, batch_idx):
+            self.scale = 1.0
+
+        def training_step(self, batch, batch_idx):
+            self.step_count = getattr(self, "step_count", 0) + 1
+            images, labels = batch.pop("images"), batch.pop("labels")
+            images.mul_(self.scale * 1.01)
+            self.lr_schedulers()
+            rate = self.optimizers().param_groups[0]["lr"]
+            assert rate > 0
+            return nn.functional.cross_entropy(self.network(images), labels)
+
+        def train_dataloader(self):
+            data = [{"images": image, "labels": label} for image, label in zip(self.images, self.labels, strict=True)]
+            return torch.utils.data.DataLoader(data[:300], batch_size=60)
+
+    own = Apart(n=300)
+    own.network, own.images = Residual(), own.images[:, None]
+    fit(KoopmanPruner(0.5, epoch=3, structured=True), epochs=5, module=own)
+    assert own.network.inner.out_channels == 6
+    assert own.step_count == 25
+
+
+def test_layers_that_only_validation_uses_keep_their_inputs(fit, build):
+    module = build()
+
+    class Probed(type(module)):
+        def validation_step(self, batch, batch_idx):
+            features = self.network.inner(torch.relu(self.network.norm(self.network.stem(batch[0]))))
+            self.log("probe", self.probe(features.mean((2, 3))).mean())
+
+    own = Probed(n=300)
+    own.network, own.images, own.probe = Residual(), own.images[:, None], nn.Linear(12, 2)
+    fit(KoopmanPruner(0.5, epoch=3, structured=True), epochs=5, module=own)
+    assert own.network.stem.out_channels == 4
+    assert own.network.inner.out_channels == 12
+
+
+def test_checkpoints_from_before_and_after_go_into_the_trained_module(fit, root, tmp_path):
+    pruner = KoopmanPruner(0.5, epoch=3, structured=True)
+    module, lightning = fit(pruner, saving(root, tmp_path), epochs=5, enable_checkpointing=True)
+    changes = {path: dict(arguments) for path, arguments in pruner.changes.items()}
+    for epoch, width in ((4, 6), (1, 12), (4, 6)):
+        path = tmp_path / f"epoch={epoch}.ckpt"
+        lightning.validate(module, ckpt_path=path, weights_only=True, verbose=False)
+        assert module.network.inner.out_channels == width
+    assert pruner.changes == changes
+
+
+def test_small_layers_keep_a_channel(fit, build):
+    class Tiny(Residual):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Sequential(nn.Linear(128, 2), nn.Linear(2, 10))
+
+    module, _ = fit(KoopmanPruner(0.9, epoch=3, structured=True), epochs=5, module=build(Tiny))
+    assert module.network.head[0].out_features == 1
+
+
 # -- what cannot be done ----------------------------------------------------------------------------------------------
 
 
@@ -336,6 +402,22 @@ def test_averages_are_refused(fit, root):
         pytest.skip("this Lightning has no WeightAveraging")
     with pytest.raises(ValueError, match="average that WeightAveraging keeps"):
         fit(KoopmanPruner(0.5, epoch=3, structured=True), root.callbacks.WeightAveraging())
+
+
+def test_copies_of_the_weights_are_refused(fit, build):
+    module = build()
+    module.teacher = torch.optim.swa_utils.AveragedModel(module.network)
+    with pytest.raises(ValueError, match="cannot give other sizes to an AveragedModel"):
+        fit(KoopmanPruner(0.5, epoch=3, structured=True), module=module)
+
+
+def test_modules_that_cannot_be_copied_are_named(fit, build):
+    import threading
+
+    module = build()
+    module.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"the module cannot be copied, .*lock"):
+        fit(KoopmanPruner(0.5, epoch=3, structured=True), module=module)
 
 
 def test_a_missing_tracer_is_named(monkeypatch, fit):

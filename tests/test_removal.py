@@ -251,7 +251,9 @@ def test_layers_can_be_selected():
     [
         ({"sparsity": 1.5}, r"sparsity must lie in \(0, 1\), got 1.5"),
         ({"sparsity": 0.5, "scope": "layer"}, "scope must be one of"),
-        ({"sparsity": 0.5, "layers": "conv*"}, "parameters='conv.' matches no weight of a layer"),
+        ({"sparsity": 0.5, "layers": "conv*"}, "layers='conv.' matches no weight of a layer"),
+        ({"sparsity": 0.5, "scores": {"3.weight": torch.ones(2, 2)}}, r"scores\['3.weight'\] .* does not exist"),
+        ({"sparsity": 0.5, "scores": {"0.weight": torch.ones(8)}}, r"that parameter has shape \(8, 4\)"),
         ({"sparsity": 0.5, "layers": "2.*"}, "no channel of the network can be removed"),
     ],
 )
@@ -316,6 +318,90 @@ def test_shared_and_derived_weights_are_left_alone():
     assert "computed from other parameters" in removal.left_alone["e"]
 
 
+def test_a_run_must_use_the_copy_it_is_given():
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    for run in (lambda _: None, lambda net: net(torch.ones(1, 4)).detach(), lambda _: "loss"):
+        with pytest.raises(ValueError, match="returned nothing that depends on the network"):
+            remove_channels(network, run, sparsity=0.5)
+
+
+def test_weights_that_are_zero_hide_nothing():
+    """A head that starts at zero makes any two networks agree; the check does not rest on the present weights."""
+    torch.manual_seed(0)
+    network = Averaged()
+    nn.init.zeros_(network.d.weight)
+    removal = remove_channels(network, lambda net: net(sequence), sparsity=0.5)
+    assert "a" in removal.left_alone
+    assert set(removal.removed) == {"b", "c"}
+
+
+def test_modules_under_two_names_are_not_shared():
+    class Alias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+            self.features, self.head = self.net[:2], self.net[2]
+
+        def forward(self, z):
+            return self.head(self.features(z))
+
+    network = Alias()
+    assert remove_channels(network, lambda net: net(sequence), sparsity=0.5).share == 0.5
+    network(sequence)
+
+
+def test_layers_that_are_used_in_training_only_are_seen():
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.aux = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2), nn.Linear(8, 2)
+
+        def forward(self, z):
+            z = torch.relu(self.a(z))
+            extra = self.aux(z) if self.training else 0
+            return self.c(torch.relu(self.b(z))) + extra
+
+    network = Auxiliary()
+    removal = remove_channels(network, lambda net: net(sequence), sparsity=0.5)
+    assert set(removal.removed) == {"b"}
+    assert "fails without its channels" in removal.left_alone["a"]
+    network.train()(sequence)
+
+
+@pytest.mark.parametrize("optimizer", ["Adafactor", "Adam"])
+def test_one_optimizer_needs_no_list(optimizer):
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    stepper = getattr(torch.optim, optimizer)(network.parameters(), lr=0.01)
+    for _ in range(2):
+        network(torch.ones(2, 4)).sum().backward()
+        stepper.step()
+        remove_channels(network, lambda net: net(torch.ones(1, 4)), sparsity=0.5, optimizers=stepper)
+    assert network[0].out_features == 2
+    stepper.zero_grad()
+    network(torch.ones(2, 4)).sum().backward()
+    stepper.step()
+
+
+def test_a_removal_that_fails_leaves_network_and_optimizer_whole():
+    network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    stepper = torch.optim.Adam(network.parameters())
+    network(torch.ones(2, 4)).sum().backward()
+    stepper.step()
+    removal = remove_channels(copy.deepcopy(network), lambda net: net(torch.ones(1, 4)), sparsity=0.5)
+    stepper.state[network[2].weight]["exp_avg"] = None
+    stepper.state[network[0].weight] = 7  # no state that anyone understands
+    with pytest.raises(AttributeError):
+        removal.apply(network, stepper)
+    assert network[0].out_features == 8
+    assert all(any(each is own for own in network.parameters()) for each in stepper.param_groups[0]["params"])
+
+
+def test_channels_last_stays():
+    network = Residual().to(memory_format=torch.channels_last)
+    remove_channels(network, lambda net: net(images), sparsity=0.5)
+    assert network.blocks[0].conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_resizing_refuses_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"'1' \(LayerNorm\) has another size"):
         resize_like(
@@ -350,8 +436,10 @@ def test_an_exported_onnx_computes_the_same_for_any_batch(name, tmp_path):
     build, example, _ = NETWORKS[name]
     network = build()
     remove_channels(network, lambda net: net(example), sparsity=0.5)
+    network.head.eval()  # modes are put back as they were
     path = export_network(network, tmp_path / "small.onnx", example=example[:1])
     assert network.training
+    assert not next(network.modules()).head.training
     session = onnxruntime.InferenceSession(str(path))
     found = session.run(None, {session.get_inputs()[0].name: example.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(found), network.eval()(example).detach(), rtol=1e-4, atol=1e-5)
@@ -361,6 +449,8 @@ def test_onnx_needs_an_example(tmp_path):
     pytest.importorskip("onnxscript")
     with pytest.raises(ValueError, match="example=None"):
         export_network(nn.Linear(2, 2), tmp_path / "small.onnx")
+    with pytest.raises(ValueError, match="got a dict"):
+        export_network(nn.Linear(2, 2), tmp_path / "small.onnx", example={"input": torch.ones(1, 2)})
 
 
 def test_removals_can_be_stored_and_applied_to_a_twin():

@@ -242,7 +242,7 @@ def test_only_the_chosen_modules_are_drawn(fit, network, tmp_path):
     assert model.network[5].bias.min() > -1.0
 
 
-def test_judgement_waits_for_the_warm_up(fit, network, tmp_path):
+def test_judgement_waits_for_the_warm_up(fit, network, tmp_path, monkeypatch):
     def warm_up(optimizer):
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(1.0, 10.0 ** (epoch - 14)))
 
@@ -250,7 +250,7 @@ def test_judgement_waits_for_the_warm_up(fit, network, tmp_path):
     restart, _ = fit(model, RestartOnBadInitialization(5, dirpath=tmp_path / "r"), epochs=25)
     assert restart.restarts == []
     hasty = RestartOnBadInitialization(5, dirpath=tmp_path / "h")
-    hasty._warming_up = lambda _: False
+    monkeypatch.setattr("lightning_koopman.callbacks.initialization.warming_up", lambda *_: False)
     assert fit(network(optimizer="sgd", scheduler=warm_up), hasty, epochs=7)[0].restarts  # the test can fail
 
 

@@ -20,6 +20,8 @@ from lightning_koopman.callbacks._loss import batch_loss
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+LARGE = 2**26  # bytes of a tensor on the module above which copies share it
+
 
 def can_rehearse(module: pl.LightningModule) -> bool:
     """Whether ``training_step`` only computes a loss from a batch."""
@@ -33,14 +35,23 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
         module: The module.
         memo: As for ``copy.deepcopy``: what stands for which object, by its id.
     """
-    # data kept on the module may be large, and is only read
-    shared = [value for value in vars(module).values() if isinstance(value, (Tensor, Dataset, DataLoader))]
-    network = copy.deepcopy(module, {**(memo or {}), **{id(value): value for value in (*shared, module.trainer)}})
+    known = dict(memo or {})
+    for value in vars(module).values():  # data kept on the module may be large, and is only read
+        large = isinstance(value, Tensor) and value.numel() * value.element_size() > LARGE
+        if large or isinstance(value, (Dataset, DataLoader)):
+            known[id(value)] = value
+    for part in module.modules():  # what a forward pass left there cannot be copied with its graph
+        left = [value for value in vars(part).values() if isinstance(value, Tensor) and value.grad_fn is not None]
+        known |= {id(value): value.detach() for value in left}
+    known[id(module.trainer)] = module.trainer
+    network = copy.deepcopy(module, known)
     for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
         del vars(network)[name]  # such as the compiled steps, which belong to the original
     network.trainer = module.trainer
     network.log = _nothing  # type: ignore[method-assign]
-    silent = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
+    silent: dict[str, Any] = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
+    silent["optimizers"] = lambda _, *args, **kwargs: _still(module.optimizers(*args, **kwargs))
+    silent["lr_schedulers"] = lambda _: _still(module.lr_schedulers())
     network.__class__ = type(type(network).__name__, (type(network),), silent)
     return network
 
@@ -58,7 +69,11 @@ def rehearsal(
             raise RuntimeError("the module keeps a function that is bound to itself, so it cannot be copied")
 
     def loss(network: pl.LightningModule) -> Tensor:
-        value = batch_loss(network.training_step(*arguments))
+        try:
+            given = copy.deepcopy(arguments)  # steps may take a batch apart
+        except Exception:  # then they must not
+            given = arguments
+        value = batch_loss(network.training_step(*given))
         if value is None:
             raise ValueError("training_step returned no loss")
         return value
@@ -73,6 +88,25 @@ def rehearsal(
 
 def _parameters(module: pl.LightningModule) -> Any:
     return inspect.signature(type(module).training_step).parameters
+
+
+class _Still:
+    """An optimizer or scheduler that can be read but does not step."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def step(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    zero_grad = toggle_model = step
+
+
+def _still(own: Any) -> Any:
+    return [_Still(each) for each in own] if isinstance(own, list) else None if own is None else _Still(own)
 
 
 def _nothing(*_: Any, **__: Any) -> None:
