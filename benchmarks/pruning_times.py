@@ -13,6 +13,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 import lightning_koopman.masks
+from benchmarks.pruning import SHARES, channel_pruners
 from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer
 from lightning_koopman import KoopmanPruner
 
@@ -39,16 +40,16 @@ class Clock(Callback):
             self.inference[self.pruned].append(time.perf_counter() - started)
 
 
-def run(root: Path | None, shares: tuple[float, ...], threads: int) -> None:
+def run(root: Path | None, threads: int) -> None:
     """Print the times, measured in one run each."""
     torch.set_num_threads(threads)
     print(f"\nTimes on {threads} threads, medians of {BEFORE} epochs before and {AFTER} after")
     print("| | epoch before (s) | after (s) | faster | inference before (s) | after (s) | faster |")
     print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     training, _, test = data_of("mnist", root)
-    for share in shares:
-        pruner = KoopmanPruner(share, epoch=BEFORE, structured=True)
-        times = _timed(pruner, training, test)
+    for share in SHARES:
+        with tempfile.TemporaryDirectory() as scratch:
+            times = _timed(channel_pruners(share, BEFORE, scratch), training, test)
         cells = [
             cell
             for name in ("epochs", "inference")
@@ -65,17 +66,18 @@ def run(root: Path | None, shares: tuple[float, ...], threads: int) -> None:
         spent[0] += time.perf_counter() - started
 
     lightning_koopman.masks._clear = timed  # type: ignore[assignment]
-    times = _timed(KoopmanPruner(0.75, epoch=BEFORE), training, test)
+    with tempfile.TemporaryDirectory() as scratch:
+        times = _timed([KoopmanPruner(0.75, epoch=BEFORE, dirpath=scratch)], training, test)
     lightning_koopman.masks._clear = original
     epoch = median(times.epochs[True])
     share = spent[0] / (AFTER + 1) / epoch
     print(f"\nMask upkeep: {1e3 * spent[0] / (AFTER + 1):.1f} ms of an epoch of {epoch:.3f} s, {share:.2%}")
 
 
-def _timed(pruner: KoopmanPruner, training: Any, test: Any) -> Clock:
-    clock = Clock(test, pruner)
-    with tempfile.TemporaryDirectory() as scratch:
-        pruner.dirpath = Path(scratch)
-        trainer = quiet_trainer(scratch, max_epochs=BEFORE + AFTER + 1, callbacks=[clock, pruner])
-        trainer.fit(Training(Case("mnist", "he", "adam", 0)), Batches(training, 0))
+def _timed(pruners: list[Any], training: Any, test: Any) -> Clock:
+    clock = Clock(test, pruners[0])
+    trainer = quiet_trainer(
+        pruners[0].dirpath, max_epochs=BEFORE + AFTER + 1, callbacks=[clock, *pruners], enable_checkpointing=False
+    )
+    trainer.fit(Training(Case("mnist", "he", "adam", 0)), Batches(training, 0))
     return clock

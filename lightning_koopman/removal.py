@@ -48,6 +48,13 @@ class ChannelRemoval:
         """Share of the removable channels that was removed, in [0, 1)."""
         return sum(map(len, self.removed.values())) / max(1, sum(self.channels.values()))
 
+    def left_of(self, name: str, values: Tensor) -> Tensor:
+        """What is left of values that belong to a parameter or buffer, such as scores or a mask."""
+        if name not in self.kept:
+            return values
+        index, shape = self.kept[name]
+        return values.reshape(-1)[index.to(values.device)].reshape(shape)
+
     def apply(
         self, module: nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
     ) -> None:
@@ -392,7 +399,8 @@ class Structure:
         if not all(weights[name].requires_grad for name in own):
             return "frozen"
         if self._selected is not None and not self._selected.issuperset(own):
-            return "not selected"
+            apart = [name for name in outputs if f"{name}.weight" not in self._selected]
+            return "not selected" if len(apart) == len(own) else f"coupled with {apart[0]!r}, which is not selected"
         return "it has a single channel" if len(group[0].idxs) == 1 else None
 
 

@@ -261,6 +261,19 @@ def test_what_becomes_of_the_survivors(fit, root, survivors):
         assert remembered > 0
 
 
+def test_several_of_them_prune_at_once(fit):
+    """Layers by different shares, and masks in what is left."""
+    first = KoopmanPruner(0.5, epoch=5, structured=True, parameters=["*stem.weight", "*outer.weight"])
+    second = KoopmanPruner(0.25, epoch=5, structured=True, parameters="*inner.weight", prefix="inner")
+    masks = KoopmanPruner(0.5, epoch=5, parameters="*head.weight", prefix="masks")
+    module, _ = fit(masks, first, second, epochs=8)
+    assert (module.network.stem.out_channels, module.network.inner.out_channels) == (4, 9)
+    assert first.history[0]["modes"] == second.history[0]["modes"] > 0
+    weight = module.network.head.weight
+    assert masks.masks["network.head.weight"].shape == weight.shape == (10, 64)
+    assert torch.equal(weight.detach() == 0, ~masks.masks["network.head.weight"])
+
+
 def test_compiled_networks(fit, build):
     module = build()
     module.network.compile(backend="aot_eager")

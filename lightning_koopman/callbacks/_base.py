@@ -420,7 +420,8 @@ class TrajectoryCallback(LightningCallback):
         """Go on where the checkpoint left off, if there is one; a lost sidecar costs the window, nothing else."""
         state, self._pending = self._pending, None
         if state is None:
-            if trainer.ckpt_path is not None and trainer.is_global_zero:
+            shared = self.recorder is not self._own_recorder  # then its owner knows
+            if trainer.ckpt_path is not None and trainer.is_global_zero and not shared:
                 self._warn(
                     "resume",
                     f"the checkpoint {str(trainer.ckpt_path)!r} holds no snapshots for this callback with these "

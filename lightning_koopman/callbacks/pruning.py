@@ -25,7 +25,7 @@ from lightning_koopman.initialization import SCHEMES, reinitialize, select_modul
 from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters, takes_hooks
 from lightning_koopman.optimizer_state import forget
 from lightning_koopman.persistence import persistent_weights, relative_changes
-from lightning_koopman.removal import Structure
+from lightning_koopman.removal import ChannelRemoval, Structure
 from lightning_koopman.spectrum import PERSISTENT
 
 if TYPE_CHECKING:
@@ -470,16 +470,25 @@ class KoopmanPruner(TrajectoryCallback):
         named = dict(pl_module.named_parameters())
         scores, about = self._decisive(named)
         agreement = channels.remove(trainer, pl_module, batch, batch_idx, scores=scores, sparsity=self._target)
-        if self.survivors == "reconstruction" and channels.last is not None:
-            kept = channels.last.kept
-            now = dict(pl_module.named_parameters())
-            for name in self._selected:
-                value = scores[name]
-                if name in kept:
-                    value = value.reshape(-1)[kept[name][0]].reshape(kept[name][1])
-                self._set({name: now[name].detach()}, {name: value})
+        removal = channels.last
+        assert removal is not None
+        for other in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(other, KoopmanPruner):
+                other._follow(removal)
+        if self.survivors == "reconstruction":
+            now = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
+            self._set(now, {name: removal.left_of(name, scores[name]) for name in self._selected})
         left = sum(parameter.numel() for parameter in pl_module.parameters())
         return self._row(trainer, channels.removed, sum(channels.originals.values()), left, about, agreement)
+
+    def _follow(self, removal: ChannelRemoval) -> None:
+        """Let go of what belongs to channels that are gone, whoever removed them."""
+        if self._ready is not None:
+            scores, about = self._ready
+            self._ready = {name: removal.left_of(name, value) for name, value in scores.items()}, about
+        if self.masks is not None:
+            self._release()
+            self.masks = MaskSet({name: removal.left_of(name, mask) for name, mask in self.masks.items()})
 
     def _row(
         self, trainer: pl.Trainer, pruned: int, of: int, left: int, about: Mapping[str, Any], agreement: float
