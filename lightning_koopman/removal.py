@@ -34,6 +34,18 @@ class ChannelRemoval:
         removed: By layer name, the channels removed, as a sorted list of their old indices.
         channels: By layer name, how many channels it had.
         left_alone: By layer name, why no channel of it was removed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_koopman import remove_channels
+        >>> network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> removal = remove_channels(network, lambda network: network(torch.zeros(2, 8)), sparsity=0.75)
+        >>> removal.changes["0"], len(removal.removed["0"]), removal.share
+        ({'out_features': (32, 8)}, 24, 0.75)
+        >>> mask = torch.ones(32, 8)  # of the layer as it was
+        >>> removal.left_of("0.weight", mask).shape
+        torch.Size([8, 8])
     """
 
     changes: dict[str, dict[str, tuple[Any, Any]]]

@@ -223,7 +223,6 @@ def test_a_callback_added_on_resume_leaves_the_shared_trajectory(root, trainer, 
         KoopmanSpectrumMonitor(dirpath=tmp_path / "b"),
         KoopmanSpectrumMonitor(dirpath=tmp_path / "b", prefix="new"),
     )
-    with pytest.warns(KoopmanWarning, match="holds no snapshots for this callback"):
-        start(8, [old, new] if first == "old" else [new, old], tmp_path / "c" / "last.ckpt")
+    start(8, [old, new] if first == "old" else [new, old], tmp_path / "c" / "last.ckpt")  # a warning would fail it
     assert old.recorder is new.recorder
     assert old.recorder.epochs == list(range(9))

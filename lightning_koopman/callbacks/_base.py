@@ -139,8 +139,7 @@ class TrajectoryCallback(LightningCallback):
         if not self._active:
             return
         self._losses.restore(0.0, 0)
-        others = [other for other in trainer.callbacks if other is not self]  # type: ignore[attr-defined]
-        self._alone = not any(getattr(other, "recorder", None) is self.recorder for other in others)
+        self._alone = sum(each.recorder is self.recorder for each in _koopman_callbacks(trainer)) == 1
         resumed = self._resumed = self._restore(trainer)
         epoch, recorder = trainer.current_epoch, self.recorder
         self._anew = not resumed and (epoch == 0 or trainer.ckpt_path is not None)
@@ -372,7 +371,7 @@ class TrajectoryCallback(LightningCallback):
 
     def _share_recorder(self, trainer: pl.Trainer) -> None:
         """Share one trajectory with the first callback that records the same, or the longest one that will do."""
-        found = [other for other in trainer.callbacks if isinstance(other, TrajectoryCallback)]  # type: ignore[attr-defined]
+        found = _koopman_callbacks(trainer)
         alike = [other for other in found if other.settings == self.settings]
         if self.any_window:
             alike += [other for other in found if other.settings.covers(self.settings)]
@@ -420,8 +419,9 @@ class TrajectoryCallback(LightningCallback):
         """Go on where the checkpoint left off, if there is one; a lost sidecar costs the window, nothing else."""
         state, self._pending = self._pending, None
         if state is None:
-            shared = self.recorder is not self._own_recorder  # then its owner knows
-            if trainer.ckpt_path is not None and trainer.is_global_zero and not shared:
+            mates = [other for other in _koopman_callbacks(trainer) if other.recorder is self.recorder]
+            known = mates[0] is not self or any(other._pending is not None for other in mates)  # or told by the first
+            if trainer.ckpt_path is not None and trainer.is_global_zero and not known:
                 self._warn(
                     "resume",
                     f"the checkpoint {str(trainer.ckpt_path)!r} holds no snapshots for this callback with these "
@@ -483,11 +483,14 @@ class TrajectoryCallback(LightningCallback):
 
 def start_segments(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     """Let every Koopman callback begin a new trajectory from the present weights."""
-    found = [each for each in trainer.callbacks if isinstance(each, TrajectoryCallback)]  # type: ignore[attr-defined]
-    for callback in found:
+    for callback in _koopman_callbacks(trainer):
         callback.weights_replaced(trainer, pl_module)
-    for callback in found:
+    for callback in _koopman_callbacks(trainer):
         callback.start_segment(trainer, pl_module)
+
+
+def _koopman_callbacks(trainer: pl.Trainer) -> list[TrajectoryCallback]:
+    return [each for each in trainer.callbacks if isinstance(each, TrajectoryCallback)]  # type: ignore[attr-defined]
 
 
 def _unused(directory: Path) -> Path:
