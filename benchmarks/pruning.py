@@ -34,12 +34,13 @@ STARTS, SEEDS = ("he", "xavier"), (0, 1, 2)
 POINTS, FURTHER, SPARSITIES = (50, 100), 30, (0.75, 0.9)
 LAST = POINTS[-1] + FURTHER
 CHANNEL_POINT = POINTS[0]
-# channels to remove by layer, by their share of all: early layers cost the most time and the least accuracy
-SHARES = {
-    0.5: {"network.*.weight": 0.5},
-    0.61: {"network.0.weight": 0.75, "network.[37].weight": 0.6},
-    0.75: {"network.*.weight": 0.75},
-    0.85: {"network.*.weight": 0.85},
+# by the channels left of 16, 32 and 100: the share to remove, by layer; the first layer takes most of the time
+LEFT = {
+    "8, 16, 50": {"network.*.weight": 0.5},
+    "4, 16, 50": {"network.0.weight": 0.75, "network.[37].weight": 0.5},
+    "3, 16, 50": {"network.0.weight": 0.8, "network.[37].weight": 0.5},
+    "4, 8, 25": {"network.*.weight": 0.75},
+    "2, 5, 15": {"network.*.weight": 0.85},
 }
 ALL = {"window": None, "rule": "paper", "prefix": "paper"}  # as the paper: all snapshots, and the one mode at 1
 
@@ -112,25 +113,25 @@ class Removed(Once):
             )
 
 
-def channel_pruners(share: float, epoch: int, folder: str | Path) -> list[Callback]:
+def channel_pruners(left: str, epoch: int, folder: str | Path) -> list[Callback]:
     """Pruners that remove channels, one for each group of layers."""
     return [
-        KoopmanPruner(part, epoch=epoch, structured=True, parameters=layers, dirpath=folder, prefix=f"koopman{suffix}")
-        for (layers, part), suffix in zip(SHARES[share].items(), ("", "/more"), strict=False)
+        KoopmanPruner(share, epoch=epoch, structured=True, parameters=layers, dirpath=folder, prefix=f"koopman{suffix}")
+        for (layers, share), suffix in zip(LEFT[left].items(), ("", "/more"), strict=False)
     ]
 
 
-def callbacks_of(method: str, case: Case, point: int, sparsity: float, module: Training, folder: str) -> list[Callback]:
+def callbacks_of(run: Run, module: Training, folder: str) -> list[Callback]:
     """The callbacks that carry a method out."""
-    if method == "koopman channels":
-        return channel_pruners(sparsity, point, folder)
-    if method.endswith("channels"):
-        drawn = torch.Generator().manual_seed(case.seed) if method.startswith("random") else None
-        return [Removed(SHARES[sparsity], torch.zeros(1, 1, 28, 28), drawn)]
-    return [callback_of(method, case, point, sparsity, module, folder)]
+    if isinstance(run.amount, float):
+        return [mask_callback(run.method, run.case, run.point, run.amount, module, folder)]
+    if run.method == "koopman channels":
+        return channel_pruners(run.amount, run.point, folder)
+    drawn = torch.Generator().manual_seed(run.case.seed) if run.method.startswith("random") else None
+    return [Removed(LEFT[run.amount], torch.zeros(1, 1, 28, 28), drawn)]
 
 
-def callback_of(method: str, case: Case, point: int, sparsity: float, module: Training, folder: str) -> Callback:
+def mask_callback(method: str, case: Case, point: int, sparsity: float, module: Training, folder: str) -> Callback:
     drawn = torch.Generator().manual_seed(case.seed)
     if method.startswith("koopman"):
         options: dict[str, Any] = {"sparsity": sparsity, "epoch": point, "dirpath": folder}
@@ -169,12 +170,14 @@ class Run:
     case: Case
     point: int
     method: str
-    sparsity: float
+    amount: float | str
+    """The sparsity of masks, or the channels left."""
 
     @property
     def name(self) -> str:
         method = self.method.replace(",", "").replace("'", "").replace(" ", "_")
-        return f"{self.case.name}-{self.point}-{method}-{100 * self.sparsity:.0f}"
+        amount = self.amount.replace(", ", "-") if isinstance(self.amount, str) else f"{100 * self.amount:.0f}"
+        return f"{self.case.name}-{self.point}-{method}-{amount}"
 
 
 CASES = [Case("mnist", start, "adam", seed) for seed, start in product(SEEDS, STARTS)]
@@ -185,8 +188,8 @@ def runs_of(case: Case) -> Iterator[Run]:
         yield Run(case, point, method, sparsity)
     for point in POINTS:
         yield Run(case, point, DENSE, 0.0)
-    for share, method in product(SHARES, CHANNELS):
-        yield Run(case, CHANNEL_POINT, method, share)
+    for left, method in product(LEFT, CHANNELS):
+        yield Run(case, CHANNEL_POINT, method, left)
 
 
 class Scores(Callback):
@@ -248,7 +251,7 @@ def train_branch(run: Run, root: Path | None, folder: Path) -> None:
     training, _, test = data_of(run.case.problem, root)
     module, scores = Training(run.case), Scores(training, test)
     with tempfile.TemporaryDirectory() as scratch:
-        pruners = callbacks_of(run.method, run.case, run.point, run.sparsity, module, scratch)
+        pruners = callbacks_of(run, module, scratch)
         trainer = quiet_trainer(scratch, max_epochs=run.point + FURTHER, callbacks=[*pruners, scores])
         batches = Batches(training, 1000 * run.case.seed + run.point)
         trainer.fit(module, batches, ckpt_path=folder / f"{run.case.name}-{run.point}" / "base.ckpt")

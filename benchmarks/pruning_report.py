@@ -15,9 +15,9 @@ from benchmarks.pruning import (
     CHANNELS,
     DENSE,
     FURTHER,
+    LEFT,
     METHODS,
     POINTS,
-    SHARES,
     SPARSITIES,
     STARTS,
     UNPRUNED,
@@ -56,10 +56,10 @@ class Record:
         self.about = {key: float(value) for key, value in values.items()}
 
 
-def of(cases: Sequence[Case], folder: Path, point: int, method: str, sparsity: float) -> list[Record]:
+def of(cases: Sequence[Case], folder: Path, point: int, method: str, amount: float | str) -> list[Record]:
     """The records of one method, one a case."""
-    share = 0.0 if method in (UNPRUNED, DENSE) else sparsity
-    return [Record(Run(case, point, method, share), folder) for case in cases]
+    amount = 0.0 if method in (UNPRUNED, DENSE) else amount
+    return [Record(Run(case, point, method, amount), folder) for case in cases]
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -76,7 +76,7 @@ def print_tables(cases: Sequence[Case], folder: Path) -> None:
         for method in (UNPRUNED, *METHODS, DENSE):
             found = of(cases, folder, point, method, sparsity)
             cells = [
-                f"{value:.2f}" if index % 2 else f"{value:.4f}"
+                f"{value:.2f}" if index % 2 else f"{value:.1e}" if value < 1e-3 else f"{value:.4f}"
                 for moment in ("after", "end")
                 for index, value in enumerate(np.mean([getattr(each, moment) for each in found], axis=0))
             ]
@@ -95,16 +95,16 @@ def print_tables(cases: Sequence[Case], folder: Path) -> None:
 def print_channels(cases: Sequence[Case], folder: Path) -> None:
     """Removed channels: size, operations and points lost against the unpruned run."""
     print(f"\nChannels removed after epoch {CHANNEL_POINT}, accuracy on the test data")
-    print("| removed | by | parameters | million multiply-adds | right after | at the end | points to unpruned |")
+    print("| channels left | by | parameters | million multiply-adds | right after | at the end | points to unpruned |")
     print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     reference = of(cases, folder, CHANNEL_POINT, UNPRUNED, 0.0)
-    print(f"| 0 % | {UNPRUNED} | 65,558 | 1.136 | {np.mean([each.after[3] for each in reference]):.2f} | "
+    print(f"| 16, 32, 100 | {UNPRUNED} | 65,558 | 1.136 | {np.mean([each.after[3] for each in reference]):.2f} | "
           f"{np.mean([each.end[3] for each in reference]):.2f} | |")  # fmt: skip
-    for share, method in product(SHARES, CHANNELS):
-        found = of(cases, folder, CHANNEL_POINT, method, share)
+    for left, method in product(LEFT, CHANNELS):
+        found = of(cases, folder, CHANNEL_POINT, method, left)
         value, error = mean_and_error([a.end[3] - b.end[3] for a, b in zip(found, reference, strict=True)])
         size, macs = (np.mean([each.about[key] for each in found]) for key in ("size", "macs"))
-        print(f"| {share:.0%} | {method.removesuffix(' channels')} | {size:,.0f} | {macs / 1e6:.3f} | "
+        print(f"| {left} | {method.removesuffix(' channels')} | {size:,.0f} | {macs / 1e6:.3f} | "
               f"{np.mean([each.after[3] for each in found]):.2f} | {np.mean([each.end[3] for each in found]):.2f} | "
               f"{value:+.2f} ± {error:.2f} |")  # fmt: skip
     print("`magnitude` is Torch-Pruning's group magnitude importance; all three remove equally many from each layer.")
@@ -116,14 +116,15 @@ def write_csv(cases: Sequence[Case], folder: Path, path: Path) -> None:
         writer = csv.writer(file, lineterminator="\n")
         names = [name.replace(" ", "_").rstrip(".") for name in COLUMNS]
         after, end = ([f"{name}_{moment}" for name in names] for moment in ("right_after", "at_the_end"))
-        writer.writerow(["initialization", "seed", "epoch", "method", "sparsity", *after, *end])
+        writer.writerow(["initialization", "seed", "epoch", "method", "amount", *after, *end])
+        whole: list[tuple[int, float | str, str]]
         whole = [(point, sparsity, method) for point, sparsity in product(POINTS, SPARSITIES) for method in METHODS]
         whole += [(point, 0.0, method) for point, method in product(POINTS, (UNPRUNED, DENSE))]
-        whole += [(CHANNEL_POINT, share, method) for share, method in product(SHARES, CHANNELS)]
-        for point, sparsity, method in whole:
-            for each in of(cases, folder, point, method, sparsity):
+        whole += [(CHANNEL_POINT, left, method) for left, method in product(LEFT, CHANNELS)]
+        for point, amount, method in whole:
+            for each in of(cases, folder, point, method, amount):
                 numbers = [f"{value:.6g}" for value in (*each.after, *each.end)]
-                writer.writerow([each.run.case.start, each.run.case.seed, point, method, sparsity, *numbers])
+                writer.writerow([each.run.case.start, each.run.case.seed, point, method, amount, *numbers])
 
 
 def draw(cases: Sequence[Case], folder: Path, target: Path) -> list[Path]:
