@@ -5,6 +5,7 @@ from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalue
 from lightning_koopman.callbacks.initialization import RestartOnBadInitialization
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
+from lightning_koopman.channels import remove_channels
 from lightning_koopman.convergence import StoppingReason
 from lightning_koopman.dmd import dmd_rrr
 from lightning_koopman.export import export_network
@@ -12,7 +13,7 @@ from lightning_koopman.masks import MaskSet, prunable_parameters
 from lightning_koopman.parameters import select_parameters
 from lightning_koopman.persistence import persistent_weights
 from lightning_koopman.plots import plot_history, plot_spectrum
-from lightning_koopman.removal import ChannelRemoval, remove_channels, resize_like
+from lightning_koopman.removal import ChannelRemoval, resize_like
 from lightning_koopman.spectrum import Spectrum
 from lightning_koopman.surrogate import random_walk_spectrum
 from lightning_koopman.trajectory import Trajectory

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_koopman.callbacks._rehearsal import can_rehearse, quiet_copy, rehearsal
-from lightning_koopman.removal import ChannelRemoval, Structure, agrees, resize_like, torch_pruning
+from lightning_koopman.removal import ChannelRemoval, resize_like
+from lightning_koopman.structure import Structure, agrees, torch_pruning
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -25,8 +25,9 @@ from lightning_koopman.initialization import SCHEMES, reinitialize, select_modul
 from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters, takes_hooks
 from lightning_koopman.optimizer_state import forget
 from lightning_koopman.persistence import persistent_weights, relative_changes
-from lightning_koopman.removal import ChannelRemoval, Structure
+from lightning_koopman.removal import ChannelRemoval
 from lightning_koopman.spectrum import PERSISTENT
+from lightning_koopman.structure import Structure
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -298,9 +299,8 @@ class KoopmanPruner(TrajectoryCallback):
             return
         if self._channels is not None and self._channels.refused is None:
             self._say_what_can_go(self._channels.try_out(trainer, pl_module, batch, batch_idx))
-        if self._is_due(
-            trainer
-        ):  # channels not before, as tracing takes a batch; else a resumed epoch, which has begun
+        # channels not before, as tracing takes a batch; masks only where a resumed epoch had begun already
+        if self._is_due(trainer):
             self._prune(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
