@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from benchmarks.training import quiet_trainer
 from lightning_koopman import KoopmanSpectrumMonitor
 from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
@@ -67,23 +66,13 @@ class EpochClock(pl.Callback):
 
 def run(data_root: Path | None, epochs: int) -> None:
     """Print the share at a full window of 100 snapshots."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
     name = "digits" if data_root is None else "mnist"
     data = load(name, root=data_root, n_train=None if data_root is None else 10_000)
     pl.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
         monitor = TimedMonitor(window=100, dirpath=Path(folder) / "koopman")
         clock = EpochClock(monitor)
-        trainer = pl.Trainer(
-            max_epochs=epochs,
-            accelerator="cpu",
-            callbacks=[monitor, clock],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-        )
+        trainer = quiet_trainer(folder, max_epochs=epochs, callbacks=[monitor, clock])
         trainer.fit(PaperCNN(), *data.loaders())
     full = [times for row, times in zip(monitor.history, clock.epochs, strict=True) if row["n_snapshots"] == 100]
     if not full:

@@ -25,7 +25,7 @@ import torch_pruning
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
-from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer, run_all
+from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer, run_all, save_arrays
 from lightning_koopman import KoopmanPruner, MaskSet, prunable_parameters, remove_channels
 from lightning_koopman.initialization import reinitialize, select_modules
 from lightning_koopman.optimizer_state import forget
@@ -221,9 +221,7 @@ class Scores(Callback):
 
 
 def save(path: Path, scores: Scores, **more: Any) -> None:
-    partial = path.with_name(f".{path.name}")
-    np.savez_compressed(partial, train_losses=scores.train_losses, test=scores.rows, train=scores.ends, **more)
-    partial.rename(path)
+    save_arrays(path, train_losses=scores.train_losses, test=scores.rows, train=scores.ends, **more)
 
 
 def train_base(case: Case, root: Path | None, folder: Path) -> None:

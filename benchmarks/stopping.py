@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from scipy.optimize import curve_fit
 from tqdm import tqdm
 
-from benchmarks.training import Batches, Case, Part, Training, data_of, quiet_trainer, run_all
+from benchmarks.training import Batches, Case, Part, Training, data_of, quiet_trainer, run_all, save_arrays
 from lightning_koopman import EarlyStopOnUnitEigenvalues, RestartOnBadInitialization
 from lightning_koopman.convergence import Chance, ConvergenceRule, bad_start, forecast_change
 
@@ -90,18 +89,16 @@ class Scores(pl.Callback):
         self.rows.append([number for part in self.parts for number in pl_module.score(part)])
 
 
-def train(case: Case, root: Path | None, folder: Path) -> float:
-    """Train one case and save what was recorded; returns the seconds it took."""
+def train(case: Case, root: Path | None, folder: Path) -> None:
+    """Train one case and save what was recorded."""
     torch.set_num_threads(1)
-    started = time.perf_counter()
     training, validation, test = data_of(case.problem, root)
     stop, start, scores = RecordingStop(horizon=HORIZON), Noticing(), Scores(validation, test)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = quiet_trainer(scratch, max_epochs=epochs_of(case), callbacks=[stop, start, scores])
         trainer.fit(Training(case), Batches(training, case.seed))
-    partial = folder / f".{case.name}.npz"
-    np.savez_compressed(
-        partial,
+    save_arrays(
+        folder / f"{case.name}.npz",
         losses=[row["value"] for row in stop.history],
         factors=np.stack(stop.factors),
         scores=np.array(scores.rows),
@@ -109,8 +106,6 @@ def train(case: Case, root: Path | None, folder: Path) -> float:
         would_stop=stop.would_stop_epoch or 0,
         noticed=start.noticed,
     )
-    partial.rename(folder / f"{case.name}.npz")
-    return time.perf_counter() - started
 
 
 def train_all(cases: list[Case], root: Path | None, folder: Path, jobs: int) -> None:

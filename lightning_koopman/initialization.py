@@ -21,6 +21,12 @@ SCHEMES: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+def check_scheme(scheme: object) -> None:
+    """Raise ValueError unless there is such a way to draw weights."""
+    if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
+        raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
+
+
 def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, scheme: Scheme) -> dict[str, nn.Module]:
     """Modules by name that own parameters and can be initialised anew.
 

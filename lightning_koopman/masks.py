@@ -219,13 +219,7 @@ class MaskSet(Mapping[str, Tensor]):
     def rows(self) -> list[dict[str, Any]]:
         """One dict a tensor: ``parameter``, ``shape``, ``pruned``, ``weights`` and ``sparsity`` in [0, 1]."""
         return [
-            {
-                "parameter": name,
-                "shape": "×".join(map(str, mask.shape)),
-                "pruned": mask.numel() - int(mask.sum()),
-                "weights": mask.numel(),
-                "sparsity": (mask.numel() - int(mask.sum())) / max(1, mask.numel()),
-            }
+            _row(name, "×".join(map(str, mask.shape)), mask.numel() - int(mask.sum()), mask.numel())
             for name, mask in self.items()
         ]
 
@@ -236,9 +230,9 @@ class MaskSet(Mapping[str, Tensor]):
             module: The network; its total then counts the parameters without masks too.
         """
         rows = self.rows()
-        rows.append(_total("masked tensors", self.pruned, self.numel))
+        rows.append(_row("masked tensors", "", self.pruned, self.numel))
         if module is not None:
-            rows.append(_total("all parameters", self.pruned, sum(each.numel() for each in module.parameters())))
+            rows.append(_row("all parameters", "", self.pruned, sum(each.numel() for each in module.parameters())))
         lines = [("parameter", "shape", "pruned", "of", "sparsity")]
         lines += [
             (row["parameter"], row["shape"], f"{row['pruned']:,}", f"{row['weights']:,}", f"{row['sparsity']:.2%}")
@@ -379,8 +373,8 @@ def _keep_largest(sizes: Tensor, sparsity: float) -> Tensor:
     return kept
 
 
-def _total(name: str, pruned: int, weights: int) -> dict[str, Any]:
-    return {"parameter": name, "shape": "", "pruned": pruned, "weights": weights, "sparsity": pruned / max(1, weights)}
+def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:
+    return {"parameter": name, "shape": shape, "pruned": pruned, "weights": of, "sparsity": pruned / max(1, of)}
 
 
 def check_share(sparsity: object) -> None:

@@ -48,6 +48,11 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
     return chosen
 
 
+def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Patterns as the user gives them, one or several or none, in one form."""
+    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
+
+
 def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument: str, kind: str) -> list[str]:
     """The names that match one of the shell-style patterns and none of those that begin with ``!``, in their order.
 

@@ -83,10 +83,7 @@ class ChannelRemoval:
         parts = {path: module.get_submodule(path) for path in self.changes}
         commit = replacement(held, exchanged)
         for owner, leaf, values in smaller:  # from here on nothing can fail
-            if isinstance(values, nn.Parameter):
-                owner._parameters[leaf] = values
-            else:
-                owner._buffers[leaf] = values
+            _put(owner, leaf, values)
         for path, arguments in self.changes.items():
             for argument, (_, now) in arguments.items():
                 setattr(parts[path], argument, now)
@@ -94,13 +91,20 @@ class ChannelRemoval:
 
     def table(self) -> str:
         """What changed and what was left alone, a line each."""
-        width = max((len(name) for name in (*self.changes, *self.left_alone)), default=0)
-        lines = [
-            f"{name:<{width}}  " + ", ".join(f"{key} {old} → {new}" for key, (old, new) in attributes.items())
-            for name, attributes in self.changes.items()
-        ]
-        lines += [f"{name:<{width}}  left alone: {reason}" for name, reason in self.left_alone.items()]
-        return "\n".join(lines)
+        return changes_table(self.changes, self.left_alone)
+
+
+def changes_table(
+    changes: Mapping[str, Mapping[str, tuple[Any, Any]]], left_alone: Mapping[str, str] | None = None
+) -> str:
+    """Changed constructor arguments by module name, and why others were left alone, a line each."""
+    texts = [
+        (name, ", ".join(f"{key} {old} → {now}" for key, (old, now) in arguments.items()))
+        for name, arguments in changes.items()
+    ]
+    texts += [(name, f"left alone: {reason}") for name, reason in (left_alone or {}).items()]
+    width = max((len(name) for name, _ in texts), default=0)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts)
 
 
 def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[Any, Any]]]:
@@ -138,13 +142,17 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         for leaf, shape in own.items():
             old = getattr(part, leaf)
             new = old.detach().new_empty(shape)
-            if isinstance(old, nn.Parameter):
-                part._parameters[leaf] = nn.Parameter(new, requires_grad=old.requires_grad)
-            else:
-                part._buffers[leaf] = new
+            is_parameter = isinstance(old, nn.Parameter)
+            _put(part, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
         for key, (_, now) in arguments.items():
             setattr(part, key, now)
     return {path: arguments for path, _, _, arguments in plan}
+
+
+def _put(part: nn.Module, leaf: str, values: Tensor) -> None:
+    """Exchange a parameter or a buffer, whether or not it is one that state dicts hold."""
+    own: dict[str, Any] = part._parameters if isinstance(values, nn.Parameter) else part._buffers
+    own[leaf] = values
 
 
 def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Any, Any]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import inspect
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ from lightning_koopman.callbacks._loss import LossMeter
 from lightning_koopman.callbacks._recorder import Recorder, SnapshotSettings
 from lightning_koopman.callbacks._roots import LightningCallback
 from lightning_koopman.callbacks._schedule import current_rates
-from lightning_koopman.parameters import flatten, select_parameters
+from lightning_koopman.parameters import as_patterns, flatten, select_parameters
 from lightning_koopman.trajectory import STORAGES, is_finite
 
 if TYPE_CHECKING:  # never at run time: the user may use the other import root
@@ -67,11 +66,11 @@ class TrajectoryCallback(LightningCallback):
     def __init__(
         self,
         *,
-        observable: str,
-        parameters: str | Sequence[str] | None,
-        every_n_epochs: int,
+        observable: str = WEIGHTS,
+        parameters: str | Sequence[str] | None = None,
+        every_n_epochs: int = 1,
         window: int | None,
-        storage: str,
+        storage: str = "ram",
         dirpath: str | os.PathLike[str] | None,
     ) -> None:
         super().__init__()
@@ -90,8 +89,7 @@ class TrajectoryCallback(LightningCallback):
             )
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {list(STORAGES)}, got {storage!r}.")
-        patterns = (parameters,) if isinstance(parameters, str) else None if parameters is None else tuple(parameters)
-        self.settings = SnapshotSettings(observable, patterns, every_n_epochs, window, storage)
+        self.settings = SnapshotSettings(observable, as_patterns(parameters), every_n_epochs, window, storage)
         self.dirpath = None if dirpath is None else Path(dirpath)
         self._own_recorder = Recorder(self.settings)
         self.recorder = self._own_recorder  # or that of another callback, if it records what this one needs
@@ -139,7 +137,7 @@ class TrajectoryCallback(LightningCallback):
         if not self._active:
             return
         self._losses.restore(0.0, 0)
-        self._alone = sum(each.recorder is self.recorder for each in _koopman_callbacks(trainer)) == 1
+        self._alone = len(self._sharing(trainer)) == 1
         resumed = self._resumed = self._restore(trainer)
         epoch, recorder = trainer.current_epoch, self.recorder
         self._anew = not resumed and (epoch == 0 or trainer.ckpt_path is not None)
@@ -341,12 +339,8 @@ class TrajectoryCallback(LightningCallback):
         return list(chosen)
 
     def _mend(self, in_memory: bool) -> str:
-        if not self.storable:
-            return "take a smaller window" if "window" in inspect.signature(type(self)).parameters else "free some"
-        return (
-            "take a smaller window, observe fewer `parameters`, or "
-            f"{'set storage=' + repr('disk') if in_memory else 'pass another `dirpath`'}"
-        )
+        """What the user can do where memory, or the disk, is too small for the snapshots."""
+        return "free some"
 
     def _resolve_directory(self, trainer: pl.Trainer) -> None:
         """Make the output folder and prove that it can be written, before any work starts."""
@@ -376,6 +370,10 @@ class TrajectoryCallback(LightningCallback):
         if self.any_window:
             alike += [other for other in found if other.settings.covers(self.settings)]
         self.recorder = max(alike, key=lambda other: other.settings.length)._own_recorder
+
+    def _sharing(self, trainer: pl.Trainer) -> list[TrajectoryCallback]:
+        """All callbacks that share the recorder, this one included."""
+        return [each for each in _koopman_callbacks(trainer) if each.recorder is self.recorder]
 
     # -- a table of all epochs ----------------------------------------------------------------------------------------
 
@@ -419,8 +417,8 @@ class TrajectoryCallback(LightningCallback):
         """Go on where the checkpoint left off, if there is one; a lost sidecar costs the window, nothing else."""
         state, self._pending = self._pending, None
         if state is None:
-            mates = [other for other in _koopman_callbacks(trainer) if other.recorder is self.recorder]
-            known = mates[0] is not self or any(other._pending is not None for other in mates)  # or told by the first
+            sharing = self._sharing(trainer)  # if one of them has a state, nothing is lost; else the first one tells
+            known = sharing[0] is not self or any(other._pending is not None for other in sharing)
             if trainer.ckpt_path is not None and trainer.is_global_zero and not known:
                 self._warn(
                     "resume",

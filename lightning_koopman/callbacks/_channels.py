@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+from lightning_koopman.callbacks._averages import averaging_callbacks
 from lightning_koopman.callbacks._rehearsal import can_rehearse, quiet_copy, rehearsal
 from lightning_koopman.removal import ChannelRemoval, resize_like
 from lightning_koopman.structure import Structure, agrees, torch_pruning
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 
 
 class ChannelRounds:
@@ -57,12 +56,11 @@ class ChannelRounds:
                 f"structured=True works in a single process so far, but the run has {trainer.world_size}: use one "
                 "device, or structured=False."
             )
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if {base.__name__ for base in type(other).__mro__} & set(AVERAGING):
-                raise ValueError(
-                    f"structured=True cannot give other sizes to the average that {type(other).__name__} keeps: "
-                    "leave that callback out, or prune with structured=False."
-                )
+        for other in averaging_callbacks(trainer):
+            raise ValueError(
+                f"structured=True cannot give other sizes to the average that {type(other).__name__} keeps: "
+                "leave that callback out, or prune with structured=False."
+            )
         kept = [value for other in trainer.callbacks for value in vars(other).values()]  # type: ignore[attr-defined]
         if any(isinstance(each, AveragedModel) for each in (*module.modules(), *kept)):
             raise ValueError(

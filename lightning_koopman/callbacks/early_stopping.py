@@ -135,11 +135,8 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         check_count("min_epochs", min_epochs, 0)
         super().__init__(
             chance_loss,
-            observable=WEIGHTS,
             parameters=parameters,
-            every_n_epochs=1,
             window=horizon + 1 + SPARE,
-            storage="ram",
             dirpath=dirpath,
         )
         check_positive("radius", radius)

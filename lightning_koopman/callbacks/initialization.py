@@ -11,16 +11,17 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_koopman.callbacks._base import WEIGHTS, check_count, start_segments
+from lightning_koopman.callbacks._averages import averaging_callbacks
+from lightning_koopman.callbacks._base import check_count, start_segments
 from lightning_koopman.callbacks._chance import ChanceCallback
 from lightning_koopman.callbacks._schedule import warming_up
 from lightning_koopman.convergence import RECENT, StoppingReason, bad_start
-from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
+from lightning_koopman.initialization import check_scheme, reinitialize, select_modules
+from lightning_koopman.parameters import as_patterns
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 FAR_SEED = 7_919_000_000  # far from the seed that drew the bad start, or the same weights would be drawn again
 
 
@@ -90,18 +91,13 @@ class RestartOnBadInitialization(ChanceCallback):
         check_count("seed", seed, 0)
         super().__init__(
             chance_loss,
-            observable=WEIGHTS,
-            parameters=None,
-            every_n_epochs=1,
             window=RECENT,
-            storage="ram",
             dirpath=dirpath,
         )
-        if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
-            raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
+        check_scheme(scheme)
         self.check_epoch, self.max_restarts, self.seed = check_epoch, max_restarts, seed
         self.scheme = scheme
-        self.modules = (modules,) if isinstance(modules, str) else None if modules is None else tuple(modules)
+        self.modules = as_patterns(modules)
         self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began
 
     def _forget(self) -> None:
@@ -227,9 +223,8 @@ class RestartOnBadInitialization(ChanceCallback):
         trainer.strategy.setup_optimizers(trainer)
         self.restarts.append({"epoch": trainer.current_epoch, "reason": reason})
         self._begin(trainer.current_epoch)
-        for other in trainer.callbacks:  # type: ignore[attr-defined]
-            if {base.__name__ for base in type(other).__mro__} & set(AVERAGING):
-                self._warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
+        for other in averaging_callbacks(trainer):
+            self._warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
         start_segments(trainer, pl_module)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------

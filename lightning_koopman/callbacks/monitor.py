@@ -199,6 +199,10 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         if self._active and self.log_figure and trainer.is_global_zero:
             self._draw(trainer)
 
+    def _mend(self, in_memory: bool) -> str:
+        other = "set storage='disk'" if in_memory else "pass another `dirpath`"
+        return f"take a smaller window, observe fewer `parameters`, or {other}"
+
     def _analyse(self, epoch: int, recorded: bool) -> dict[str, float] | None:
         """Spectrum and surrogate of the window, a row of the history, and the scalars to log."""
         started = time.perf_counter()

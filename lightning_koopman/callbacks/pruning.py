@@ -11,8 +11,8 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
+from lightning_koopman.callbacks._averages import averages
 from lightning_koopman.callbacks._base import (
-    WEIGHTS,
     TrajectoryCallback,
     check_count,
     check_positive,
@@ -21,11 +21,12 @@ from lightning_koopman.callbacks._base import (
 )
 from lightning_koopman.callbacks._channels import ChannelRounds
 from lightning_koopman.callbacks._schedule import warming_up
-from lightning_koopman.initialization import SCHEMES, reinitialize, select_modules
+from lightning_koopman.initialization import check_scheme, reinitialize, select_modules
 from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters, takes_hooks
 from lightning_koopman.optimizer_state import forget
+from lightning_koopman.parameters import as_patterns
 from lightning_koopman.persistence import persistent_weights, relative_changes
-from lightning_koopman.removal import ChannelRemoval
+from lightning_koopman.removal import ChannelRemoval, changes_table
 from lightning_koopman.spectrum import PERSISTENT
 from lightning_koopman.structure import Structure
 
@@ -168,22 +169,17 @@ class KoopmanPruner(TrajectoryCallback):
         for name, value, known in (("survivors", survivors, SURVIVORS), ("rule", rule, PERSISTENT)):
             if value not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {value!r}.")
-        if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
-            raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
+        check_scheme(scheme)
         if scheme is not None and survivors != "reinit":
             raise ValueError(f"scheme={scheme!r} goes with survivors='reinit', got survivors={survivors!r}: drop it.")
         if epoch == SETTLED and window is not None and window <= HORIZON:
             raise ValueError(f"window must be at least {HORIZON + 1} with epoch='settled', got {window}.")
         super().__init__(
-            observable=WEIGHTS,
-            parameters=None,
-            every_n_epochs=1,
             window=window,
-            storage="ram",
             dirpath=dirpath,
         )
         self.sparsity, self.threshold, self.epoch, self.survivors = sparsity, threshold, epoch, survivors
-        self.parameters = (parameters,) if isinstance(parameters, str) else parameters and tuple(parameters)
+        self.parameters = as_patterns(parameters)
         self.scope, self.rounds, self.round_epochs, self.rule, self.radius = scope, rounds, round_epochs, rule, radius
         self.settled_change, self.allow_empty, self.scheme, self.seed = settled_change, allow_empty, scheme, seed
         self.prefix = checked_prefix(prefix)
@@ -230,11 +226,7 @@ class KoopmanPruner(TrajectoryCallback):
             module: The network; its total then counts the parameters that are left alone too.
         """
         if self.changes:
-            width = max(map(len, self.changes))
-            return "\n".join(
-                f"{name:<{width}}  " + ", ".join(f"{key} {old} → {new}" for key, (old, new) in arguments.items())
-                for name, arguments in self.changes.items()
-            )
+            return changes_table(self.changes)
         return "nothing has been pruned yet" if self.masks is None else self.masks.table(module)
 
     # -- when ---------------------------------------------------------------------------------------------------------
@@ -422,7 +414,7 @@ class KoopmanPruner(TrajectoryCallback):
             pl_module.load_state_dict(before, strict=False)
             raise
         forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
-        for average in _averages(trainer):  # what it holds was trained from other weights
+        for average in averages(trainer):  # what it holds was trained from other weights
             fresh = dict(pl_module.named_parameters())
             for name, parameter in getattr(average, "module", average).named_parameters():
                 parameter.data.copy_(fresh[name].data)
@@ -543,7 +535,7 @@ class KoopmanPruner(TrajectoryCallback):
             hooked = self._stepping(trainer)
             self._pin = self.masks.pin(pl_module, *hooked)
             self._unhooked = len(hooked) < len(trainer.optimizers)
-            for average in _averages(trainer):
+            for average in averages(trainer):
                 self.masks.apply(getattr(average, "module", average))
 
     @staticmethod
@@ -592,6 +584,9 @@ class KoopmanPruner(TrajectoryCallback):
             with self._guard("logging the sparsity"):
                 logger.log_metrics(scalars, step=trainer.global_step)
 
+    def _mend(self, in_memory: bool) -> str:
+        return "take a smaller window"
+
     # -- checks before training ---------------------------------------------------------------------------------------
 
     def _check_epoch(self, trainer: pl.Trainer) -> None:
@@ -639,9 +634,3 @@ class KoopmanPruner(TrajectoryCallback):
         self.masks = None if state["masks"] is None else MaskSet.from_state_dict(state["masks"])
         if self._channels is not None and state["channels"] is not None:
             self._channels.load_state_dict(state["channels"])
-
-
-def _averages(trainer: pl.Trainer) -> list[nn.Module]:
-    """Averages of the weights that other callbacks keep."""
-    found = [getattr(other, "_average_model", None) for other in trainer.callbacks]  # type: ignore[attr-defined]
-    return [average for average in found if isinstance(average, nn.Module)]

@@ -1,0 +1,24 @@
+"""Averages of the weights that Lightning's own callbacks keep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks that average the weights, under either import root."""
+    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in found if {base.__name__ for base in type(each).__mro__} & set(AVERAGING)]
+
+
+def averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """The averages that callbacks keep by now."""
+    found = [getattr(each, "_average_model", None) for each in trainer.callbacks]  # type: ignore[attr-defined]
+    return [average for average in found if isinstance(average, nn.Module)]
