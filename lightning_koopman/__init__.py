@@ -9,6 +9,9 @@ from lightning_koopman.channels import remove_channels
 from lightning_koopman.convergence import StoppingReason
 from lightning_koopman.dmd import dmd_rrr
 from lightning_koopman.export import export_network
+from lightning_koopman.losses.functional import sobolev_loss
+from lightning_koopman.losses.modes import sobolev_scales
+from lightning_koopman.losses.sobolev import SobolevLoss
 from lightning_koopman.masks import MaskSet, prunable_parameters
 from lightning_koopman.parameters import select_parameters
 from lightning_koopman.persistence import persistent_weights
@@ -27,6 +30,7 @@ __all__ = [
     "KoopmanWarning",
     "MaskSet",
     "RestartOnBadInitialization",
+    "SobolevLoss",
     "Spectrum",
     "StoppingReason",
     "Trajectory",
@@ -40,4 +44,6 @@ __all__ = [
     "remove_channels",
     "resize_like",
     "select_parameters",
+    "sobolev_loss",
+    "sobolev_scales",
 ]

@@ -1,0 +1,1 @@
+"""Losses on the Fourier modes of what a network misses (paper, section 6)."""

@@ -1,0 +1,274 @@
+r"""The Sobolev loss as a module that finds a network's layers (paper, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_koopman.losses.basis import BasisCache
+from lightning_koopman.losses.domain import Domain, Interval, check_domain, check_points, match_domain, observe_domain
+from lightning_koopman.losses.functional import (
+    check_grid_arguments,
+    check_n_samples,
+    check_tensors,
+    check_weights,
+    grid_loss,
+    scattered_loss,
+    warn_of_aliases,
+    warn_of_modes,
+)
+from lightning_koopman.losses.hooks import Tap, run_once, tap_layers
+from lightning_koopman.losses.modes import SobolevNorm, is_count
+
+
+class SobolevLoss(nn.Module):
+    r"""Negative Sobolev norm of what a network misses: learn a multiscale signal through noise (paper, section 6).
+
+    .. math:: \sum_{\ell=1}^{L} \sum_{m=1}^{M} \sum_{\|k\| \le s(\ell)} (1 + (2\pi\|k\|_2)^2)^s
+        \, |\hat r_{\ell m}(k)|^2
+
+    with the residual's transform :math:`\hat r`; see :func:`sobolev_loss`, which has the same arguments.
+
+    *Sobolev loss 2* (equation 8) is on the network's output alone.  *Sobolev loss 1* (equation 7) adds outputs
+    :math:`f_\ell = C_\ell z_\ell` of hidden layers, each held to the modes up to its own scale.  Their matrices (and
+    offsets) are parameters of this module: assign it to an attribute of your ``LightningModule`` and they are trained
+    with the network, which itself, its state dict and its export stay free of them.
+
+    Args:
+        scales: Highest mode, in cycles per period, of the output; or one number for each layer, the output's last, that
+            do not decrease.  Of a single one with several layers geometric scales from 4 on are made.  See
+            :func:`suggest_scales` and :func:`sobolev_scales`.
+        exponent: :math:`s` (default: −1/2, as in the paper, where ``literal``, else −1/4).
+        literal: The shells :math:`\|k\| = s(\ell)` of equations 7 and 8 in place of balls.
+        norm: 1 as in the paper, or 2: the norm of the mode that is compared with the scale.
+        domain: ``(low, high)``, the ends of one period, or such a pair for each input; all points must lie within,
+            those to validate and test too.  Default: the range of the first points seen in training and one mean
+            spacing more.
+        n_samples: Number of samples in the training set, for training by mini-batches: the loss of a batch is then
+            without bias for that of the whole.  In ``eval`` mode a call counts as a whole.
+        network: Network whose hidden layers are heard by forward hooks.
+        layers: Their names in ``network.named_modules()``, shell-style patterns too; ``!`` excludes.  In the order of
+            the network.  Activations have the layer's channels in dimension 1.
+        example: An input of the network (a tensor, or a tuple of them), run once to learn the widths (default:
+            ``network.example_input_array``).
+        widths: Without ``network``: number of channels of each of the activations that are handed to ``forward``.
+        n_outputs: With ``widths``: number of outputs M.
+
+    Attributes:
+        domain: The period of each input, once it is known.
+        heads: The linear maps :math:`C_\ell`.
+
+    Raises:
+        ValueError: If an argument is out of its range, a layer does not exist, or the example fails.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import SobolevLoss
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.rand(200, 1)
+        >>> y = torch.sin(2 * torch.pi * x) + 0.1 * torch.randn(200, 1)
+        >>> network = torch.nn.Sequential(
+        ...     *(torch.nn.Linear(1, 20), torch.nn.Tanh(), torch.nn.Linear(20, 20), torch.nn.Tanh()),
+        ...     torch.nn.Linear(20, 1),
+        ... )
+        >>> loss = SobolevLoss(8, domain=(0, 1), network=network, layers=["1", "3"], example=x)
+        >>> loss
+        SobolevLoss(
+          scales=(4, 6, 8), exponent=-0.25, layers=['1', '3']
+          (heads): ModuleList(
+            (0-1): 2 x Linear(in_features=20, out_features=1, bias=True)
+          )
+        )
+        >>> optimizer = torch.optim.Adam([*network.parameters(), *loss.parameters()], lr=0.01)
+        >>> values = []
+        >>> for _ in range(200):
+        ...     optimizer.zero_grad()
+        ...     values.append(loss(network(x), y, x))
+        ...     values[-1].backward()
+        ...     _ = optimizer.step()
+        >>> values[-1] < 0.1 * values[0]
+        tensor(True)
+    """
+
+    def __init__(
+        self,
+        scales: float | Sequence[float],
+        *,
+        exponent: float | None = None,
+        literal: bool = False,
+        norm: int = 1,
+        domain: Domain | None = None,
+        n_samples: float | None = None,
+        network: nn.Module | None = None,
+        layers: str | Sequence[str] | None = None,
+        example: Any = None,
+        widths: Sequence[int] | None = None,
+        n_outputs: int = 1,
+    ) -> None:
+        super().__init__()
+        self.rule = SobolevNorm(cast("tuple[float, ...]", scales), exponent, literal, norm)
+        self.domain = None if domain is None else check_domain(domain)
+        check_n_samples(n_samples)
+        if n_samples is not None and domain is None:
+            raise ValueError(
+                "domain=None takes the period from the whole data set, which mini-batches do not show: give it."
+            )
+        self.n_samples = n_samples
+        self.heads = nn.ModuleList()
+        self._observed = domain is None
+        self._taps: list[Tap] = []
+        self._hooks: list[RemovableHandle] = []
+        self._cache = BasisCache()
+        self._warned = False
+        if network is not None or layers is not None or example is not None:
+            self._listen(network, layers, example, widths)
+        elif widths is not None:
+            check_widths(widths, n_outputs)
+            self.heads.extend(nn.Linear(width, n_outputs) for width in widths)
+        if self.heads:  # errors of the scales come before any work
+            self.rule.bands(len(self.heads) + 1, 1)
+
+    def extra_repr(self) -> str:
+        """Arguments for ``repr``."""
+        shown = f"scales={self.rule.per_layer(len(self.heads) + 1)}, exponent={self.rule.index}"
+        shown += ", literal=True" if self.rule.literal else ""
+        shown += ", norm=2" if self.rule.norm == 2 else ""
+        shown += f", n_samples={self.n_samples}" if self.n_samples is not None else ""
+        return shown + (f", layers={[tap.name for tap in self._taps]}" if self._taps else "")
+
+    def forward(
+        self,
+        outputs: Tensor | Sequence[Tensor],
+        targets: Tensor,
+        points: Tensor | None = None,
+        *,
+        hidden: Sequence[Tensor] | Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            outputs: As for :func:`sobolev_loss`; a list of one tensor a layer only where there are no heads.
+            targets: As for :func:`sobolev_loss`.
+            points: As for :func:`sobolev_loss`.
+            hidden: With ``widths``: the activations of the hidden layers, each (N, C), or (B, C, n_1, …, n_D) on grids.
+            weights: As for :func:`sobolev_loss`.
+
+        Raises:
+            TypeError: If an input is complex, not floating point, or not a tensor.
+            ValueError: If shapes do not match, or a point lies outside of the period.
+            RuntimeError: If the network did not run before.
+        """
+        if self.heads:
+            if not isinstance(outputs, Tensor):
+                raise TypeError(f"outputs must be the network's own, one tensor, got a {type(outputs).__name__}.")
+            if points is not None and outputs.dim() == targets.dim() == 1:
+                outputs, targets = outputs[:, None], targets[:, None]
+            outputs = [*self._auxiliary(hidden, outputs), outputs]
+        elif hidden is not None:
+            raise ValueError("hidden is given, but there are no heads for it: give widths to SobolevLoss.")
+        stack, targets, points = check_tensors(outputs, targets, points)
+        n_samples = self.n_samples if self.training else None
+        if points is None:
+            check_grid_arguments(self.domain, weights, n_samples)
+            self._warn(len(stack), targets.dim() - 2, targets.shape[2:])
+            return grid_loss(stack, targets, self.rule)
+        weights = check_weights(weights, targets, n_samples)
+        box = self._period(points)
+        self._warn(len(stack), points.shape[1], len(targets) if n_samples is None else n_samples)
+        return scattered_loss(stack, targets, points, self.rule, box, weights, n_samples, self._cache)
+
+    def remove_hooks(self) -> None:
+        """Stop listening to the network, for instance before it is scripted; the loss cannot be called after that."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def _listen(
+        self,
+        network: nn.Module | None,
+        layers: str | Sequence[str] | None,
+        example: Any,
+        widths: Sequence[int] | None,
+    ) -> None:
+        """Hooks on the network's layers, and heads as wide as what they return."""
+        if network is None or layers is None:
+            raise ValueError(
+                "network, layers and example belong together: give the network and the names of its layers."
+            )
+        if widths is not None:
+            raise ValueError(f"widths={widths!r} are for activations handed to forward: leave them out with layers.")
+        example = getattr(network, "example_input_array", None) if example is None else example
+        if example is None:
+            raise ValueError("example=None: give an input of the network, which shows how wide its layers are.")
+        self._taps, self._hooks = tap_layers(network, layers)
+        try:
+            output = run_once(network, example)
+            for tap in self._taps:
+                value = tap.take()
+                if value.dim() < 2 or output.dim() < 2:
+                    raise ValueError(
+                        f"layer {tap.name!r} returns the shape {tuple(value.shape)}, the network "
+                        f"{tuple(output.shape)}: channels are expected in dimension 1."
+                    )
+                head = nn.Linear(value.shape[1], output.shape[1], dtype=output.dtype, device=output.device)
+                self.heads.append(head)
+        except BaseException:
+            self.remove_hooks()
+            raise
+
+    def _auxiliary(self, hidden: Sequence[Tensor] | Tensor | None, outputs: Tensor) -> list[Tensor]:
+        """Outputs of the hidden layers: linear maps of their channels."""
+        if self._taps:
+            if hidden is not None:
+                raise ValueError("hidden is given, but the layers are heard by hooks: leave it out.")
+            hidden = [tap.take() for tap in self._taps]
+        elif hidden is None:
+            raise ValueError(f"hidden=None: hand over the {len(self.heads)} activations that widths announce.")
+        if len(hidden) != len(self.heads):
+            raise ValueError(f"hidden holds {len(hidden)} activations, widths announce {len(self.heads)}.")
+        found = []
+        for index, (head, values) in enumerate(zip(self.heads, hidden, strict=True)):
+            expected = (len(outputs), cast("nn.Linear", head).in_features, *outputs.shape[2:])
+            if tuple(values.shape) != expected:
+                name = f"layer {self._taps[index].name!r}" if self._taps else f"hidden[{index}]"
+                raise ValueError(
+                    f"{name} has the shape {tuple(values.shape)}, expected {expected}: all samples of `outputs`, "
+                    "channels in dimension 1."
+                )
+            found.append(head(values.movedim(1, -1)).movedim(-1, 1))
+        return found
+
+    def _period(self, points: Tensor) -> tuple[Interval, ...]:
+        """One period of each input."""
+        if self.domain is not None:
+            box = match_domain(self.domain, points.shape[1])
+            if self.training or not self._observed:  # held-out points may reach beyond a period taken from others
+                check_points(points, box)
+            return box
+        box = observe_domain(points)
+        if self.training:
+            self.domain = box
+        return box
+
+    def _warn(self, n_layers: int, dim: int, extent: float | Sequence[int]) -> None:
+        """Say once that there are more modes than samples."""
+        if self._warned or not self.training or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        bands = self.rule.bands(n_layers, dim)
+        if isinstance(extent, Sequence):
+            warn_of_aliases(bands, extent)
+        else:
+            warn_of_modes(bands, extent)
+
+
+def check_widths(widths: object, n_outputs: object) -> None:
+    """Raise ValueError unless they are whole numbers ≥ 1."""
+    numbers = [*widths, n_outputs] if isinstance(widths, Sequence) and widths else [0]
+    if not all(is_count(number) for number in numbers):
+        raise ValueError(f"widths must be whole numbers ≥ 1, n_outputs too, got {widths!r} and {n_outputs!r}.")
