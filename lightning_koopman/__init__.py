@@ -11,6 +11,7 @@ from lightning_koopman.dmd import dmd_rrr
 from lightning_koopman.export import export_network
 from lightning_koopman.losses.functional import sobolev_loss
 from lightning_koopman.losses.modes import sobolev_scales
+from lightning_koopman.losses.shrinkage import shrink_noise, suggest_scales
 from lightning_koopman.losses.sobolev import SobolevLoss
 from lightning_koopman.masks import MaskSet, prunable_parameters
 from lightning_koopman.parameters import select_parameters
@@ -44,6 +45,8 @@ __all__ = [
     "remove_channels",
     "resize_like",
     "select_parameters",
+    "shrink_noise",
     "sobolev_loss",
     "sobolev_scales",
+    "suggest_scales",
 ]

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_koopman.losses.sobolev import SobolevLoss
+
 
 def export_network(
     network: nn.Module,
@@ -22,7 +24,8 @@ def export_network(
     """Write a network as a plain state dict, or as ONNX.
 
     Args:
-        network: The network, masked or with channels removed.
+        network: The network, masked or with channels removed.  Of a module that holds a :class:`SobolevLoss` the
+            loss's own parameters are left out.
         path: File to write.  With the suffix ``.onnx`` it is ONNX with a batch dimension of any size; else a file for
             ``torch.load`` that holds a dict: ``state_dict``, and ``arguments``, by module name the constructor
             arguments that differ from the original network.
@@ -49,7 +52,12 @@ def export_network(
     target = Path(path)
     if target.suffix != ".onnx":
         arguments = {name: {key: now for key, (_, now) in each.items()} for name, each in (changes or {}).items()}
-        state = {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
+        losses = tuple(f"{name}." for name, part in network.named_modules() if isinstance(part, SobolevLoss))
+        state = {
+            name: value.detach().cpu().clone()
+            for name, value in network.state_dict().items()
+            if not name.startswith(losses)
+        }
         torch.save({"state_dict": state, "arguments": arguments}, target)
         return target
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]

@@ -1,8 +1,11 @@
-"""Independent answers to compare with: LAPACK's DMD (by Drmač himself) out of the library that SciPy bundles."""
+"""Independent answers: LAPACK's DMD (by Drmač himself) out of the library that SciPy bundles; sums, term by term."""
 
 from __future__ import annotations
 
+import cmath
 import ctypes
+import itertools
+import math
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,3 +92,35 @@ def _reference(value: Any) -> Any:
     if isinstance(value, str):
         return ctypes.c_char_p(value.encode())
     return ctypes.byref(ctypes.c_int32(value) if isinstance(value, int) else ctypes.c_double(value))
+
+
+def sobolev_sum(
+    outputs: list[np.ndarray],
+    targets: np.ndarray,
+    points: np.ndarray,
+    scales: tuple[float, ...],
+    exponent: float,
+    *,
+    literal: bool = False,
+    norm: int = 1,
+    weights: np.ndarray | None = None,
+) -> float:
+    """Equations 7 and 8 term by term over all modes of the box; points (N, D) on the unit torus, values (N, M)."""
+    reach = math.ceil(max(scales))
+    total = 0.0
+    pairs = list(zip(outputs, scales, strict=True)) if len(outputs) > 1 else [(outputs[0], s) for s in scales]
+    pairs = pairs if literal or len(outputs) > 1 else pairs[-1:]
+    for output, scale in pairs:
+        for mode in itertools.product(range(-reach, reach + 1), repeat=points.shape[1]):
+            size = sum(abs(k) ** norm for k in mode) ** (1 / norm)
+            if abs(size - scale) > 1e-9 if literal else size > scale + 1e-9:
+                continue
+            for column in range(targets.shape[1]):
+                coefficient = sum(
+                    (1 / len(points) if weights is None else weights[i])
+                    * (targets[i, column] - output[i, column])
+                    * cmath.exp(-2j * math.pi * float(np.dot(mode, points[i])))
+                    for i in range(len(points))
+                )
+                total += (1 + (2 * math.pi) ** 2 * sum(k * k for k in mode)) ** exponent * abs(coefficient) ** 2
+    return total

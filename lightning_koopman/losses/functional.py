@@ -277,10 +277,12 @@ def warn_of_modes(bands: Bands, n_samples: float) -> None:
 
 def warn_of_aliases(bands: Bands, sizes: Sequence[int]) -> None:
     """Warn where a grid is too coarse for a mode."""
-    for axis, (size, highest) in enumerate(zip(sizes, abs(bands.modes).max(axis=0).tolist(), strict=True)):
-        if 2 * highest > size:
+    highest = abs(bands.modes).max(axis=0).tolist()
+    for axis, (size, mode) in enumerate(zip(sizes, highest, strict=True)):
+        if 2 * mode > size:
             warnings.warn(
-                f"scales: the grid has {size} points in dimension {axis}, which cannot tell mode {highest} from a "
-                f"lower one: take no mode above {size // 2}.",
+                f"scales: the grid has {size} points in dimension {axis}, which cannot tell mode {mode} from a lower "
+                f"one: take no mode above {min(sizes) // 2}.",
                 stacklevel=3,
             )
+            return

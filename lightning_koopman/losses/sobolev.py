@@ -128,9 +128,8 @@ class SobolevLoss(nn.Module):
             self._listen(network, layers, example, widths)
         elif widths is not None:
             check_widths(widths, n_outputs)
+            self.rule.bands(len(widths) + 1, 1)  # its errors come before any work
             self.heads.extend(nn.Linear(width, n_outputs) for width in widths)
-        if self.heads:  # errors of the scales come before any work
-            self.rule.bands(len(self.heads) + 1, 1)
 
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""
@@ -207,6 +206,7 @@ class SobolevLoss(nn.Module):
             raise ValueError("example=None: give an input of the network, which shows how wide its layers are.")
         self._taps, self._hooks = tap_layers(network, layers)
         try:
+            self.rule.bands(len(self._taps) + 1, 1)  # its errors come before any work
             output = run_once(network, example)
             for tap in self._taps:
                 value = tap.take()
