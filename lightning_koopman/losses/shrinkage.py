@@ -17,6 +17,7 @@ from lightning_koopman.losses.modes import NORMS, is_count, sobolev_scales
 MOST = 1000  # cosines: their orthogonalisation takes seconds beyond
 SHARE = 0.25  # of the samples: cosines to fit; the other samples tell the noise
 WORTH = 0.1  # share of signal in a mode; too low a highest mode costs more than too high a one
+ROUNDING = 1e-12  # of the samples' size: no less noise is told from rounding
 FEWEST = 16  # samples below which nothing can be told
 
 Array = npt.NDArray[np.float64]
@@ -166,6 +167,7 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
     coefficients = basis.T @ y
     left = y - basis @ coefficients
     noise = np.sqrt((left**2).sum(axis=0) / (len(x) - basis.shape[1]))
+    noise = np.maximum(noise, ROUNDING * np.sqrt((y**2).mean(axis=0)))
     return CosineFit(basis, coefficients, sizes, noise)
 
 
