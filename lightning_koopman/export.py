@@ -52,7 +52,9 @@ def export_network(
     target = Path(path)
     if target.suffix != ".onnx":
         arguments = {name: {key: now for key, (_, now) in each.items()} for name, each in (changes or {}).items()}
-        losses = tuple(f"{name}." for name, part in network.named_modules() if isinstance(part, SobolevLoss))
+        losses = tuple(
+            f"{name}." for name, part in network.named_modules(remove_duplicate=False) if isinstance(part, SobolevLoss)
+        )
         state = {
             name: value.detach().cpu().clone()
             for name, value in network.state_dict().items()

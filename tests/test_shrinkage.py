@@ -81,6 +81,24 @@ def test_clean_samples_stay_as_they_are():
     assert suggest_scales(np.arange(50.0), constant) == (1,)
 
 
+def test_outputs_without_signal_and_targets_of_other_types():
+    x = np.linspace(0, 1, 200)
+    wave = np.cos(2 * np.pi * x)
+    assert suggest_scales(x, np.zeros(200)) == (1,)
+    assert suggest_scales(x, np.stack([wave, np.zeros(200)], axis=1), domain=(0, 1)) == (1,)
+    labels = torch.as_tensor(wave > 0)
+    assert shrink_noise(x, labels).dtype == torch.float64
+    np.testing.assert_allclose(shrink_noise(x, labels).numpy(), shrink_noise(x, labels.numpy().astype(float)))
+    half = shrink_noise(x, torch.as_tensor(wave).bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+def test_many_inputs_form_no_box():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 1, (200, 20))
+    assert np.std(shrink_noise(x, x[:, 0] + 0.1 * rng.standard_normal(200))) > 0.2
+
+
 def test_pure_noise_is_shrunk_to_its_mean():
     rng = np.random.default_rng(0)
     x, y = rng.uniform(0, 1, 2000), rng.normal(5, 1, 2000)

@@ -59,6 +59,8 @@ def test_scale_functions():
     assert sobolev_scales(1, highest=7) == (7,)
     assert sobolev_scales(3, highest=2) == (2, 2, 2)
     assert sobolev_scales(3, highest=100, lowest=1) == (1, 10, 100)
+    assert sobolev_scales(3, highest=3.6) == (3.6, 3.6, 3.6)
+    assert sobolev_scales(4, highest=4.7, lowest=3) == (3, 3, 4, 4.7)
     assert sobolev_scales(3, lambda layer: 1.5 * layer) == (1.5, 3, 4.5)
 
 
@@ -356,6 +358,11 @@ x, y = torch.linspace(0.02, 0.98, 10)[:, None], torch.randn(10, 1)
         ((y, y, x), {"exponent": math.nan}, ValueError, "exponent must be a finite number"),
         ((y, y, x), {"norm": 3}, ValueError, "norm must be 1 or 2"),
         ((y, y, x), {"weights": torch.ones(10)}, ValueError, "divide them by their sum"),
+        ((y, y, x), {"weights": torch.ones(10), "n_samples": 40}, ValueError, "sum over the whole data set"),
+        ((y, y, x), {"scales": 1e9}, ValueError, "more than 10,000,000 modes up to 1e\\+09 in 1 dimensions"),
+        ((y[:0], y[:0], x[:0]), {}, ValueError, "targets are empty"),
+        ((y[None][:0], y[None][:0]), {}, ValueError, "targets are empty"),
+        ((y[:1], y[:1], x[:1]), {}, ValueError, "a single sample shows no period"),
         ((y, y, x), {"weights": torch.ones(9)}, ValueError, r"a real tensor \(10,\)"),
         ((y, y, x), {"weights": torch.ones(10), "n_samples": math.inf}, ValueError, "are all zero"),
         ((y, y, x), {"n_samples": 9}, ValueError, "less than the 10 samples"),
@@ -366,6 +373,16 @@ x, y = torch.linspace(0.02, 0.98, 10)[:, None], torch.randn(10, 1)
 def test_bad_input_is_named(arguments, options, kind, message):
     with pytest.raises(kind, match=message):
         sobolev_loss(*arguments, **{"scales": 3, **options})
+
+
+def test_numbers_and_intervals_may_be_numpys():
+    expected = sobolev_loss(y, 0 * y, x, scales=2, domain=(0, 1), n_samples=40)
+    ours = sobolev_loss(y, 0 * y, x, scales=np.array([2]), domain=np.array([0.0, 1.0]), n_samples=np.int64(40))
+    assert torch.equal(ours, expected)
+
+
+def test_the_widest_precision_of_all_is_kept():
+    assert sobolev_loss([y, y.double()], y, x, scales=2).dtype == torch.float64
 
 
 def test_no_lattice_point_on_a_circle_is_an_empty_shell():

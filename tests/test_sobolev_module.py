@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import pickle
 from types import ModuleType
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_koopman import SobolevLoss, export_network, shrink_noise, sobolev_loss, sobolev_scales, suggest_scales
 
@@ -84,15 +86,21 @@ def test_channels_of_convolutions_on_a_grid():
     torch.testing.assert_close(value, sobolev_loss(stack, targets, scales=(3, 3)))
 
 
-def test_vectors_of_one_output():
-    class Flat(nn.Sequential):
-        def forward(self, inputs):
-            return super().forward(inputs)
+class Flat(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = mlp()
 
-    network = mlp()
-    loss = by_hooks(network)
-    expected = loss(network(x), y, x)
-    torch.testing.assert_close(loss(network(x)[:, 0], y[:, 0], x[:, 0]), expected)
+    def forward(self, inputs):
+        return self.inner(inputs)[:, 0]
+
+
+def test_vectors_of_one_output():
+    network = Flat()
+    loss = SobolevLoss(5, network=network, layers=["inner.1", "inner.3"], example=x, **rule)
+    value = loss(network(x), y[:, 0], x[:, 0])
+    assert value.requires_grad
+    torch.testing.assert_close(loss(network(x)[:, None], y, x), value)
 
 
 def test_mini_batches_are_without_bias_and_evaluation_is_whole():
@@ -130,6 +138,40 @@ def test_a_given_period_holds_for_held_out_points():
     loss = SobolevLoss(3, **rule).eval()
     with pytest.raises(ValueError, match=r"points reach from .* to 1\..* in input 0, outside of the period \(0, 1\)"):
         loss(y, y, x + 0.5)
+
+
+def test_an_observed_period_goes_with_the_state():
+    loss = SobolevLoss(3)
+    assert not loss.state_dict()
+    loss(y, y, x)
+    restored = SobolevLoss(3)
+    restored.load_state_dict(loss.state_dict())
+    assert restored.domain == loss.domain
+    fixed = SobolevLoss(3, **rule)  # a given one stays
+    fixed.load_state_dict(loss.state_dict())
+    assert fixed.domain == ((0, 1),)
+    restored.load_state_dict(SobolevLoss(3).state_dict())
+    assert restored.domain == loss.domain
+
+
+def test_a_single_sample_shows_no_period():
+    with pytest.raises(ValueError, match="a single sample shows no period: give domain"):
+        SobolevLoss(3).eval()(y[:1], y[:1], x[:1])
+
+
+def test_held_out_points_must_be_finite():
+    loss = SobolevLoss(3)
+    loss(y, y, x)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        loss.eval()(y, y, x * math.nan)
+
+
+def test_several_processes_need_a_given_period(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    SobolevLoss(3, **rule)(y, y, x)
+    with pytest.raises(ValueError, match="each process would see the range of its own samples"):
+        SobolevLoss(3)(y, y, x)
 
 
 # -- the basis is kept -----------------------------------------------------------------------------------------------
@@ -223,6 +265,57 @@ def test_hooks_can_be_removed():
         loss(network(x), y, x)
 
 
+def test_hooks_go_with_the_loss():
+    network = mlp()
+    by_hooks(network)
+    gc.collect()
+    assert not network[1]._forward_hooks
+
+
+def test_a_loss_under_two_names_is_left_out_under_both(tmp_path):
+    network = mlp()
+    together = nn.ModuleDict({"network": network, "loss": by_hooks(network)})
+    together["again"] = together["loss"]
+    state = torch.load(export_network(together, tmp_path / "network.pt"))["state_dict"]
+    assert all(name.startswith("network.") for name in state)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.body, self.head, self.reentrant = mlp()[:4], nn.Linear(7, 1), reentrant
+
+    def forward(self, inputs):
+        return self.head(checkpoint(self.body, inputs, use_reentrant=self.reentrant))
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_layers_that_run_again_in_the_backward_pass_are_not_heard_again():
+    network, inputs = Checkpointed(False), x.clone().requires_grad_()
+    loss = SobolevLoss(5, network=network, layers=["body.1", "body.3"], example=x, **rule)
+    loss(network(inputs), y, x).backward()
+    assert all(tap.value is None for tap in loss._taps)
+    reentrant = Checkpointed(True)
+    loss = SobolevLoss(5, network=reentrant, layers="body.1", example=x, **rule)
+    with pytest.warns(UserWarning, match=r"body\.1 ran under no_grad"):
+        loss(reentrant(inputs), y, x)
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.unused = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, inputs):
+        return self.block(self.block(inputs))
+
+
+@pytest.mark.parametrize(("layer", "message"), [("block", "runs 2 times"), ("unused", "runs 0 times")])
+def test_layers_must_run_once(layer, message):
+    with pytest.raises(ValueError, match=message):
+        SobolevLoss(5, network=Twice(), layers=layer, example=x)
+
+
 def test_nothing_of_the_network_changes_while_the_widths_are_learned():
     network = nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 1))
     before = copy.deepcopy(network.state_dict())
@@ -273,6 +366,28 @@ def test_a_training_step_is_compiled_as_one_graph(way, monkeypatch):
     torch.testing.assert_close(found, value)
     for parameter, gradient in zip(network.parameters(), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [False, True])
+def test_the_function_is_compiled_as_one_graph(grid):
+    torch.compiler.reset()
+    arguments = (torch.randn(1, 1, 16), torch.randn(1, 1, 16)) if grid else (torch.randn(40, 1), y, x)
+    for scales, exponent in [(5, None), (5, -0.3), (7, -0.7), (2.5, -0.7), ((1, 3), -0.2)]:
+        options = {"scales": scales, "exponent": exponent} | ({} if grid else rule)
+
+        def step(*given, options=options):
+            return sobolev_loss(*given, **options)
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
+def test_losses_with_different_exponents_can_be_compiled_in_one_process():
+    torch.compiler.reset()
+    for exponent in (-0.2, -0.4, -0.6):
+        loss = SobolevLoss(5, exponent=exponent, **rule)
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(torch.zeros_like(y), y, x), loss(torch.zeros_like(y), y, x))
 
 
 # -- Lightning -------------------------------------------------------------------------------------------------------
@@ -362,6 +477,8 @@ def test_the_whole_way_from_noisy_samples():
         ({"scales": (1, 2)}, "are 2, but 3 outputs"),
         ({"scales": (0.5, 1, 2), "literal": True}, "its shell is empty"),
         ({"scales": ()}, "scales must be"),
+        ({"layers": [1]}, "layers must be names of layers"),
+        ({"n_outputs": 2}, "belongs to widths"),
         ({"exponent": "low"}, "exponent must be"),
     ],
 )
@@ -393,13 +510,17 @@ def test_bad_calls_are_named():
     with pytest.raises(TypeError, match="outputs must be the network's own, one tensor"):
         loss([outputs], y, x)
     network(x)
-    with pytest.raises(ValueError, match=r"outputs\[0\] has the shape \(40, 1\), targets \(40, 2\)"):
+    with pytest.raises(ValueError, match=r"outputs has the shape \(40, 1\), targets \(40, 2\)"):
         loss(outputs, y.expand(40, 2), x)
     handed = SobolevLoss(5, widths=[6, 7], **rule)
     with pytest.raises(ValueError, match="hand over the 2 activations"):
         handed(outputs, y, x)
-    with pytest.raises(ValueError, match="hidden holds 1 activations"):
+    with pytest.raises(ValueError, match="hidden must be 2 tensors, one for each of widths, got 1: Tensor"):
         handed(outputs, y, x, hidden=[outputs])
+    with pytest.raises(ValueError, match="got 2: Tensor, NoneType"):
+        handed(outputs, y, x, hidden=[outputs, None])
+    with pytest.raises(TypeError, match="targets must be a tensor"):
+        loss(outputs, y.numpy(), x)
     with pytest.raises(ValueError, match="there are no heads"):
         SobolevLoss(5, **rule)(outputs, y, x, hidden=[outputs])
 
@@ -415,7 +536,7 @@ class Recurrent(nn.Module):
 
 
 def test_layers_and_networks_that_return_no_tensor():
-    with pytest.raises(TypeError, match="layer 'cells' returns a tuple"):
+    with pytest.raises(ValueError, match="layer 'cells' returns a tuple"):
         SobolevLoss(5, network=Recurrent(False), layers="cells", example=x)
     with pytest.raises(ValueError, match="the network returns a tuple"):
         SobolevLoss(5, network=Recurrent(True), layers="cells", example=x)

@@ -27,8 +27,12 @@ def fourier_basis(torus_points: Tensor, modes: Tensor) -> Tensor:
 
 def modes_at_once(n_modes: int, n_points: int, dtype: torch.dtype) -> int:
     """How many modes to take at a time."""
-    each = 2 * n_points * dtype.itemsize
-    return n_modes if n_modes * each <= WHOLE else max(1, PIECE // each)
+    return n_modes if 2 * n_modes * n_points * dtype.itemsize <= WHOLE else piece(n_points, dtype)
+
+
+def piece(n_points: int, dtype: torch.dtype) -> int:
+    """Modes whose basis is one piece."""
+    return max(1, PIECE // (2 * n_points * dtype.itemsize))
 
 
 class BasisCache:
@@ -58,10 +62,22 @@ class BasisCache:
             if their is modes and known == key and torch.equal(values, points):
                 self._kept.append(self._kept.pop(index))
                 return basis
+        size = 2 * len(modes) * points.nbytes // points.shape[1]
+        while self._kept and (len(self._kept) == self.KEPT or self.n_bytes + size > WHOLE):
+            self._kept.pop(0)
         with torch.inference_mode(mode=False), torch.no_grad():  # usable for training wherever it was made
             values = points.detach().clone()
-            basis = fourier_basis(to_torus(values, box), modes)
+            basis = _whole_basis(to_torus(values, box), modes)
         self._kept.append((key, modes, values, basis))
-        while len(self._kept) > self.KEPT or self.n_bytes > WHOLE:
-            self._kept.pop(0)
         return basis
+
+
+def _whole_basis(torus_points: Tensor, modes: Tensor) -> Tensor:
+    """:func:`fourier_basis`, without temporary tensors of its size."""
+    basis = torus_points.new_empty(2, len(modes), len(torus_points))
+    step = piece(len(torus_points), torus_points.dtype)
+    for some, cosines, sines in zip(*(torch.split(each, step) for each in (modes, *basis)), strict=True):
+        made = fourier_basis(torus_points, some)
+        cosines.copy_(made[: len(some)])
+        sines.copy_(made[len(some) :])
+    return basis.flatten(0, 1)

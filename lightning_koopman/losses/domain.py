@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,7 @@ Domain = Interval | Sequence[Interval]
 
 def check_domain(domain: object) -> tuple[Interval, ...]:
     """A domain as one interval a dimension; raise ValueError unless it is one."""
+    domain = domain.tolist() if isinstance(domain, (np.ndarray, Tensor)) else domain
     pairs = tuple(domain) if isinstance(domain, Sequence) else ()
     if len(pairs) == 2 and all(is_number(each) for each in pairs):
         pairs = (pairs,)
@@ -46,6 +48,12 @@ def check_points(points: Tensor, box: Sequence[Interval]) -> None:
             )
 
 
+def check_finite(points: Tensor) -> None:
+    """Raise ValueError unless all points are finite."""
+    if not torch.compiler.is_compiling() and not torch.isfinite(points).all():
+        raise ValueError("points hold NaN or infinite values: leave those samples out.")
+
+
 def match_domain(domain: tuple[Interval, ...], dim: int) -> tuple[Interval, ...]:
     """The domain for points with ``dim`` inputs: a single interval holds for all."""
     if len(domain) not in (1, dim):
@@ -59,8 +67,9 @@ def observe_domain(points: Tensor) -> tuple[Interval, ...]:
     Raises:
         ValueError: If a point is not finite, or the points do not differ in one of the inputs.
     """
-    if not torch.isfinite(points).all():
-        raise ValueError("points hold NaN or infinite values: leave those samples out.")
+    check_finite(points)
+    if len(points) == 1:
+        raise ValueError("a single sample shows no period: give domain=(low, high).")
     box = []
     for axis, values in enumerate(points.detach().to(torch.float64).unbind(1)):
         different = torch.unique(values)  # sorted

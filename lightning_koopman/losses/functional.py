@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import cast
 
 import torch
@@ -22,7 +22,7 @@ from lightning_koopman.losses.domain import (
     observe_domain,
     to_torus,
 )
-from lightning_koopman.losses.modes import Bands, SobolevNorm
+from lightning_koopman.losses.modes import Bands, SobolevNorm, is_number
 
 
 def sobolev_loss(
@@ -61,11 +61,11 @@ def sobolev_loss(
             and one mean spacing more).
         weights: Quadrature weights (N,), that sum to 1 over the whole data set (default: all equal).
         n_samples: Number of samples in the whole data set where the call has a random part of it.  The value is then
-            without bias: its mean over all parts is the value of the whole.  It may be negative.
+            without bias: its mean over all parts of B ≥ 2 samples is the value of the whole.  It may be negative.
             ``math.inf``: without bias for the loss of infinitely many samples; it has no lower bound.
 
     Returns:
-        Scalar in the dtype of outputs and points, at least float32, whatever autocast says.
+        Scalar in the widest dtype of the tensors, at least float32, whatever autocast says.
 
     Raises:
         TypeError: If an input is complex, or not floating point.
@@ -91,12 +91,14 @@ def sobolev_loss(
     stack, targets, points = check_tensors(outputs, targets, points)
     if points is None:
         check_grid_arguments(box, weights, n_samples)
-        warn_of_aliases(rule.bands(len(stack), targets.dim() - 2), targets.shape[2:])
+        if not torch.compiler.is_compiling():
+            warn_of_aliases(rule.bands(len(stack), targets.dim() - 2), targets.shape[2:])
         return grid_loss(stack, targets, rule)
     weights = check_weights(weights, targets, n_samples)
     box = observe_domain(points) if box is None else match_domain(box, points.shape[1])
     check_points(points, box)
-    warn_of_modes(rule.bands(len(stack), points.shape[1]), len(targets) if n_samples is None else n_samples)
+    if not torch.compiler.is_compiling():
+        warn_of_modes(rule.bands(len(stack), points.shape[1]), len(targets) if n_samples is None else n_samples)
     return scattered_loss(stack, targets, points, rule, box, weights, n_samples)
 
 
@@ -111,8 +113,7 @@ def scattered_loss(
     cache: BasisCache | None = None,
 ) -> Tensor:
     """The loss at points; all arguments are checked."""
-    dtype = torch.promote_types(torch.promote_types(targets.dtype, points.dtype), torch.float32)
-    dtype = torch.promote_types(dtype, outputs[0].dtype)
+    dtype = precision(*outputs, targets, points)
     n_points = len(targets)
     with torch.autocast(points.device.type, enabled=False):
         points = points.to(dtype)
@@ -137,6 +138,11 @@ def scattered_loss(
                 else:
                     total = total + piece(torus_points, scaled)
         return total if n_samples is None else without_bias(total, scaled, factors, n_samples)
+
+
+def precision(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype of all, at least float32."""
+    return reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
 
 
 def power_of_modes(modes: Tensor, factors: Tensor, torus_points: Tensor, scaled: Tensor) -> Tensor:
@@ -168,7 +174,7 @@ def grid_loss(outputs: Sequence[Tensor], targets: Tensor, rule: SobolevNorm) -> 
     """The loss of values on grids (B, M, n_1, …, n_D) that span one period: the mean over B; arguments are checked."""
     sizes = targets.shape[2:]
     axes = tuple(range(-len(sizes), 0))
-    dtype = torch.promote_types(torch.promote_types(targets.dtype, outputs[0].dtype), torch.float32)
+    dtype = precision(*outputs, targets)
     with torch.autocast(targets.device.type, enabled=False):
         missed = torch.stack([targets.to(dtype) - output.to(dtype) for output in outputs])  # (L, B, M, n_1, …, n_D)
         transformed = torch.view_as_real(torch.fft.rfftn(missed, dim=axes, norm="forward"))
@@ -217,6 +223,8 @@ def check_tensors(
     for name, tensor in named:
         if tensor.device != targets.device:
             raise ValueError(f"{name} is on {tensor.device}, targets on {targets.device}: move them to one device.")
+    if not targets.numel():
+        raise ValueError(f"targets are empty, {tuple(targets.shape)}: there is nothing to compare.")
     if points is None:
         if targets.dim() < 3:
             raise ValueError(
@@ -224,7 +232,7 @@ def check_tensors(
                 f"{tuple(targets.shape)}: give points (N, D)."
             )
         return outputs, targets, None
-    if targets.dim() not in (1, 2) or points.dim() not in (1, 2) or len(points) != len(targets) or not len(points):
+    if targets.dim() not in (1, 2) or points.dim() not in (1, 2) or len(points) != len(targets) or not points.numel():
         raise ValueError(
             f"targets must be (N, M) and points (N, D) with the same N ≥ 1, got {tuple(targets.shape)} and "
             f"{tuple(points.shape)}; leave points out for values on a grid."
@@ -236,7 +244,9 @@ def check_tensors(
 
 def check_n_samples(n_samples: object) -> None:
     """Raise ValueError unless it is None or a number ≥ 1."""
-    if n_samples is not None and not (isinstance(n_samples, (int, float)) and n_samples >= 1):
+    if n_samples is not None and not (
+        (is_number(n_samples) or n_samples == math.inf) and cast("float", n_samples) >= 1
+    ):
         raise ValueError(f"n_samples must be the number of samples in the data set, ≥ 1, or None, got {n_samples!r}.")
 
 
@@ -248,13 +258,14 @@ def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | No
     if weights is None:
         return None
     if not isinstance(weights, Tensor) or weights.shape != targets.shape[:1] or weights.is_complex():
-        raise ValueError(f"weights must be a real tensor ({n_points},), one for each sample, got {weights!r}.")
+        got = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights must be a real tensor ({n_points},), one for each sample, got {got}.")
     if n_samples == math.inf:
         raise ValueError("weights of infinitely many samples are all zero: leave weights or n_samples=inf out.")
-    if not torch.compiler.is_compiling() and n_samples in (None, n_points):
+    if not torch.compiler.is_compiling():
         total = float(weights.detach().sum())
-        if not abs(total - 1) <= 1e-2:
-            raise ValueError(f"weights sum to {total:.6g}, not to 1: divide them by their sum.")
+        if total > 1.01 or (n_samples in (None, n_points) and not total >= 0.99):
+            raise ValueError(f"weights sum to {total:.6g}, not to 1: divide them by their sum over the whole data set.")
     return weights if n_samples is None else weights * (n_samples / n_points)
 
 

@@ -18,17 +18,24 @@ class Tap:
     def __init__(self, name: str) -> None:
         self.name = name
         self.value: Tensor | None = None
+        self.calls = 0
+        self.with_grad = True
 
     def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
         """Called by PyTorch after the layer."""
-        self.value = output
+        if not torch.compiler.is_compiling():
+            if torch._C._current_graph_task_id() != -1:  # run again by a checkpoint within a backward pass
+                return
+            self.calls += 1
+        self.value, self.with_grad = output, torch.is_grad_enabled()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name, "value": None}  # activations have no place in a copy
+        return {"name": self.name, "value": None, "calls": 0, "with_grad": True}  # activations have no place in a copy
 
     def take(self) -> Tensor:
         """The value, once."""
-        value, self.value = self.value, None
+        value = self.value
+        self.value, self.calls, self.with_grad = None, 0, True
         if value is None:
             raise RuntimeError(
                 f"layer {self.name!r} has not run since the loss was last called: call the network first, "
@@ -45,6 +52,8 @@ def tap_layers(network: nn.Module, layers: str | Sequence[str]) -> tuple[list[Ta
     Raises:
         ValueError: If a pattern matches no layer.
     """
+    if not isinstance(layers, str) and not all(isinstance(each, str) for each in layers):
+        raise ValueError(f"layers must be names of layers, got {layers!r}: see network.named_modules().")
     named = {name: part for name, part in network.named_modules() if name}
     chosen = match_names(named, layers, argument="layers", kind="layer")
     taps = [Tap(name) for name in chosen]

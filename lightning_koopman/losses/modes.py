@@ -13,10 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 LOWEST = 4  # mode at which geometric scales begin: a network has no trouble with fewer
 NORMS = (1, 2)
 KINDS = ("geometric", "linear", "exponential")
+MOST = 10**7  # modes: their weights alone take gigabytes beyond
 
 
 def sobolev_scales(
@@ -60,7 +62,7 @@ def sobolev_scales(
         if not (is_number(first) and is_number(highest) and 0 < first <= highest):
             raise ValueError(f"lowest and highest must be 0 < lowest ≤ highest, got {first!r} and {highest!r}.")
         ratio = (highest / first) ** (1 / max(1, n_layers - 1))
-        inner = [round(first * ratio**layer) for layer in range(n_layers - 1)]
+        inner = [min(round(first * ratio**layer), highest) for layer in range(n_layers - 1)]
         return check_scales((*inner, highest))
     if highest is not None or lowest is not None:
         raise ValueError(f"highest and lowest belong to kind='geometric', got kind={kind!r}: leave them out.")
@@ -72,7 +74,7 @@ def sobolev_scales(
 
 def is_number(value: object) -> bool:
     """Whether it is a finite real number."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and bool(math.isfinite(value))
+    return isinstance(value, (int, float, np.integer, np.floating)) and -math.inf < float(value) < math.inf
 
 
 def is_count(value: object) -> bool:
@@ -130,7 +132,7 @@ class SobolevNorm:
 
     def tensors(self, n_layers: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """Modes (m, D) and weights (L, m) of the bands, in the dtype and on the device of a tensor."""
-        rule = (self.per_layer(n_layers), n_layers, dim, self.index, self.literal, self.norm)
+        rule = (tuple(map(fixed, self.per_layer(n_layers))), n_layers, dim, fixed(self.index), self.literal, self.norm)
         return cast("tuple[Tensor, Tensor]", constant_tensors(like.dtype, like.device, *rule))
 
     @property
@@ -166,13 +168,18 @@ class Bands:
         return 2 * len(self.modes) - int(not self.modes.any(axis=1).all())
 
 
+def fixed(value: float) -> float:
+    """The number itself where the compiler has made a symbol of it, as of any that differs between two calls."""
+    return cast("float", guard_scalar(value)) if torch.compiler.is_compiling() else value
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def constant_tensors(*arguments: Any) -> tuple[Tensor, Tensor]:
     """:func:`make_tensors`, which the compiler is not to look into."""
     return make_tensors(*arguments)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def make_tensors(dtype: torch.dtype, device: torch.device, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The bands where they are needed."""
     bands = make_bands(*arguments)
@@ -180,7 +187,7 @@ def make_tensors(dtype: torch.dtype, device: torch.device, *arguments: Any) -> t
         return torch.tensor(bands.modes, device=device), torch.tensor(bands.weights, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def make_bands(scales: tuple[float, ...], n_layers: int, dim: int, exponent: float, literal: bool, norm: int) -> Bands:
     """See :class:`SobolevNorm`."""
     modes = half_space(scales[-1], dim, norm)
@@ -207,18 +214,40 @@ def make_bands(scales: tuple[float, ...], n_layers: int, dim: int, exponent: flo
 
 
 def half_space(radius: float, dim: int, norm: int) -> npt.NDArray[np.int32]:
-    """Modes (m, dim) with ‖k‖ ≤ radius whose first component that is not zero is positive, and the zero mode.
+    """Modes (m, dim) with ‖k‖ ≤ radius whose first component that is not zero is positive, and the zero mode."""
+    return ball(radius, dim, norm, lambda modes, reach: np.where(modes.any(axis=1), -reach, 0))
 
-    Dimension by dimension, within what the norm has left: the box around the ball is never formed.
+
+def orthant(radius: float, dim: int, norm: int) -> npt.NDArray[np.int32]:
+    """Modes (m, dim) with ‖k‖ ≤ radius and no negative component."""
+    return ball(radius, dim, norm, lambda _, reach: np.zeros_like(reach))
+
+
+def ball(radius: float, dim: int, norm: int, least: Callable[..., npt.NDArray[np.int64]]) -> npt.NDArray[np.int32]:
+    """Modes with ‖k‖ ≤ radius, dimension by dimension within what the norm has left: no box is formed around them.
+
+    Args:
+        radius: Largest norm.
+        dim: Number of dimensions.
+        norm: 1 or 2.
+        least: From the modes so far (m, d) and the reach (m,) left to each: the least next component.
+
+    Raises:
+        ValueError: If there are more than ten million.
     """
     modes = np.zeros((1, 0), dtype=np.int32)
     left = np.array([float(radius) ** norm])
     for _ in range(dim):
-        reach = np.floor(left ** (1 / norm) * (1 + 1e-9)).astype(np.int32)
-        lowest = np.where(modes.any(axis=1), -reach, 0)
+        reach = np.floor(left ** (1 / norm) * (1 + 1e-9))
+        if 2 * reach.sum() > 4 * MOST:  # before anything of that size is made
+            raise ValueError(
+                f"scales: there are more than {MOST:,} modes up to {radius:g} in {dim} dimensions: lower it."
+            )
+        reach = reach.astype(np.int64)
+        lowest = least(modes, reach)
         many = reach - lowest + 1
         ends = np.cumsum(many)
         added = np.arange(ends[-1]) - np.repeat(ends - many, many) + np.repeat(lowest, many)
         modes = np.column_stack([np.repeat(modes, many, axis=0), added]).astype(np.int32)
         left = np.maximum(np.repeat(left, many) - np.abs(added.astype(np.float64)) ** norm, 0)
-    return cast("npt.NDArray[np.int32]", modes)
+    return modes

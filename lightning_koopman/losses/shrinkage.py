@@ -12,9 +12,10 @@ from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from lightning_koopman.losses.domain import Domain, check_domain, check_points, match_domain, observe_domain, to_torus
-from lightning_koopman.losses.modes import NORMS, is_count, sobolev_scales
+from lightning_koopman.losses.modes import NORMS, is_count, orthant, sobolev_scales
 
 MOST = 1000  # cosines: their orthogonalisation takes seconds beyond
+ENTRIES = 2**27  # of the cosines at the samples: a gigabyte
 SHARE = 0.25  # of the samples: cosines to fit; the other samples tell the noise
 WORTH = 0.1  # share of signal in a mode; too low a highest mode costs more than too high a one
 ROUNDING = 1e-12  # of the samples' size: no less noise is told from rounding
@@ -50,7 +51,7 @@ class CosineFit:
         starts = np.flatnonzero(np.diff(self.sizes, prepend=-1.0))  # modes of equal norm share one gain
         lengths = np.diff(np.append(starts, len(self.sizes)))
         total = np.maximum(np.add.reduceat(power, starts, axis=0), np.finfo(np.float64).tiny)
-        raw = 1 - self.noise**2 * lengths[:, None] / total
+        raw = np.where(power.any(axis=0), 1 - self.noise**2 * lengths[:, None] / total, 0.0)
         found = np.empty_like(total)
         for output in range(total.shape[1]):
             found[:, output] = isotonic_regression(
@@ -122,7 +123,7 @@ def shrink_noise(
         norm: As for :func:`sobolev_loss`: the norm of the modes that orders them.
 
     Returns:
-        Targets as ``y``: an array in float64, or a tensor in the dtype and on the device of ``y``.
+        Targets as ``y``: an array in float64, or a tensor in the floating dtype and on the device of ``y``.
 
     Raises:
         ValueError: As for :func:`suggest_scales`.
@@ -140,7 +141,8 @@ def shrink_noise(
     fit = fit_cosines(*_samples(x, y), domain, norm)
     shrunk = fit.basis @ (fit.gains * fit.coefficients)
     if isinstance(y, Tensor):
-        return torch.as_tensor(shrunk, dtype=y.dtype, device=y.device).reshape(y.shape)
+        dtype = y.dtype if y.is_floating_point() else torch.float64
+        return torch.as_tensor(shrunk, dtype=dtype, device=y.device).reshape(y.shape)
     return shrunk.reshape(np.shape(y))
 
 
@@ -156,7 +158,7 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
     box = observe_domain(points) if domain is None else match_domain(check_domain(domain), x.shape[1])
     check_points(points, box)
     halves = np.pi * to_torus(points, box).numpy()
-    modes, sizes = _lowest_modes(min(MOST, int(SHARE * len(x))), x.shape[1], norm)
+    modes, sizes = _lowest_modes(min(MOST, int(SHARE * len(x)), ENTRIES // len(x)), x.shape[1], norm)
     values = np.cos(halves[:, :1] * modes[:, 0])
     for axis in range(1, x.shape[1]):
         values *= np.cos(halves[:, axis : axis + 1] * modes[:, axis])
@@ -171,26 +173,26 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
     return CosineFit(basis, coefficients, sizes, noise)
 
 
-def _lowest_modes(count: int, dim: int, norm: int) -> tuple[npt.NDArray[np.int64], Array]:
+def _lowest_modes(count: int, dim: int, norm: int) -> tuple[npt.NDArray[np.int32], Array]:
     """The modes (p, D) ≥ 0 of least norm, and their norms in cycles per period."""
-    reach = int(np.ceil(count ** (1 / dim))) if dim > 1 else count
-    while True:
-        box = np.stack(np.meshgrid(*[np.arange(reach + 1)] * dim, indexing="ij"), axis=-1).reshape(-1, dim)
-        sizes = np.linalg.norm(box, ord=norm, axis=1)
-        inside = sizes <= reach  # the box holds all of these
-        if inside.sum() >= count:
-            break
-        reach += 1 + reach // 4
-    box, sizes = box[inside], sizes[inside]
+    radius = 1.0 if dim > 1 else float(count)
+    while len(modes := orthant(radius, dim, norm)) < count:
+        radius = max(radius + 1 / norm, radius * 1.1)
+    sizes = np.linalg.norm(modes, ord=norm, axis=1)
     chosen = np.argsort(sizes, kind="stable")[:count]
-    return box[chosen], sizes[chosen] / 2
+    return modes[chosen], sizes[chosen] / 2
+
+
+def _float_tensor(values: Tensor) -> Tensor:
+    """On the CPU, and in a dtype that NumPy knows."""
+    return values.detach().cpu().double() if values.dtype == torch.bfloat16 else values.detach().cpu()
 
 
 def _samples(x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor) -> tuple[Array, Array]:
     """Points (N, D) and samples (N, M) in float64."""
     found = []
     for name, given in (("x", x), ("y", y)):
-        values = given.detach().cpu().numpy() if isinstance(given, Tensor) else np.asarray(given)
+        values = np.asarray(_float_tensor(given).numpy() if isinstance(given, Tensor) else given)
         if np.iscomplexobj(values) or not np.issubdtype(np.result_type(values, np.float64), np.floating):
             raise ValueError(f"{name} must be real numbers, got {values.dtype}: give parts as separate outputs.")
         values = values.astype(np.float64)

@@ -2,15 +2,26 @@ r"""The Sobolev loss as a module that finds a network's layers (paper, section 6
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_koopman.losses.basis import BasisCache
-from lightning_koopman.losses.domain import Domain, Interval, check_domain, check_points, match_domain, observe_domain
+from lightning_koopman.losses.domain import (
+    Domain,
+    Interval,
+    check_domain,
+    check_finite,
+    check_points,
+    match_domain,
+    observe_domain,
+)
 from lightning_koopman.losses.functional import (
     check_grid_arguments,
     check_n_samples,
@@ -47,10 +58,12 @@ class SobolevLoss(nn.Module):
         norm: 1 as in the paper, or 2: the norm of the mode that is compared with the scale.
         domain: ``(low, high)``, the ends of one period, or such a pair for each input; all points must lie within,
             those to validate and test too.  Default: the range of the first points seen in training and one mean
-            spacing more.
-        n_samples: Number of samples in the training set, for training by mini-batches: the loss of a batch is then
-            without bias for that of the whole.  In ``eval`` mode a call counts as a whole.
-        network: Network whose hidden layers are heard by forward hooks.
+            spacing more, which the state dict then holds; to several processes, mini-batches and the compiler it must
+            be given.
+        n_samples: Number of samples in the training set, for training by mini-batches, a process's share among them:
+            the loss of a batch is then without bias for that of the whole.  In ``eval`` mode a call counts as a whole.
+        network: Network whose hidden layers are heard by forward hooks: what they return in the last forward before the
+            loss is called, once (after an in-place layer that follows, if one does).  Copy network and loss together.
         layers: Their names in ``network.named_modules()``, shell-style patterns too; ``!`` excludes.  In the order of
             the network.  Activations have the layer's channels in dimension 1.
         example: An input of the network (a tensor, or a tuple of them), run once to learn the widths (default:
@@ -124,10 +137,12 @@ class SobolevLoss(nn.Module):
         self._hooks: list[RemovableHandle] = []
         self._cache = BasisCache()
         self._warned = False
+        if widths is None and n_outputs != 1:
+            raise ValueError(f"n_outputs={n_outputs!r} belongs to widths, which are not given: leave it out.")
         if network is not None or layers is not None or example is not None:
             self._listen(network, layers, example, widths)
         elif widths is not None:
-            check_widths(widths, n_outputs)
+            widths = check_widths(widths, n_outputs)
             self.rule.bands(len(widths) + 1, 1)  # its errors come before any work
             self.heads.extend(nn.Linear(width, n_outputs) for width in widths)
 
@@ -165,6 +180,7 @@ class SobolevLoss(nn.Module):
         if self.heads:
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"outputs must be the network's own, one tensor, got a {type(outputs).__name__}.")
+            check_tensors(outputs, targets, points)
             if points is not None and outputs.dim() == targets.dim() == 1:
                 outputs, targets = outputs[:, None], targets[:, None]
             outputs = [*self._auxiliary(hidden, outputs), outputs]
@@ -183,9 +199,7 @@ class SobolevLoss(nn.Module):
 
     def remove_hooks(self) -> None:
         """Stop listening to the network, for instance before it is scripted; the loss cannot be called after that."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        remove_all(self._hooks)
 
     def _listen(
         self,
@@ -208,37 +222,43 @@ class SobolevLoss(nn.Module):
         try:
             self.rule.bands(len(self._taps) + 1, 1)  # its errors come before any work
             output = run_once(network, example)
+            n_outputs = 1 if output.dim() == 1 else output.shape[1]
             for tap in self._taps:
-                value = tap.take()
-                if value.dim() < 2 or output.dim() < 2:
-                    raise ValueError(
-                        f"layer {tap.name!r} returns the shape {tuple(value.shape)}, the network "
-                        f"{tuple(output.shape)}: channels are expected in dimension 1."
-                    )
-                head = nn.Linear(value.shape[1], output.shape[1], dtype=output.dtype, device=output.device)
-                self.heads.append(head)
+                width = channels_of(tap)
+                self.heads.append(nn.Linear(width, n_outputs, dtype=output.dtype, device=output.device))
         except BaseException:
             self.remove_hooks()
             raise
+        weakref.finalize(self, remove_all, self._hooks)
 
     def _auxiliary(self, hidden: Sequence[Tensor] | Tensor | None, outputs: Tensor) -> list[Tensor]:
         """Outputs of the hidden layers: linear maps of their channels."""
         if self._taps:
             if hidden is not None:
                 raise ValueError("hidden is given, but the layers are heard by hooks: leave it out.")
+            frozen = [tap.name for tap in self._taps if not tap.with_grad]
+            if frozen and outputs.requires_grad:
+                warnings.warn(
+                    f"layers: {', '.join(frozen)} ran under no_grad, so the "
+                    "loss does not train what is before them: checkpoint with use_reentrant=False, or name others.",
+                    stacklevel=2,
+                )
             hidden = [tap.take() for tap in self._taps]
         elif hidden is None:
             raise ValueError(f"hidden=None: hand over the {len(self.heads)} activations that widths announce.")
-        if len(hidden) != len(self.heads):
-            raise ValueError(f"hidden holds {len(hidden)} activations, widths announce {len(self.heads)}.")
+        if len(hidden) != len(self.heads) or not all(isinstance(each, Tensor) for each in hidden):
+            raise ValueError(
+                f"hidden must be {len(self.heads)} tensors, one for each of widths, got {len(hidden)}: "
+                f"{', '.join(type(each).__name__ for each in hidden[:3])}."
+            )
         found = []
         for index, (head, values) in enumerate(zip(self.heads, hidden, strict=True)):
             expected = (len(outputs), cast("nn.Linear", head).in_features, *outputs.shape[2:])
             if tuple(values.shape) != expected:
                 name = f"layer {self._taps[index].name!r}" if self._taps else f"hidden[{index}]"
                 raise ValueError(
-                    f"{name} has the shape {tuple(values.shape)}, expected {expected}: all samples of `outputs`, "
-                    "channels in dimension 1."
+                    f"{name} has the shape {tuple(values.shape)}, expected {expected}: the samples of `outputs`, and "
+                    "the channels, in dimension 1, that it had when the loss was made."
                 )
             found.append(head(values.movedim(1, -1)).movedim(-1, 1))
         return found
@@ -247,13 +267,31 @@ class SobolevLoss(nn.Module):
         """One period of each input."""
         if self.domain is not None:
             box = match_domain(self.domain, points.shape[1])
-            if self.training or not self._observed:  # held-out points may reach beyond a period taken from others
+            if self.training or not self._observed:
                 check_points(points, box)
+            else:  # held-out points may reach beyond a period taken from others
+                check_finite(points)
             return box
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self.training and several and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "domain=None: each process would see the range of its own samples: give domain=(low, high)."
+            )
         box = observe_domain(points)
         if self.training:
             self.domain = box
         return box
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._observed and self.domain is not None:
+            destination[prefix + "domain"] = torch.tensor(self.domain, dtype=torch.float64)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        stored = state_dict.pop(prefix + "domain", None)
+        if self._observed and stored is not None:
+            self.domain = check_domain(stored)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _warn(self, n_layers: int, dim: int, extent: float | Sequence[int]) -> None:
         """Say once that there are more modes than samples."""
@@ -267,8 +305,28 @@ class SobolevLoss(nn.Module):
             warn_of_modes(bands, extent)
 
 
-def check_widths(widths: object, n_outputs: object) -> None:
-    """Raise ValueError unless they are whole numbers ≥ 1."""
-    numbers = [*widths, n_outputs] if isinstance(widths, Sequence) and widths else [0]
-    if not all(is_count(number) for number in numbers):
+def remove_all(hooks: list[RemovableHandle]) -> None:
+    """Remove hooks, and forget them."""
+    while hooks:
+        hooks.pop().remove()
+
+
+def channels_of(tap: Tap) -> int:
+    """Channels of the layer that a tap has just heard; raise ValueError unless it can have a head."""
+    if tap.calls != 1:
+        raise ValueError(f"layer {tap.name!r} runs {tap.calls} times for the example: name layers that run once.")
+    try:
+        value = tap.take()
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    if value.dim() < 2:
+        raise ValueError(f"layer {tap.name!r} returns {tuple(value.shape)}: channels are expected in dimension 1.")
+    return value.shape[1]
+
+
+def check_widths(widths: object, n_outputs: object) -> list[int]:
+    """Widths as a list; raise ValueError unless they are whole numbers ≥ 1."""
+    numbers = list(widths) if isinstance(widths, (Sequence, np.ndarray)) else []
+    if not numbers or not all(is_count(number) for number in (*numbers, n_outputs)):
         raise ValueError(f"widths must be whole numbers ≥ 1, n_outputs too, got {widths!r} and {n_outputs!r}.")
+    return numbers
