@@ -1,11 +1,11 @@
 """Evidence for the Sobolev losses: ``python -m benchmarks.sobolev``.
 
-Three noisy signals are learned by the paper's network of nine hidden layers with 20 neurons: the chirp of the paper
-(section 6, Figure 5), Donoho's Doppler signal, and two functions of two inputs.  Five seeds each draw samples, noise and
-weights; 75 % of the samples train, 25 % are used for nothing but early stopping and the choice of a weight decay, which
-favours those two baselines.  The score is the RMSE against the clean signal on a fine grid.  Everything that could be
-chosen was chosen on the chirp with the seeds 100 to 103, which are not reported.  Finished runs are kept in the output
-folder and not repeated.
+Three noisy signals are learned by a network of nine hidden layers with 20 neurons: the chirp of the paper (section 6,
+Figure 5), Donoho's Doppler signal, and two functions of two inputs.  Five seeds each draw samples, noise and weights;
+75 % of the samples train, 25 % are used for nothing but early stopping and the choice of a weight decay, which favours
+those two baselines.  The score is the RMSE against the clean signal on a fine grid.  Everything that could be chosen
+was chosen on the chirp with the seeds 100 to 103, which are not reported.  Finished runs are kept in the output folder
+and not repeated.
 """
 
 from __future__ import annotations

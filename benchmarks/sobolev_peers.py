@@ -1,0 +1,88 @@
+"""What needs no network: the mean, least squares in Fourier modes, smoothing splines, and the shrunk targets alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator, RBFInterpolator, make_smoothing_spline
+
+from benchmarks.sobolev import PROBLEMS, Array, Problem
+from benchmarks.training import save_arrays
+from lightning_koopman import shrink_noise
+from lightning_koopman.losses.basis import fourier_basis
+from lightning_koopman.losses.domain import to_torus
+from lightning_koopman.losses.modes import half_space
+
+FOLDS = 5
+PEERS = ("mean", "Fourier, least squares", "smoothing spline", "shrunk targets alone")
+Fit = Callable[[Array, Array, Array], Array]  # points, samples and where to predict, to predictions
+
+
+def cross_validated(fits: Sequence[Fit], x: Array, y: Array, fine: Array) -> Array:
+    """The predictions of the fit with the least squared error on held-out fifths of the samples."""
+    fold = np.arange(len(x)) % FOLDS
+    losses = [
+        sum(((fit(x[fold != one], y[fold != one], x[fold == one]) - y[fold == one]) ** 2).sum() for one in range(FOLDS))
+        for fit in fits
+    ]
+    return fits[int(np.argmin(losses))](x, y, fine)
+
+
+def fourier(problem: Problem, highest: int) -> Fit:
+    """Least squares in all modes ‖k‖₁ ≤ highest."""
+
+    def basis(points: Array) -> Array:
+        modes = torch.as_tensor(half_space(highest, points.shape[1], 1))
+        return fourier_basis(to_torus(torch.as_tensor(points), problem.domain), modes).numpy().T
+
+    return lambda x, y, fine: basis(fine) @ np.linalg.lstsq(basis(x), y, rcond=None)[0]
+
+
+def spline(problem: Problem, amount: float) -> Fit:
+    """SciPy's smoothing spline, in two dimensions its thin-plate spline."""
+    lows, highs = np.array(problem.domain).T
+
+    def fit(x: Array, y: Array, fine: Array) -> Array:
+        if x.shape[1] > 1:
+            return RBFInterpolator((x - lows) / (highs - lows), y, smoothing=amount)((fine - lows) / (highs - lows))
+        order = np.argsort(x[:, 0])
+        stretch = 1000 / (highs - lows)  # so that λ is neither tiny nor huge
+        found = make_smoothing_spline(((x - lows) * stretch)[order, 0], y[order, 0], lam=amount)
+        return found(((fine - lows) * stretch)[:, 0])[:, None]
+
+    return fit
+
+
+def shrunk_alone(problem: Problem) -> Fit:
+    """The targets of the shrunk trainings, with straight lines between the samples."""
+
+    def fit(x: Array, y: Array, fine: Array) -> Array:
+        targets = shrink_noise(x, y, domain=problem.domain)
+        if x.shape[1] == 1:
+            order = np.argsort(x[:, 0])
+            return np.interp(fine[:, 0], x[order, 0], targets[order, 0])[:, None]
+        found = LinearNDInterpolator(x, targets)(fine)
+        return np.where(np.isfinite(found), found, NearestNDInterpolator(x, targets)(fine))
+
+    return fit
+
+
+def fit_peers(problem_name: str, noise: float, seed: int, path: Path) -> None:
+    """Fit all of them to the samples that train the networks, and record their errors."""
+    problem = PROBLEMS[problem_name]
+    x, y, n_train = problem.draw(noise, seed)
+    x, y, fine = x[:n_train], y[:n_train], problem.grid()
+    line = x.shape[1] == 1
+    modes = [2, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128] if line else [1, 2, 3, 4, 6, 8, 10, 12, 14]
+    amounts = 10.0 ** (np.arange(-2, 6.5, 0.5) if line else np.arange(-4, 3, 0.5))
+    fits = {
+        "mean": np.broadcast_to(y.mean(axis=0), (len(fine), y.shape[1])),
+        "Fourier, least squares": cross_validated([fourier(problem, highest) for highest in modes], x, y, fine),
+        "smoothing spline": cross_validated([spline(problem, amount) for amount in amounts], x, y, fine),
+        "shrunk targets alone": shrunk_alone(problem)(x, y, fine),
+    }
+    clean = problem.signal(fine)
+    save_arrays(path, **{name: np.sqrt(((fit - clean) ** 2).mean()) for name, fit in fits.items()})
