@@ -99,6 +99,32 @@ def test_many_inputs_form_no_box():
     assert np.std(shrink_noise(x, x[:, 0] + 0.1 * rng.standard_normal(200))) > 0.2
 
 
+def test_the_suggested_mode_errs_towards_too_many():
+    found = {0: [], 3: [], 20: []}
+    for mode, values in found.items():
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            x = rng.uniform(0, 1, 1000)
+            wave = np.cos(2 * np.pi * mode * x) + 0.3 * rng.standard_normal(1000)
+            values.extend(suggest_scales(x, wave, domain=(0, 1)))
+    assert np.median(found[0]) <= 40  # noise alone: most modes are left out, more often than not
+    assert min(found[3]) >= 3
+    assert np.median(found[3]) <= 20
+    assert min(found[20]) >= 20
+    assert np.median(found[20]) <= 30
+
+
+@pytest.mark.parametrize(("dim", "mode"), [(1, 200), (1, 300), (2, 16)])
+def test_signal_beyond_the_cosines_is_said(dim, mode):
+    # 1500 samples: 375 cosines, up to 187 cycles of one input and to 13 of two
+    rng = np.random.default_rng(0)
+    x = rng.uniform(0, 1, (1500, dim))
+    y = np.cos(2 * np.pi * mode * x[:, 0]) + 0.05 * rng.standard_normal(1500)
+    for function in (suggest_scales, shrink_noise):
+        with pytest.warns(UserWarning, match="signal beyond that"):
+            function(x, y, domain=(0, 1))
+
+
 def test_pure_noise_is_shrunk_to_its_mean():
     rng = np.random.default_rng(0)
     x, y = rng.uniform(0, 1, 2000), rng.normal(5, 1, 2000)

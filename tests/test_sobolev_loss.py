@@ -72,6 +72,7 @@ def test_scale_functions():
         ({"n_layers": 3, "highest": 2, "lowest": 5}, "0 < lowest ≤ highest"),
         ({"n_layers": 3, "kind": "cubic"}, "kind must be one of"),
         ({"n_layers": 3, "kind": "linear", "highest": 9}, "belong to kind='geometric'"),
+        ({"n_layers": 1100, "kind": "exponential"}, "a number ≥ 0"),
         ({"n_layers": 3, "kind": lambda layer: -layer}, "a number ≥ 0"),
         ({"n_layers": 3, "kind": lambda layer: 1 / layer}, "must not decrease"),
     ],
@@ -88,7 +89,9 @@ def test_bad_scales_are_named(arguments, message):
 @pytest.mark.parametrize("norm", [1, 2])
 @pytest.mark.parametrize("literal", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize(("dim", "n_outputs", "n_layers"), [(1, 1, 1), (1, 2, 3), (2, 2, 3), (3, 1, 2), (2, 3, 1)])
+@pytest.mark.parametrize(
+    ("dim", "n_outputs", "n_layers"), [(1, 1, 1), (1, 2, 3), (2, 2, 3), (3, 1, 2), (2, 3, 1), (4, 2, 1)]
+)
 def test_brute_force_sums(dim, n_outputs, n_layers, weighted, literal, norm):
     outputs, targets, points = problem(12, dim, n_outputs, n_layers)
     scales = (1, 2, 4) if n_layers == 3 else (1, 3)
@@ -122,7 +125,7 @@ def test_equation_7_and_8_as_written():
 
 
 def test_the_zero_mode_is_the_error_of_the_mean_and_not_the_squared_error():
-    # the paper takes ℓ = 0 of equation 8 for the L² norm "by Parseval's theorem": it is less
+    # the paper takes ℓ = 0 of equation 7 for the L² norm "by Parseval's theorem": it is less
     outputs, targets, points = problem(50, 1)
     zeroth = sobolev_loss(outputs, targets, points, scales=0, literal=True)
     assert float(zeroth) == pytest.approx(float((targets - outputs).mean() ** 2), rel=1e-12)
@@ -363,6 +366,7 @@ x, y = torch.linspace(0.02, 0.98, 10)[:, None], torch.randn(10, 1)
         ((y[:0], y[:0], x[:0]), {}, ValueError, "targets are empty"),
         ((y[None][:0], y[None][:0]), {}, ValueError, "targets are empty"),
         ((y[:1], y[:1], x[:1]), {}, ValueError, "a single sample shows no period"),
+        ((y, y, x), {"weights": y[:, 0] * math.nan, "n_samples": 40}, ValueError, "weights sum to nan"),
         ((y, y, x), {"weights": torch.ones(9)}, ValueError, r"a real tensor \(10,\)"),
         ((y, y, x), {"weights": torch.ones(10), "n_samples": math.inf}, ValueError, "are all zero"),
         ((y, y, x), {"n_samples": 9}, ValueError, "less than the 10 samples"),
@@ -373,6 +377,28 @@ x, y = torch.linspace(0.02, 0.98, 10)[:, None], torch.randn(10, 1)
 def test_bad_input_is_named(arguments, options, kind, message):
     with pytest.raises(kind, match=message):
         sobolev_loss(*arguments, **{"scales": 3, **options})
+
+
+def test_each_input_has_its_own_period():
+    outputs, targets, points = problem(30, 2)
+    unit = sobolev_loss(outputs, targets, points, scales=2, domain=(0, 1))
+    moved = points * torch.tensor([3.0, 0.5], dtype=f64) + torch.tensor([-1.0, 7.0], dtype=f64)
+    assert float(sobolev_loss(outputs, targets, moved, scales=2, domain=[(-1, 2), (7, 7.5)])) == pytest.approx(
+        float(unit), rel=1e-9
+    )
+
+
+@pytest.mark.parametrize("low", [1000.3, 1000.7, 5000.3])
+def test_points_far_from_zero_are_within_their_period(low):
+    points = torch.linspace(low, low + 1, 10)
+    sobolev_loss(y, 0 * y, points, scales=2, domain=(low, low + 1))
+    with pytest.raises(ValueError, match="outside of the period"):
+        sobolev_loss(y, 0 * y, points + 0.01, scales=2, domain=(low, low + 1))
+
+
+def test_points_of_half_precision_are_said():
+    with pytest.warns(UserWarning, match=r"points are torch\.bfloat16"):
+        sobolev_loss(y, 0 * y, x.bfloat16(), scales=2, domain=(0, 1))
 
 
 def test_numbers_and_intervals_may_be_numpys():

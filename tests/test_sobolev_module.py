@@ -86,6 +86,22 @@ def test_channels_of_convolutions_on_a_grid():
     torch.testing.assert_close(value, sobolev_loss(stack, targets, scales=(3, 3)))
 
 
+def test_a_stacked_tensor_can_be_handed_over_and_widths_serve_grids():
+    handed = SobolevLoss(3, widths=[4, 4], n_outputs=2)
+    hidden, outputs, targets = torch.randn(2, 3, 4, 8), torch.randn(3, 2, 8), torch.randn(3, 2, 8)
+    value = handed(outputs, targets, hidden=hidden)
+    stack = [torch.einsum("oc,bci->boi", head.weight, each) for head, each in zip(handed.heads, hidden, strict=True)]
+    stack = [each + head.bias[:, None] for head, each in zip(handed.heads, stack, strict=True)]
+    torch.testing.assert_close(value, sobolev_loss([*stack, outputs], targets, scales=(3, 3, 3)))
+
+
+def test_quadrature_weights():
+    weights = torch.rand(40, generator=torch.Generator().manual_seed(2))
+    weights /= weights.sum()
+    value = SobolevLoss(4, **rule)(0 * y, y, x, weights=weights)
+    assert torch.equal(value, sobolev_loss(0 * y, y, x, scales=4, weights=weights, **rule))
+
+
 class Flat(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +119,7 @@ def test_vectors_of_one_output():
     torch.testing.assert_close(loss(network(x)[:, None], y, x), value)
 
 
-def test_mini_batches_are_without_bias_and_evaluation_is_whole():
+def test_mini_batches_are_without_bias_in_training_and_in_evaluation():
     loss = SobolevLoss(3, n_samples=40, **rule)
     zero = torch.zeros_like(y)
     whole = sobolev_loss(zero, y, x, scales=3, **rule)
@@ -115,8 +131,27 @@ def test_mini_batches_are_without_bias_and_evaluation_is_whole():
     values = torch.stack(parts)
     assert abs(values.mean() - whole) < 4 * values.std() / math.sqrt(len(parts))
     half = slice(0, 20)
-    expected = sobolev_loss(zero[half], y[half], x[half], scales=3, **rule)
+    expected = sobolev_loss(zero[half], y[half], x[half], scales=3, n_samples=math.inf, **rule)
     assert torch.equal(loss.eval()(zero[half], y[half], x[half]), expected)
+    weights = torch.full((20,), 0.05)  # of the validation data, all of them
+    expected = sobolev_loss(zero[half], y[half], x[half], scales=3, **rule)
+    torch.testing.assert_close(loss(zero[half], y[half], x[half], weights=weights), expected)
+
+
+def test_batches_of_validation_data_rank_networks_whatever_their_size():
+    # a whole batch's loss holds the noise of its samples, the more of it the smaller it is
+    draw = torch.Generator().manual_seed(0)
+    points = torch.rand(1600, 1, generator=draw)
+    clean = torch.sin(2 * math.pi * points)
+    noisy = clean + torch.randn(1600, 1, generator=draw)
+    loss = SobolevLoss(64, n_samples=1600, **rule).eval()
+    for size in (16, 64, 1600):
+        perfect, nothing = (
+            torch.stack([loss(*some) for some in zip(*(each.split(size) for each in data), strict=True)]).mean()
+            for data in ((clean, noisy, points), (0 * clean, noisy, points))
+        )
+        assert abs(perfect) < 0.1
+        assert nothing - perfect == pytest.approx(0.5 * (1 + (2 * math.pi) ** 2) ** -0.25, abs=0.1)
 
 
 # -- the period ------------------------------------------------------------------------------------------------------
@@ -310,6 +345,62 @@ class Twice(nn.Module):
         return self.block(self.block(inputs))
 
 
+class Backwards(nn.Module):
+    """Layers that are defined in the reverse of the order in which they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.second, self.first = nn.Linear(5, 1), nn.Linear(4, 5), nn.Linear(1, 4)
+
+    def forward(self, inputs):
+        return self.last(self.second(self.first(inputs)))
+
+
+def test_scales_go_to_layers_in_the_order_in_which_they_run():
+    network = Backwards()
+    loss = SobolevLoss((1, 2, 4), network=network, layers=["second", "first"], example=x, **rule)
+    assert [tap.name for tap in loss._taps] == ["first", "second"]
+    assert [head.in_features for head in loss.heads] == [4, 5]
+    value = loss(network(x), y, x)
+    first = network.first(x)
+    stack = [loss.heads[0](first), loss.heads[1](network.second(first)), network(x)]
+    torch.testing.assert_close(value, sobolev_loss(stack, y, x, scales=(1, 2, 4), **rule))
+
+
+def test_two_forwards_before_the_loss_are_said():
+    network = mlp()
+    loss = by_hooks(network)
+    with torch.no_grad():
+        network(x)  # for a metric, or a teacher
+    loss(network(x), y, x)
+    outputs = network(x)
+    network(0.9 * x)
+    with pytest.warns(UserWarning, match="the network ran 2 times since the loss was last called"):
+        loss(outputs, y, x)
+
+
+def test_copies_of_the_network_alone_keep_nothing():
+    network = mlp()
+    loss = by_hooks(network)
+    network(x)
+    teacher = copy.deepcopy(network)
+    teacher(x)
+    (tap,) = teacher[1]._forward_hooks.values()
+    assert tap.value is None
+    both = copy.deepcopy(nn.ModuleList([network, loss]))
+    copied = both[0]
+    assert copied[1]._forward_hooks
+    del both
+    gc.collect()
+    assert not copied[1]._forward_hooks
+    assert network[1]._forward_hooks
+
+
+def test_paper_heads_have_no_offset():
+    assert by_hooks(mlp(), literal=True).heads[0].bias is None
+    assert SobolevLoss(5, widths=[6], literal=True).heads[0].bias is None
+
+
 @pytest.mark.parametrize(("layer", "message"), [("block", "runs 2 times"), ("unused", "runs 0 times")])
 def test_layers_must_run_once(layer, message):
     with pytest.raises(ValueError, match=message):
@@ -380,6 +471,21 @@ def test_the_function_is_compiled_as_one_graph(grid):
 
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(*arguments), step(*arguments))
+
+
+def test_a_compiled_network_is_heard_by_a_loss_that_is_not():
+    torch.compiler.reset()
+    network = mlp()
+    loss = by_hooks(torch.compile(network, backend="aot_eager"))
+    value = loss(network(x), y, x)
+    value.backward()
+    expected = network[0].weight.grad.clone()
+    network.zero_grad()
+    compiled = torch.compile(network, backend="aot_eager")
+    again = loss(compiled(x), y, x)
+    again.backward()
+    torch.testing.assert_close(again, value)
+    torch.testing.assert_close(network[0].weight.grad, expected)
 
 
 def test_losses_with_different_exponents_can_be_compiled_in_one_process():
@@ -505,7 +611,8 @@ def test_bad_calls_are_named():
     with pytest.raises(ValueError, match="leave it out"):
         loss(outputs, y, x, hidden=[outputs])
     network(x[:5])
-    with pytest.raises(ValueError, match=r"layer '1' has the shape \(5, 6\), expected \(40, 6\)"):
+    shape = r"layer '1' has the shape \(5, 6\), expected \(40, 6\)"
+    with pytest.warns(UserWarning, match="ran 2 times"), pytest.raises(ValueError, match=shape):
         loss(outputs, y, x)
     with pytest.raises(TypeError, match="outputs must be the network's own, one tensor"):
         loss([outputs], y, x)

@@ -38,7 +38,8 @@ def check_points(points: Tensor, box: Sequence[Interval]) -> None:
         return
     reach = torch.stack([points.detach().amin(0), points.detach().amax(0)]).tolist()  # NaN goes through both
     for axis, ((low, high), least, most) in enumerate(zip(box, *reach, strict=True)):
-        slack = (high - low) * 1e-5  # rounding of points and domain to single precision
+        rounding = 2 * torch.finfo(points.dtype).eps * max(abs(low), abs(high))
+        slack = (high - low) * 1e-5 + rounding  # of points and domain
         if not (math.isfinite(least) and math.isfinite(most)):
             raise ValueError("points hold NaN or infinite values: leave those samples out.")
         if least < low - slack or most > high + slack:

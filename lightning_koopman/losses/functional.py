@@ -65,15 +65,16 @@ def sobolev_loss(
             ``math.inf``: without bias for the loss of infinitely many samples; it has no lower bound.
 
     Returns:
-        Scalar in the widest dtype of the tensors, at least float32, whatever autocast says.
+        Scalar in the widest dtype of outputs, targets and points, at least float32, whatever autocast says.
 
     Raises:
         TypeError: If an input is complex, or not floating point.
         ValueError: If shapes do not match, a point lies outside of the period, a shell holds no mode, or an argument is
-            out of its range.
+            out of its range.  (Within a compiled step points are not looked at, and there are no warnings.)
 
     Warns:
-        UserWarning: If there are more modes than the samples can tell apart.
+        UserWarning: If there are more modes than the samples can tell apart, or the points have half precision, which
+            high modes do not bear.
 
     Example:
         >>> import torch
@@ -237,6 +238,12 @@ def check_tensors(
             f"targets must be (N, M) and points (N, D) with the same N ≥ 1, got {tuple(targets.shape)} and "
             f"{tuple(points.shape)}; leave points out for values on a grid."
         )
+    if points.dtype.itemsize < 4 and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"points are {points.dtype}, which rounds them by more than high modes bear: give them in float32 (as "
+            "precision='bf16-mixed' does, unlike 'bf16-true').",
+            stacklevel=3,
+        )
     if targets.dim() == 1:
         outputs, targets = [each[:, None] for each in outputs], targets[:, None]
     return outputs, targets, points[:, None] if points.dim() == 1 else points
@@ -264,7 +271,7 @@ def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | No
         raise ValueError("weights of infinitely many samples are all zero: leave weights or n_samples=inf out.")
     if not torch.compiler.is_compiling():
         total = float(weights.detach().sum())
-        if total > 1.01 or (n_samples in (None, n_points) and not total >= 0.99):
+        if not total <= 1.01 or (n_samples in (None, n_points) and total < 0.99):
             raise ValueError(f"weights sum to {total:.6g}, not to 1: divide them by their sum over the whole data set.")
     return weights if n_samples is None else weights * (n_samples / n_points)
 

@@ -2,7 +2,7 @@ r"""Fourier modes on the torus, the bands they form, and their weights in a Sobo
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,6 +19,7 @@ LOWEST = 4  # mode at which geometric scales begin: a network has no trouble wit
 NORMS = (1, 2)
 KINDS = ("geometric", "linear", "exponential")
 MOST = 10**7  # modes: their weights alone take gigabytes beyond
+KEPT = 8  # bands at a time: millions of modes take hundreds of megabytes
 
 
 def sobolev_scales(
@@ -74,7 +75,8 @@ def sobolev_scales(
 
 def is_number(value: object) -> bool:
     """Whether it is a finite real number."""
-    return isinstance(value, (int, float, np.integer, np.floating)) and -math.inf < float(value) < math.inf
+    most = sys.float_info.max  # also of whole numbers, which know no bound
+    return isinstance(value, (int, float, np.integer, np.floating)) and bool(-most <= value <= most)
 
 
 def is_count(value: object) -> bool:
@@ -179,7 +181,7 @@ def constant_tensors(*arguments: Any) -> tuple[Tensor, Tensor]:
     return make_tensors(*arguments)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT)
 def make_tensors(dtype: torch.dtype, device: torch.device, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The bands where they are needed."""
     bands = make_bands(*arguments)
@@ -187,7 +189,7 @@ def make_tensors(dtype: torch.dtype, device: torch.device, *arguments: Any) -> t
         return torch.tensor(bands.modes, device=device), torch.tensor(bands.weights, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=KEPT)
 def make_bands(scales: tuple[float, ...], n_layers: int, dim: int, exponent: float, literal: bool, norm: int) -> Bands:
     """See :class:`SobolevNorm`."""
     modes = half_space(scales[-1], dim, norm)

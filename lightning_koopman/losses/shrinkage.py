@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.spatial import KDTree
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
 from lightning_koopman.losses.domain import Domain, check_domain, check_points, match_domain, observe_domain, to_torus
 from lightning_koopman.losses.modes import NORMS, is_count, orthant, sobolev_scales
+from lightning_koopman.samples import Array, as_samples
 
 MOST = 1000  # cosines: their orthogonalisation takes seconds beyond
 ENTRIES = 2**27  # of the cosines at the samples: a gigabyte
@@ -20,8 +23,8 @@ SHARE = 0.25  # of the samples: cosines to fit; the other samples tell the noise
 WORTH = 0.1  # share of signal in a mode; too low a highest mode costs more than too high a one
 ROUNDING = 1e-12  # of the samples' size: no less noise is told from rounding
 FEWEST = 16  # samples below which nothing can be told
-
-Array = npt.NDArray[np.float64]
+SURE = 4  # standard deviations: how alike neighbors must be to be no noise
+SLIGHT = 0.1  # of the samples' spread: what is left is not worth a word
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +72,14 @@ def suggest_scales(
     domain: Domain | None = None,
     norm: int = 1,
 ) -> tuple[float, ...]:
-    """Scales for :class:`SobolevLoss` from noisy samples: up to the highest mode that is a tenth signal.
+    """Scales for :class:`SobolevLoss` from noisy samples: up to the highest mode that may be a tenth signal.
 
     Cosines are fitted to the samples by least squares, the noise is estimated from what they leave, and the share of
-    signal in each mode by Stein's estimate under the one condition that it does not rise with the mode.
+    signal in each mode by Stein's estimate under the one condition that it does not rise with the mode.  The estimate
+    errs towards too many modes: of a single slow wave, or of noise alone, it may keep any number.  That is meant: with
+    too few a network is free above them, which costs more than some noise (see ``docs/sobolev.md``).
+
+    Least squares reach up to N/8 cycles per period for one input, 500 at most, and less for more inputs.
 
     Args:
         x: Points (N, D), or (N,), N ≥ 16.
@@ -88,6 +95,9 @@ def suggest_scales(
         ValueError: If there are too few samples, they do not match, are not finite or real, or an argument is out of
             its range.
 
+    Warns:
+        UserWarning: If what the cosines leave is no independent noise, for instance signal beyond their reach.
+
     Example:
         >>> import numpy as np
         >>> from lightning_koopman import suggest_scales
@@ -98,7 +108,7 @@ def suggest_scales(
     """
     if not is_count(n_layers):
         raise ValueError(f"n_layers must be a whole number ≥ 1, got {n_layers!r}.")
-    fit = fit_cosines(*_samples(x, y), domain, norm)
+    fit = fit_cosines(*as_samples(x, y, FEWEST), domain, norm)
     signal = (fit.gains >= WORTH).any(axis=1)
     highest = max(1, int(np.ceil(fit.sizes[signal].max())))
     return sobolev_scales(n_layers, highest=highest)
@@ -128,6 +138,9 @@ def shrink_noise(
     Raises:
         ValueError: As for :func:`suggest_scales`.
 
+    Warns:
+        UserWarning: As for :func:`suggest_scales`; what is left is missing in the targets.
+
     Example:
         >>> import numpy as np
         >>> from lightning_koopman import shrink_noise
@@ -138,7 +151,7 @@ def shrink_noise(
         >>> np.round([np.std(noisy - clean), np.std(shrink_noise(x, noisy, domain=(0, 1)) - clean)], 2)
         array([0.94, 0.1 ])
     """
-    fit = fit_cosines(*_samples(x, y), domain, norm)
+    fit = fit_cosines(*as_samples(x, y, FEWEST), domain, norm)
     shrunk = fit.basis @ (fit.gains * fit.coefficients)
     if isinstance(y, Tensor):
         dtype = y.dtype if y.is_floating_point() else torch.float64
@@ -168,9 +181,29 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
     basis, sizes = basis[:, told], sizes[told]
     coefficients = basis.T @ y
     left = y - basis @ coefficients
+    if _neighbors_are_alike(halves, left, y):
+        warnings.warn(
+            f"x, y: beside the {len(sizes)} cosines up to {sizes[-1]:g} cycles per period that {len(x)} samples allow, "
+            "they hold something that neighboring samples share: signal beyond that, which counts as noise here, or "
+            "noise that is not independent.",
+            stacklevel=3,
+        )
     noise = np.sqrt((left**2).sum(axis=0) / (len(x) - basis.shape[1]))
     noise = np.maximum(noise, ROUNDING * np.sqrt((y**2).mean(axis=0)))
     return CosineFit(basis, coefficients, sizes, noise)
+
+
+def _neighbors_are_alike(points: Array, left: Array, y: Array) -> bool:
+    """Whether an output leaves more than a little, and nearest neighbors have more of it in common than noise has."""
+    if points.shape[1] == 1:
+        order = np.argsort(points[:, 0], kind="stable")
+        first, second = order[:-1], order[1:]
+    else:
+        first, second = np.arange(len(points)), KDTree(points).query(points, k=2)[1][:, 1]
+    power = (left**2).mean(axis=0)
+    told = power > np.maximum(SLIGHT**2 * y.var(axis=0), ROUNDING**2 * (y**2).mean(axis=0))
+    differ = ((left[first] - left[second]) ** 2).mean(axis=0) / 2
+    return bool((told & (differ < power * (1 - SURE / np.sqrt(len(first))))).any())
 
 
 def _lowest_modes(count: int, dim: int, norm: int) -> tuple[npt.NDArray[np.int32], Array]:
@@ -181,30 +214,3 @@ def _lowest_modes(count: int, dim: int, norm: int) -> tuple[npt.NDArray[np.int32
     sizes = np.linalg.norm(modes, ord=norm, axis=1)
     chosen = np.argsort(sizes, kind="stable")[:count]
     return modes[chosen], sizes[chosen] / 2
-
-
-def _float_tensor(values: Tensor) -> Tensor:
-    """On the CPU, and in a dtype that NumPy knows."""
-    return values.detach().cpu().double() if values.dtype == torch.bfloat16 else values.detach().cpu()
-
-
-def _samples(x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor) -> tuple[Array, Array]:
-    """Points (N, D) and samples (N, M) in float64."""
-    found = []
-    for name, given in (("x", x), ("y", y)):
-        values = np.asarray(_float_tensor(given).numpy() if isinstance(given, Tensor) else given)
-        if np.iscomplexobj(values) or not np.issubdtype(np.result_type(values, np.float64), np.floating):
-            raise ValueError(f"{name} must be real numbers, got {values.dtype}: give parts as separate outputs.")
-        values = values.astype(np.float64)
-        if values.ndim not in (1, 2) or not np.isfinite(values).all():
-            raise ValueError(
-                f"{name} must be (N,) or (N, columns) and finite, got the shape {values.shape}"
-                f"{'' if np.isfinite(values).all() else ' with NaN or infinite values'}."
-            )
-        found.append(values[:, None] if values.ndim == 1 else values)
-    points, samples = found
-    if len(points) != len(samples) or len(points) < FEWEST:
-        raise ValueError(
-            f"x and y must hold the same number of samples, ≥ {FEWEST}, got {len(points)}, {len(samples)}."
-        )
-    return points, samples

@@ -2,6 +2,7 @@ r"""The Sobolev loss as a module that finds a network's layers (paper, section 6
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from lightning_koopman.losses.functional import (
     warn_of_aliases,
     warn_of_modes,
 )
-from lightning_koopman.losses.hooks import Tap, run_once, tap_layers
+from lightning_koopman.losses.hooks import Tap, layer_names, run_once
 from lightning_koopman.losses.modes import SobolevNorm, is_count
 
 
@@ -46,8 +47,9 @@ class SobolevLoss(nn.Module):
 
     *Sobolev loss 2* (equation 8) is on the network's output alone.  *Sobolev loss 1* (equation 7) adds outputs
     :math:`f_\ell = C_\ell z_\ell` of hidden layers, each held to the modes up to its own scale.  Their matrices (and
-    offsets) are parameters of this module: assign it to an attribute of your ``LightningModule`` and they are trained
-    with the network, which itself, its state dict and its export stay free of them.
+    offsets, unless ``literal``) are parameters of this module: assign it to an attribute of your ``LightningModule``,
+    give the optimizer ``self.parameters()``, and they are trained with the network, whose state dict and export stay
+    free of them.
 
     Args:
         scales: Highest mode, in cycles per period, of the output; or one number for each layer, the output's last, that
@@ -61,11 +63,14 @@ class SobolevLoss(nn.Module):
             spacing more, which the state dict then holds; to several processes, mini-batches and the compiler it must
             be given.
         n_samples: Number of samples in the training set, for training by mini-batches, a process's share among them:
-            the loss of a batch is then without bias for that of the whole.  In ``eval`` mode a call counts as a whole.
+            the loss of a batch is then without bias for that of the whole.  In ``eval`` mode it is without bias for
+            that of infinitely many samples, whatever the size of the batch (it may be negative), unless weights are
+            given.
         network: Network whose hidden layers are heard by forward hooks: what they return in the last forward before the
-            loss is called, once (after an in-place layer that follows, if one does).  Copy network and loss together.
-        layers: Their names in ``network.named_modules()``, shell-style patterns too; ``!`` excludes.  In the order of
-            the network.  Activations have the layer's channels in dimension 1.
+            loss is called, once (after an in-place layer that follows, if one does).  Copy network and loss together;
+            make the loss before the network is compiled.
+        layers: Their names in ``network.named_modules()``, shell-style patterns too; ``!`` excludes.  Scales go to
+            them in the order in which they run.  Activations have the layer's channels in dimension 1.
         example: An input of the network (a tensor, or a tuple of them), run once to learn the widths (default:
             ``network.example_input_array``).
         widths: Without ``network``: number of channels of each of the activations that are handed to ``forward``.
@@ -144,7 +149,7 @@ class SobolevLoss(nn.Module):
         elif widths is not None:
             widths = check_widths(widths, n_outputs)
             self.rule.bands(len(widths) + 1, 1)  # its errors come before any work
-            self.heads.extend(nn.Linear(width, n_outputs) for width in widths)
+            self.heads.extend(self._head(width, n_outputs) for width in widths)
 
     def extra_repr(self) -> str:
         """Arguments for ``repr``."""
@@ -174,7 +179,7 @@ class SobolevLoss(nn.Module):
 
         Raises:
             TypeError: If an input is complex, not floating point, or not a tensor.
-            ValueError: If shapes do not match, or a point lies outside of the period.
+            ValueError: If shapes do not match, or a point lies outside of the period (not seen within a compiled step).
             RuntimeError: If the network did not run before.
         """
         if self.heads:
@@ -187,7 +192,9 @@ class SobolevLoss(nn.Module):
         elif hidden is not None:
             raise ValueError("hidden is given, but there are no heads for it: give widths to SobolevLoss.")
         stack, targets, points = check_tensors(outputs, targets, points)
-        n_samples = self.n_samples if self.training else None
+        n_samples = self.n_samples
+        if n_samples is not None and not self.training:  # validation data are others; weights sum to 1 over them
+            n_samples = math.inf if weights is None else None
         if points is None:
             check_grid_arguments(self.domain, weights, n_samples)
             self._warn(len(stack), targets.dim() - 2, targets.shape[2:])
@@ -218,24 +225,45 @@ class SobolevLoss(nn.Module):
         example = getattr(network, "example_input_array", None) if example is None else example
         if example is None:
             raise ValueError("example=None: give an input of the network, which shows how wide its layers are.")
-        self._taps, self._hooks = tap_layers(network, layers)
-        try:
-            self.rule.bands(len(self._taps) + 1, 1)  # its errors come before any work
-            output = run_once(network, example)
-            n_outputs = 1 if output.dim() == 1 else output.shape[1]
-            for tap in self._taps:
-                width = channels_of(tap)
-                self.heads.append(nn.Linear(width, n_outputs, dtype=output.dtype, device=output.device))
-        except BaseException:
-            self.remove_hooks()
-            raise
+        network = getattr(network, "_orig_mod", network)  # the module that torch.compile has wrapped
+        names = layer_names(network, layers)
+        self.rule.bands(len(names) + 1, 1)  # its errors come before any work
+        output, heard = run_once(network, example, names)
+        for name in names:
+            check_layer(name, heard.get(name, []))
+        n_outputs = 1 if output.dim() == 1 else output.shape[1]
+        for name, (value,) in heard.items():  # in the order in which they run
+            self.heads.append(self._head(value.shape[1], n_outputs, dtype=output.dtype, device=output.device))
+            self._taps.append(Tap(name))
+            self._hooks.append(network.get_submodule(name).register_forward_hook(self._taps[-1]))
+        self._own_taps()
+
+    def _head(self, width: int, n_outputs: int, **options: Any) -> nn.Linear:
+        """A layer's output: as in equation 7, and with an offset where it is not taken literally."""
+        return nn.Linear(width, n_outputs, bias=not self.rule.literal, **options)
+
+    def _own_taps(self) -> None:
+        """Have the taps listen for as long as this module lives."""
+        for tap in self._taps:
+            tap.belong_to(self)
         weakref.finalize(self, remove_all, self._hooks)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._own_taps()
 
     def _auxiliary(self, hidden: Sequence[Tensor] | Tensor | None, outputs: Tensor) -> list[Tensor]:
         """Outputs of the hidden layers: linear maps of their channels."""
         if self._taps:
             if hidden is not None:
                 raise ValueError("hidden is given, but the layers are heard by hooks: leave it out.")
+            most = max(tap.calls for tap in self._taps)
+            if most > 1:
+                warnings.warn(
+                    f"layers: the network ran {most} times since the loss was last called, which hears the last of "
+                    "them: call the loss after each forward, or run the others under torch.no_grad().",
+                    stacklevel=2,
+                )
             frozen = [tap.name for tap in self._taps if not tap.with_grad]
             if frozen and outputs.requires_grad:
                 warnings.warn(
@@ -311,17 +339,14 @@ def remove_all(hooks: list[RemovableHandle]) -> None:
         hooks.pop().remove()
 
 
-def channels_of(tap: Tap) -> int:
-    """Channels of the layer that a tap has just heard; raise ValueError unless it can have a head."""
-    if tap.calls != 1:
-        raise ValueError(f"layer {tap.name!r} runs {tap.calls} times for the example: name layers that run once.")
-    try:
-        value = tap.take()
-    except TypeError as error:
-        raise ValueError(str(error)) from error
-    if value.dim() < 2:
-        raise ValueError(f"layer {tap.name!r} returns {tuple(value.shape)}: channels are expected in dimension 1.")
-    return value.shape[1]
+def check_layer(name: str, values: Sequence[Any]) -> None:
+    """Raise ValueError unless the layer returned, for the example, one tensor that can have a head."""
+    if len(values) != 1:
+        raise ValueError(f"layer {name!r} runs {len(values)} times for the example: name layers that run once.")
+    if not isinstance(values[0], Tensor):
+        raise ValueError(f"layer {name!r} returns a {type(values[0]).__name__}: name layers that return a tensor.")
+    if values[0].dim() < 2:
+        raise ValueError(f"layer {name!r} returns {tuple(values[0].shape)}: channels are expected in dimension 1.")
 
 
 def check_widths(widths: object, n_outputs: object) -> list[int]:

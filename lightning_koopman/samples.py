@@ -1,0 +1,42 @@
+"""Samples of a function as arrays, checked."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+
+
+def as_samples(x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor, fewest: int) -> tuple[Array, Array]:
+    """Points (N, D) and samples (N, M) in float64.
+
+    Raises:
+        ValueError: If they are not real and finite, do not match, or are fewer than ``fewest``.
+    """
+    found = []
+    for name, given in (("x", x), ("y", y)):
+        values = np.asarray(_for_numpy(given) if isinstance(given, Tensor) else given)
+        if np.iscomplexobj(values) or not np.issubdtype(np.result_type(values, np.float64), np.floating):
+            raise ValueError(f"{name} must be real numbers, got {values.dtype}: give parts as separate outputs.")
+        values = values.astype(np.float64)
+        if values.ndim not in (1, 2) or not np.isfinite(values).all():
+            raise ValueError(
+                f"{name} must be (N,) or (N, columns) and finite, got the shape {values.shape}"
+                f"{'' if np.isfinite(values).all() else ' with NaN or infinite values'}."
+            )
+        found.append(values[:, None] if values.ndim == 1 else values)
+    points, samples = found
+    if len(points) != len(samples) or len(points) < fewest:
+        raise ValueError(
+            f"x and y must hold the same number of samples, ≥ {fewest}, got {len(points)}, {len(samples)}."
+        )
+    return points, samples
+
+
+def _for_numpy(values: Tensor) -> npt.NDArray[np.generic]:
+    """On the CPU, and in a dtype that NumPy knows."""
+    kept = values.detach().cpu()
+    return np.asarray((kept.double() if kept.dtype == torch.bfloat16 else kept).numpy())
