@@ -7,6 +7,9 @@ from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
 from lightning_koopman.channels import remove_channels
 from lightning_koopman.convergence import StoppingReason
+from lightning_koopman.depth.estimate import DepthEstimate, estimate_depth
+from lightning_koopman.depth.hsvr import HSVR
+from lightning_koopman.depth.networks import MLPSuggestion, suggest_mlp
 from lightning_koopman.dmd import dmd_rrr
 from lightning_koopman.export import export_network
 from lightning_koopman.losses.functional import sobolev_loss
@@ -16,7 +19,7 @@ from lightning_koopman.losses.sobolev import SobolevLoss
 from lightning_koopman.masks import MaskSet, prunable_parameters
 from lightning_koopman.parameters import select_parameters
 from lightning_koopman.persistence import persistent_weights
-from lightning_koopman.plots import plot_history, plot_spectrum
+from lightning_koopman.plots import plot_depth, plot_history, plot_spectrum
 from lightning_koopman.removal import ChannelRemoval, resize_like
 from lightning_koopman.spectrum import Spectrum
 from lightning_koopman.surrogate import random_walk_spectrum
@@ -24,11 +27,14 @@ from lightning_koopman.trajectory import Trajectory
 
 __version__ = "0.1.0"
 __all__ = [
+    "HSVR",
     "ChannelRemoval",
+    "DepthEstimate",
     "EarlyStopOnUnitEigenvalues",
     "KoopmanPruner",
     "KoopmanSpectrumMonitor",
     "KoopmanWarning",
+    "MLPSuggestion",
     "MaskSet",
     "RestartOnBadInitialization",
     "SobolevLoss",
@@ -36,8 +42,10 @@ __all__ = [
     "StoppingReason",
     "Trajectory",
     "dmd_rrr",
+    "estimate_depth",
     "export_network",
     "persistent_weights",
+    "plot_depth",
     "plot_history",
     "plot_spectrum",
     "prunable_parameters",
@@ -48,5 +56,6 @@ __all__ = [
     "shrink_noise",
     "sobolev_loss",
     "sobolev_scales",
+    "suggest_mlp",
     "suggest_scales",
 ]

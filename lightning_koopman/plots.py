@@ -1,4 +1,4 @@
-"""Figures of spectra and of their history. The only module that needs matplotlib."""
+"""Figures of spectra, of their history, and of depth estimates. The only module that needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_koopman.depth.estimate import DepthEstimate
 from lightning_koopman.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -138,4 +139,65 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
         axis.tick_params(labelsize=8, colors=INK)
         axis.grid(color=MUTED, alpha=0.25, linewidth=0.5)
         axis.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plot_depth(estimate: DepthEstimate) -> Figure:
+    """Amplitudes over frequencies, the cutoff, and where each layer begins.
+
+    Args:
+        estimate: What :func:`estimate_depth` found; of several outputs the largest amplitude relative to its cutoff is
+            drawn.
+
+    Returns:
+        A matplotlib figure, not registered with pyplot.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import estimate_depth, plot_depth
+        >>> x = np.linspace(0, 1, 101)
+        >>> len(plot_depth(estimate_depth(x, x**2)).axes)
+        1
+    """
+    check_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axis = figure.subplots()
+    n_frequencies = len(estimate.spectrum_frequencies)
+    amplitudes, cutoff = estimate.spectrum_amplitudes.reshape(n_frequencies, -1), np.atleast_1d(estimate.cutoff)
+    relative = (amplitudes / np.where(cutoff > 0, cutoff, 1.0)).max(axis=1)
+    counted = np.isin(estimate.spectrum_frequencies, estimate.frequencies)
+    for chosen, color, label in ((~counted, MUTED, "left out"), (counted, TRAINING, "counts")):
+        if not chosen.any():
+            continue
+        axis.vlines(estimate.spectrum_frequencies[chosen], 1e-4, relative[chosen], color=color, linewidth=1)
+        axis.plot(estimate.spectrum_frequencies[chosen], relative[chosen], ".", color=color, markersize=5, label=label)
+    axis.axhline(1, color=INK, linewidth=0.8, linestyle="--", label="cutoff")
+    for layer, frequency in enumerate(estimate.layer_frequencies):
+        label = "layer begins" if layer == 0 else "_"
+        axis.axvline(frequency, color=WALK, linewidth=3, alpha=0.35, zorder=0, label=label)
+        axis.annotate(
+            str(layer + 1),
+            (frequency, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+            color=WALK,
+        )
+    positive = relative[relative > 0]
+    lowest = max(1e-3, 0.5 * float(positive.min(initial=0.1)))
+    axis.set(xscale="log", yscale="log", ylim=(lowest, 2 * max(1.0, float(relative.max(initial=1.0)))))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_xlabel("frequency in cycles per unit of x", fontsize=9, color=INK)
+    axis.set_ylabel("amplitude / cutoff", fontsize=9, color=INK)
+    axis.legend(fontsize=8, frameon=False)
+    axis.tick_params(labelsize=8, colors=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    plural = "layer" if estimate.n_layers == 1 else "layers"
+    figure.suptitle(f"{estimate.n_layers} {plural} ({estimate.method})", fontsize=10, color=INK)
     return figure

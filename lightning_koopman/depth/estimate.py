@@ -1,0 +1,264 @@
+r"""How many layers a function needs: one for each octave of its spectrum (paper, section 5 and Table 1)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lightning_koopman.depth.frequencies import Lines, dmd_lines, fourier_lines, least_squares_lines
+from lightning_koopman.depth.layout import Grid, find_grid
+from lightning_koopman.losses.modes import is_number
+from lightning_koopman.samples import as_samples
+
+Array = npt.NDArray[np.float64]
+
+THRESHOLDS = {"fft": 0.01, "dmd": 0.3}  # of the largest size
+FEWEST = 8  # samples: three frequencies
+MOST_INPUTS = 3
+DEVIATIONS = 6  # σ in a period: 3σ = T/2
+JUMP, STEPS = 0.1, 3.0  # of the range, and of the largest step between neighbors: what counts as a jump
+CROWD = 0.5  # of all frequencies: so many are noise, or a jump
+NEAR = 0.9  # of the highest frequency that the samples can tell
+
+
+@dataclass(frozen=True, eq=False)
+class DepthEstimate:
+    r"""Layers that a function needs, before any training: what :func:`estimate_depth` returns.
+
+    Attributes:
+        n_layers: Number of layers L ≥ 1.
+        scales: Array (L,), decreasing: standard deviations :math:`\sigma_\ell = 1 / (6 f_\ell)` of the layers'
+            Gaussians, in the unit of x.
+        gammas: Array (L,), increasing: :math:`\gamma_\ell = 1 / \sigma_\ell^2` of
+            :math:`\exp(-\gamma \|x - c\|^2)`.
+        layer_frequencies: Array (L,), increasing: :math:`f_\ell`, in cycles per unit of x.
+        frequencies: Array (k,), increasing: all frequencies that count, of which each layer takes an octave.
+        amplitudes: Array (k,), or (k, M) for several outputs, ≥ 0: amplitudes of their waves, in the unit of y.
+        spectrum_frequencies: Array (F,), increasing: every frequency that was looked at, to plot.
+        spectrum_amplitudes: Array (F,) or (F, M), ≥ 0: their amplitudes.
+        cutoff: Amplitude from which a frequency counts, an array (M,) for several outputs.
+        method: ``"fft"``, ``"least squares"`` or ``"dmd"``: how the spectrum was computed.
+        decay: Ratio ρ of the scales of two layers.
+        notes: What may be wrong with the estimate, in words, for instance a jump between the ends of the samples.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import estimate_depth
+        >>> x = np.linspace(0, 2, 1001)
+        >>> estimate = estimate_depth(x, np.cos(2 * np.pi * x) + 3 * np.sin(20 * np.pi * x), method="dmd")
+        >>> estimate.frequencies.round(6).tolist(), estimate.amplitudes.round(6).tolist()
+        ([1.0, 10.0], [1.0, 3.0])
+    """
+
+    n_layers: int
+    scales: Array
+    gammas: Array
+    layer_frequencies: Array
+    frequencies: Array
+    amplitudes: Array
+    spectrum_frequencies: Array
+    spectrum_amplitudes: Array
+    cutoff: Array
+    method: str
+    decay: float
+    notes: tuple[str, ...]
+
+    def __repr__(self) -> str:
+        scales = ", ".join(f"{scale:.4g}" for scale in self.scales)
+        notes = f", notes={list(self.notes)}" if self.notes else ""
+        return f"DepthEstimate(n_layers={self.n_layers}, scales=[{scales}], method={self.method!r}{notes})"
+
+
+def estimate_depth(
+    x: npt.ArrayLike | Tensor,
+    y: npt.ArrayLike | Tensor,
+    method: str = "fft",
+    decay: float = 2.0,
+    *,
+    threshold: float | None = None,
+    taper: bool = False,
+    max_frequency: float | None = None,
+) -> DepthEstimate:
+    r"""How many layers a function needs, and of which scales, from the spectrum of its samples (paper, section 5).
+
+    The frequencies whose size is at least ``threshold`` of the largest are kept.  The lowest makes the first layer, and
+    each frequency at least ``decay`` times that of the layer before makes the next.  A layer's Gaussian has three
+    standard deviations in half a period, :math:`\sigma = 1 / (6 f)`.
+
+    The number is enough, not the least: often the error is small before the last layer.
+
+    Args:
+        x: Points (N,), increasing, or (N, D) with D ≤ 3 inputs, N ≥ 8, none twice.
+        y: Samples (N,), or (N, M) for several outputs; a frequency is kept if it is in one of them.
+        method: ``"fft"``: the discrete Fourier transform of equidistant samples (for more inputs: of a full grid, in
+            any order), and least squares in sines and cosines of scattered ones; ``"dmd"``: dynamic mode decomposition
+            with delays, for equidistant samples of one input.
+        decay: Ratio ρ > 1 of the scales of two layers.
+        threshold: In (0, 1), of the largest size, the mean's included (default: 0.01, for ``"dmd"`` 0.3).
+        taper: Let the samples fade out at both ends (Hann window), and take of each peak's skirt only the peak, with
+            ``"fft"``: without it a jump between the ends, or a wave that does not fit into the samples' range a whole
+            number of times, leaks into all frequencies and asks for layers that nothing needs.  The paper's table was
+            made without.
+        max_frequency: Leave out frequencies above it, > 0, in cycles per unit of x: where noise begins.
+
+    Returns:
+        The estimate, with notes on what may be wrong with it.
+
+    Raises:
+        ValueError: If the samples are too few, not sorted, not finite, constant, hold a point twice, do not suit the
+            method, or an argument is out of its range.
+
+    Example:
+        The paper's multiscale signal takes seven layers:
+
+        >>> import numpy as np
+        >>> from lightning_koopman import estimate_depth
+        >>> x = np.linspace(0, 2, 1001)
+        >>> estimate_depth(x, x + np.sin(2 * np.pi * x**4)).n_layers
+        7
+        >>> estimate_depth(x, np.cos(2 * np.pi * x) + np.sin(20 * np.pi * x), method="dmd")
+        DepthEstimate(n_layers=2, scales=[0.1667, 0.01667], method='dmd')
+    """
+    points, samples = as_samples(x, y, FEWEST)
+    if method not in THRESHOLDS:
+        raise ValueError(f"method must be one of {tuple(THRESHOLDS)}, got {method!r}.")
+    if not (is_number(decay) and decay > 1):
+        raise ValueError(f"decay must be a number > 1, got {decay!r}: it is the ratio of the scales of two layers.")
+    share = THRESHOLDS[method] if threshold is None else threshold
+    if not (is_number(share) and 0 < share < 1):
+        raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}: it is relative to the largest size.")
+    if max_frequency is not None and not (is_number(max_frequency) and max_frequency > 0):
+        raise ValueError(f"max_frequency must be a number > 0, in cycles per unit of x, got {max_frequency!r}.")
+    if taper and method == "dmd":
+        raise ValueError("taper=True is for method='fft': DMD takes no samples for periodic.")
+    if points.shape[1] > 1 and method == "dmd":
+        raise ValueError(f"x has {points.shape[1]} inputs, but method='dmd' takes one: use method='fft'.")
+    _check_points(points)
+    if not np.ptp(samples, axis=0).any():
+        raise ValueError(f"y is constant ({samples.flat[0]:g}): there is no scale in it.")
+    grid = find_grid(points, samples)
+    if method == "dmd":
+        if grid is None:
+            raise ValueError(
+                "x is not equidistant, which method='dmd' needs: resample (np.interp onto np.linspace), or take "
+                "method='fft', which fits scattered samples by least squares."
+            )
+        lines = dmd_lines(grid.values, grid.steps[0])
+    elif grid:
+        lines = fourier_lines(grid, taper=taper)
+    else:
+        method, lines = "least squares", least_squares_lines(points, samples, taper=taper)
+    extent = float(np.ptp(points, axis=0).max())
+    line = Grid(samples, (1.0,)) if points.shape[1] == 1 else grid  # sorted, if not equidistant
+    notes = [] if taper or method == "dmd" or line is None else _jumps(line)
+    return _layers(lines, method, float(decay), float(share), max_frequency, extent, notes, np.ndim(y) == 1)
+
+
+def _layers(
+    lines: Lines,
+    method: str,
+    decay: float,
+    threshold: float,
+    max_frequency: float | None,
+    extent: float,
+    notes: list[str],
+    single: bool,
+) -> DepthEstimate:
+    """From the frequencies to the layers."""
+    cutoff = threshold * lines.largest
+    meets = lines.sizes >= cutoff if method == "dmd" else lines.sizes > cutoff
+    kept = (meets & (lines.largest > 0)).any(axis=1) & lines.candidates
+    if max_frequency is not None:
+        kept &= lines.frequencies <= max_frequency
+    frequencies = lines.frequencies[kept]
+    if not frequencies.size:
+        frequencies = np.array([1 / extent])
+        notes.append("no frequency counts: one layer as wide as the samples' range.")
+    layer_frequencies = octaves(frequencies, decay)
+    if method == "dmd":
+        if lines.full_rank:
+            notes.append("DMD takes as many modes as the samples allow, which fit anything: noise, or too few of them.")
+        if layer_frequencies[0] * extent < 1 / DEVIATIONS:
+            notes.append(
+                "a trend in place of a wave: the first layer's scale is "
+                f"{1 / (DEVIATIONS * layer_frequencies[0]):.3g}, wider than the samples' range; method='fft' sees "
+                "scales within it."
+            )
+    elif kept.sum() > CROWD * len(lines.frequencies):
+        notes.append(
+            f"{kept.sum()} of {len(lines.frequencies)} frequencies count: noise, or a jump. Raise threshold, or give "
+            "max_frequency."
+        )
+    if frequencies[-1] > NEAR * lines.limit:
+        notes.append(
+            f"frequencies up to the highest that the samples can tell, {lines.limit:.4g}: sample more densely."
+        )
+    scales = 1 / (DEVIATIONS * layer_frequencies)
+
+    def shaped(values: Array) -> Array:
+        return values[..., 0] if single else values
+
+    return DepthEstimate(
+        n_layers=len(layer_frequencies),
+        scales=scales,
+        gammas=1 / scales**2,
+        layer_frequencies=layer_frequencies,
+        frequencies=frequencies,
+        amplitudes=shaped(2 * lines.sizes[kept] if kept.any() else np.zeros((1, lines.sizes.shape[1]))),
+        spectrum_frequencies=lines.frequencies,
+        spectrum_amplitudes=shaped(2 * lines.sizes),
+        cutoff=shaped(2 * cutoff),
+        method=method,
+        decay=decay,
+        notes=tuple(notes),
+    )
+
+
+def octaves(frequencies: Array, decay: float) -> Array:
+    """Of increasing frequencies the first, and each that is at least ``decay`` times the one taken before."""
+    taken = [frequencies[0]]
+    for frequency in frequencies[1:]:
+        if frequency >= decay * taken[-1] * (1 - 1e-9):
+            taken.append(frequency)
+    return np.array(taken)
+
+
+def _check_points(points: Array) -> None:
+    """Raise ValueError unless at most three inputs differ, no point comes twice, and a single input increases."""
+    if points.shape[1] > MOST_INPUTS:
+        raise ValueError(
+            f"x has {points.shape[1]} inputs, more than {MOST_INPUTS}: choose some, or give scales to HSVR."
+        )
+    constant = np.flatnonzero(np.ptp(points, axis=0) == 0)
+    if constant.size:
+        raise ValueError(f"x does not differ in input {constant[0]}: leave that input out.")
+    if points.shape[1] == 1 and (np.diff(points[:, 0]) < 0).any():
+        at = int(np.argmax(np.diff(points[:, 0]) < 0))
+        raise ValueError(
+            f"x is not sorted: {points[at, 0]:g} comes before {points[at + 1, 0]:g}. Sort both: order = np.argsort(x); "
+            "x, y = x[order], y[order]."
+        )
+    different, counts = np.unique(points, axis=0, return_counts=True)
+    if len(different) < len(points):
+        twice = ", ".join(f"{value:g}" for value in different[counts.argmax()])
+        raise ValueError(f"x holds the point {twice} {counts.max()} times: average the samples of equal points.")
+
+
+def _jumps(grid: Grid) -> list[str]:
+    """A note for each input along which the function differs between both ends, which a transform takes for one."""
+    notes = []
+    axes = tuple(range(len(grid.steps)))
+    ranges = np.ptp(grid.values, axis=axes)
+    for axis in axes:
+        jump = np.abs(grid.values.take(-1, axis) - grid.values.take(0, axis)).max(axis=axes[:-1])
+        step = np.abs(np.diff(grid.values, axis=axis)).max(axis=axes)
+        if ((jump > JUMP * ranges) & (jump > STEPS * step)).any():
+            where = "" if len(grid.steps) == 1 else f" of input {axis}"
+            notes.append(
+                f"end-point jump{where}: the samples differ by {np.max(jump / np.where(ranges > 0, ranges, 1)):.0%} of "
+                "their range between both ends, which asks for layers that taper=True leaves out."
+            )
+    return notes

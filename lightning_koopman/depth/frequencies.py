@@ -1,0 +1,151 @@
+r"""Frequencies in samples of a function, and how large they are: Fourier transform, least squares, or DMD."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+import torch
+from scipy.ndimage import maximum_filter
+
+from lightning_koopman.depth.layout import Grid
+from lightning_koopman.dmd import dmd_rrr
+from lightning_koopman.losses.basis import fourier_basis
+from lightning_koopman.losses.domain import observe_domain, to_torus
+from lightning_koopman.losses.modes import half_space
+
+Array = npt.NDArray[np.float64]
+Modes = npt.NDArray[np.int64]
+
+SHARE = 0.25  # of the samples: modes to fit to scattered ones, two functions each
+MOST = 1000  # modes: beyond, least squares take seconds
+RIDGE = 1e-8
+SKIRT = 0.6  # of a neighbor: less is the skirt that a taper gives a single frequency
+DELAYS = 500  # of the Hankel matrix, at most: as for the paper's 1001 samples
+DMD_TOL = 1e-12
+FULL = 0.9  # of the rank that the samples allow
+
+
+@dataclass(frozen=True, eq=False)
+class Lines:
+    """Frequencies and their sizes.
+
+    Attributes:
+        frequencies: Array (F,), increasing, > 0, in cycles per unit of x: the Euclidean norm over the inputs.
+        sizes: Array (F, M), ≥ 0: half the amplitude of the wave in each output (its complex coefficient's modulus).
+        largest: Array (M,): the largest size, that of the mean included.
+        candidates: Boolean (F,): those that count; False for the skirts that a taper makes.
+        limit: Highest frequency that the samples can tell.
+        full_rank: Whether DMD took nearly as many modes as the samples allow, which fit anything.
+    """
+
+    frequencies: Array
+    sizes: Array
+    largest: Array
+    candidates: npt.NDArray[np.bool_]
+    limit: float
+    full_rank: bool = False
+
+
+def fourier_lines(grid: Grid, *, taper: bool) -> Lines:
+    """By the discrete Fourier transform of samples on an equidistant grid of any number of inputs."""
+    axes = tuple(range(len(grid.steps)))
+    shape = grid.values.shape[:-1]
+    values = grid.values
+    if taper:
+        window = reduce(np.multiply.outer, [2 * np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in shape])[
+            ..., None
+        ]
+        values = (values - (values * window).mean(axis=axes)) * window  # whose mean is 1: waves keep their amplitude
+    sizes = np.abs(np.fft.fftn(values, axes=axes)) / np.prod(shape)
+    modes = np.stack(np.meshgrid(*[np.fft.fftfreq(n, 1 / n).round() for n in shape], indexing="ij"), axis=-1)
+    modes, sizes = modes.reshape(-1, len(axes)).astype(np.int64), sizes.reshape(-1, values.shape[-1])
+    half = np.array(shape) / 2
+    modes[modes == -half] *= -1  # the Nyquist frequency has no sign
+    periods = np.array(shape) * grid.steps
+    return _lines(modes, sizes, periods, taper, limit=float((0.5 / np.array(grid.steps)).min()))
+
+
+def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
+    """By least squares in sines and cosines at scattered points, with a slight ridge."""
+    box = observe_domain(torch.as_tensor(x))
+    torus_points = to_torus(torch.as_tensor(x), box)
+    highest = _highest(int(SHARE * len(x)), x.shape[1])
+    modes = half_space(highest, x.shape[1], 1).astype(np.int64)
+    basis = fourier_basis(torus_points, torch.as_tensor(modes)).numpy()
+    gram = basis @ basis.T
+    gram[np.diag_indices_from(gram)] += RIDGE * len(x)
+    factor = scipy.linalg.cho_factor(gram, check_finite=False)
+    constant = int(np.flatnonzero(~modes.any(axis=1))[0])
+    values = y
+    if taper:
+        window = (2 * np.sin(np.pi * torus_points.numpy()) ** 2).prod(axis=1)[:, None]
+        values = window * np.column_stack([y, np.ones(len(y))])
+    fitted = scipy.linalg.cho_solve(factor, basis @ values, check_finite=False)
+    if taper:  # the window's own waves go with the mean
+        fitted = fitted[:, :-1] - np.outer(fitted[:, -1], fitted[constant, :-1] / fitted[constant, -1])
+    sizes = np.hypot(*fitted.reshape(2, len(modes), -1)) / 2
+    sizes[constant] *= 2  # the mean has no negative twin
+    periods = np.ptp(np.array(box), axis=1)
+    return _lines(modes, sizes, periods, taper, limit=float(highest / periods.max()))
+
+
+def dmd_lines(values: Array, step: float) -> Lines:
+    r"""By DMD of a delay-embedded series, :math:`f = |\arg\lambda| / (2\pi h)`.
+
+    Sizes are the root mean square over the samples of each mode's part, fitted to the series itself.
+    """
+    n = len(values)
+    ranges = np.ptp(values, axis=0)
+    scaled = values / np.where(ranges > 0, ranges, 1.0)  # outputs of any unit count alike
+    delays = min(n // 2, DELAYS)
+    spectrum = dmd_rrr(scaled, delays=delays, tol=DMD_TOL, refine=False)
+    full_rank = spectrum.rank > FULL * min(delays * values.shape[1], n - delays)
+    ritz = spectrum.ritz_values
+    growing = np.abs(ritz) > 1
+    times = np.where(growing[None], np.arange(n)[:, None] - (n - 1), np.arange(n)[:, None])
+    with np.errstate(under="ignore"):
+        waves = ritz[None] ** times
+    waves /= np.sqrt((np.abs(waves) ** 2).mean(axis=0))
+    sizes = np.abs(np.linalg.lstsq(waves, values.astype(np.complex128), rcond=None)[0])
+    frequencies = np.abs(np.angle(ritz)) / (2 * np.pi * step)
+    largest = sizes.max(axis=0)
+    upper = np.flatnonzero((ritz.imag >= 0) & (frequencies > 1e-9 / (n * step)))
+    upper = upper[np.argsort(frequencies[upper], kind="stable")]
+    counted = np.ones(len(upper), dtype=bool)
+    return Lines(frequencies[upper], sizes[upper], largest, counted, 0.5 / step, full_rank)
+
+
+def _lines(modes: Modes, sizes: Array, periods: Array, taper: bool, limit: float) -> Lines:
+    """Of each pair of modes k and −k one, sorted by frequency."""
+    first = np.take_along_axis(modes, (modes != 0).argmax(axis=1)[:, None], axis=1)[:, 0]
+    counted = ~_skirts(modes, sizes) if taper else np.ones(len(modes), dtype=bool)
+    largest = sizes.max(axis=0)
+    frequencies = np.linalg.norm(modes / periods, axis=1)
+    order = np.flatnonzero(first > 0)
+    order = order[np.argsort(frequencies[order], kind="stable")]
+    return Lines(frequencies[order], sizes[order], largest, counted[order], limit)
+
+
+def _skirts(modes: Modes, sizes: Array) -> npt.NDArray[np.bool_]:
+    """Which modes are much smaller than a neighbor, in every output."""
+    reach = np.abs(modes).max(axis=0)
+    found = np.ones(len(modes), dtype=bool)
+    for column in sizes.T:
+        lattice = np.zeros(2 * reach + 1)
+        for sign in (1, -1):
+            lattice[tuple((sign * modes + reach).T)] = np.where(modes.any(axis=1), column, 0.0)
+        neighbors = maximum_filter(lattice, size=3, mode="constant")
+        found &= column < SKIRT * neighbors[tuple((modes + reach).T)]
+    return found
+
+
+def _highest(n_modes: int, dim: int) -> int:
+    """Largest whole ‖k‖₁ with at most that many modes, at least 1."""
+    highest = 1
+    while len(half_space(highest + 1, dim, 1)) <= min(n_modes, MOST):
+        highest += 1
+    return highest

@@ -1,0 +1,252 @@
+r"""Hierarchical support vector regression (paper, section 5 and Table 1)."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
+from sklearn.svm import SVR
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from lightning_koopman.depth.estimate import (
+    FEWEST,
+    MOST_INPUTS,
+    THRESHOLDS,
+    DepthEstimate,
+    estimate_depth,
+)
+from lightning_koopman.losses.modes import is_count, is_number
+
+Array = npt.NDArray[np.float64]
+
+
+class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[misc]
+    r"""Hierarchical support vector regression: a sum of SVR models from coarse to fine (paper, equation 5).
+
+    .. math:: S(x) = \sum_{\ell=1}^{L} a_\ell(x; \gamma_\ell), \qquad
+        \gamma_\ell = 1 / \sigma_\ell^2, \quad \sigma_\ell = 1 / (6 f_\ell)
+
+    Each layer fits what those before it leave.  How many there are, and their scales, is read off the samples' spectrum
+    (:func:`estimate_depth`) instead of searched for.
+
+    Args:
+        n_layers: Number of layers, ≥ 1 (default: as estimated).  Fewer than estimated are the coarsest; further ones
+            have scales finer by ``decay`` each.
+        scales: Standard deviations σ > 0 of the layers' Gaussians, coarsest first, in the unit of X (default: as
+            estimated).
+        method: ``"fft"`` (least squares where the samples are scattered) or ``"dmd"``, see :func:`estimate_depth`.
+        decay: Ratio > 1 of the scales of two layers.
+        threshold: Share of the largest size from which a frequency counts (default: 0.01, for ``"dmd"`` 0.3).
+        taper: Whether the samples fade out at both ends before their spectrum is taken; often fewer layers suffice.
+        epsilon: Half width of the tube without loss, ≥ 0, relative to the range of y: the accuracy to reach.
+        C: Penalty, > 0, relative to the range of what a layer has to fit.
+        samples_per_scale: All layers but the last are fitted to the means over cells of side
+            σ / ``samples_per_scale``, which for coarse layers are far fewer than the samples: the error stays nearly
+            the same.  None: all layers are fitted to all samples, as in the paper.
+        tol: Tolerance of the solver, > 0.
+        cache_size: Kernel cache of the solver, in MB, > 0.
+        verbose: 1: print a line for each layer.
+
+    Attributes:
+        n_layers_: Number of layers L.
+        scales_: Array (L,): their σ, decreasing.
+        depth_: The estimate, or None where the scales were given or could not be estimated.
+        estimators_: L lists of M fitted ``sklearn.svm.SVR``.
+        layer_errors_: Array (L,): largest absolute error on the training samples after each layer.
+        n_features_in_: Number of inputs D.
+
+    With more than three inputs, fewer than eight different points or a constant y nothing can be estimated: there is
+    one layer then with scikit-learn's ``gamma="scale"`` (for more than three inputs with a warning), unless ``scales``
+    are given.  Points that come twice count with the mean of their samples in the estimate.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import HSVR
+        >>> x = np.linspace(0, 2, 1001)[:, None]
+        >>> y = np.cos(2 * np.pi * x[:, 0]) + np.sin(20 * np.pi * x[:, 0])
+        >>> model = HSVR().fit(x, y)
+        >>> model.n_layers_, bool(np.abs(model.predict(x) - y).max() < 0.011 * np.ptp(y))
+        (2, True)
+    """
+
+    def __init__(
+        self,
+        n_layers: int | None = None,
+        *,
+        scales: Sequence[float] | None = None,
+        method: str = "fft",
+        decay: float = 2.0,
+        threshold: float | None = None,
+        taper: bool = False,
+        epsilon: float = 0.01,
+        C: float = 5.0,  # noqa: N803
+        samples_per_scale: float | None = 30.0,
+        tol: float = 1e-3,
+        cache_size: float = 500.0,
+        verbose: int = 0,
+    ) -> None:
+        self.n_layers = n_layers
+        self.scales = scales
+        self.method = method
+        self.decay = decay
+        self.threshold = threshold
+        self.taper = taper
+        self.epsilon = epsilon
+        self.C = C
+        self.samples_per_scale = samples_per_scale
+        self.tol = tol
+        self.cache_size = cache_size
+        self.verbose = verbose
+
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> HSVR:  # noqa: N803
+        """Fit the layers, coarse to fine.
+
+        Args:
+            X: Points (N, D), in any order.
+            y: Samples (N,) or (N, M).
+
+        Returns:
+            self.
+
+        Raises:
+            ValueError: If an argument is out of its range, the samples are not finite or do not match, or
+                ``method="dmd"`` does not suit them.
+        """
+        given = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
+        inputs, targets = (np.asarray(each, dtype=np.float64) for each in given)
+        self._check_parameters()
+        self._single = targets.ndim == 1
+        targets = targets.reshape(len(inputs), -1)
+        self.scales_ = self._find_scales(inputs, targets)
+        self.n_layers_ = len(self.scales_)
+        epsilon = self.epsilon * np.ptp(targets, axis=0)
+        left = targets.copy()
+        self.estimators_: list[list[SVR]] = []
+        errors = []
+        for layer, scale in enumerate(self.scales_):
+            started = time.perf_counter()
+            last = layer == self.n_layers_ - 1
+            points, values = (
+                (inputs, left) if last or self.samples_per_scale is None else self._thin(inputs, left, scale)
+            )
+            models = [
+                SVR(
+                    gamma=1 / scale**2,
+                    C=self.C * np.ptp(left[:, output]) or 1.0,
+                    epsilon=epsilon[output],
+                    tol=self.tol,
+                    cache_size=self.cache_size,
+                ).fit(points, values[:, output])
+                for output in range(left.shape[1])
+            ]
+            self.estimators_.append(models)
+            left -= _predictions(models, inputs)
+            errors.append(np.abs(left).max())
+            if self.verbose:
+                vectors = sum(len(model.support_) for model in models)
+                print(
+                    f"[HSVR] layer {layer + 1} of {self.n_layers_}: scale {scale:.4g}, {len(points):,} samples, "
+                    f"{vectors:,} support vectors, largest error {errors[-1]:.4g}, "
+                    f"{time.perf_counter() - started:.1f} s"
+                )
+        self.layer_errors_ = np.array(errors)
+        return self
+
+    def predict(self, X: npt.ArrayLike) -> Array:  # noqa: N803
+        """The sum of all layers at the points (N, D): (N,) or (N, M), as y was."""
+        points = self._check_points(X)
+        return self._shaped(np.sum([_predictions(models, points) for models in self.estimators_], axis=0))
+
+    def staged_predict(self, X: npt.ArrayLike) -> Iterator[Array]:  # noqa: N803
+        """The sum after each layer, as :meth:`predict`."""
+        points = self._check_points(X)
+        total: Array = np.zeros((len(points), len(self.estimators_[0])))
+        for models in self.estimators_:
+            total = total + _predictions(models, points)
+            yield self._shaped(total)
+
+    def _check_points(self, X: npt.ArrayLike) -> Array:  # noqa: N803
+        check_is_fitted(self)
+        return np.asarray(validate_data(self, X, reset=False, dtype=np.float64))
+
+    def _shaped(self, values: Array) -> Array:
+        return values[:, 0] if self._single else values
+
+    def _find_scales(self, inputs: Array, targets: Array) -> Array:
+        """σ of each layer."""
+        self.depth_: DepthEstimate | None = None
+        if self.scales is not None:
+            return np.asarray(self.scales, dtype=np.float64)
+        varying = inputs[:, np.ptp(inputs, axis=0) > 0]
+        points, index, counts = np.unique(varying, axis=0, return_inverse=True, return_counts=True)
+        constant = not np.ptp(targets, axis=0).any()
+        if not 0 < varying.shape[1] <= MOST_INPUTS or len(points) < FEWEST or constant:
+            if varying.shape[1] > MOST_INPUTS:
+                warnings.warn(
+                    f"X has {varying.shape[1]} inputs: scales are estimated for {MOST_INPUTS} at most, so the first "
+                    "layer has that of gamma='scale'. Give scales.",
+                    stacklevel=3,
+                )
+            first = np.sqrt(inputs.shape[1] * inputs.var()) or 1.0
+            return np.asarray(first / self.decay ** np.arange(self.n_layers or 1), dtype=np.float64)
+        samples = _means(targets, index, counts)
+        self.depth_ = estimate_depth(
+            points, samples, self.method, self.decay, threshold=self.threshold, taper=self.taper
+        )
+        scales = self.depth_.scales
+        if self.n_layers is not None:
+            further = scales[-1] / self.decay ** np.arange(1, self.n_layers)
+            scales = np.concatenate([scales, further])[: self.n_layers]
+        return scales
+
+    def _thin(self, inputs: Array, left: Array, scale: float) -> tuple[Array, Array]:
+        """Means of points and values over cells of the layer's scale."""
+        assert self.samples_per_scale is not None
+        side = scale / self.samples_per_scale
+        cells = np.floor((inputs - inputs.min(axis=0)) / side)
+        _, index, counts = np.unique(cells, axis=0, return_inverse=True, return_counts=True)
+        if len(counts) == len(inputs):
+            return inputs, left
+        return _means(inputs, index, counts), _means(left, index, counts)
+
+    def _check_parameters(self) -> None:
+        """Raise ValueError for an argument out of its range; what concerns the spectrum is checked there."""
+        if self.n_layers is not None and not is_count(self.n_layers):
+            raise ValueError(f"n_layers must be a whole number ≥ 1, or None, got {self.n_layers!r}.")
+        if self.scales is not None:
+            scales = np.asarray(self.scales, dtype=object).reshape(-1)
+            if not len(scales) or not all(is_number(scale) and scale > 0 for scale in scales):
+                raise ValueError(f"scales must be numbers > 0, coarsest first, got {self.scales!r}.")
+            if (np.diff(scales.astype(np.float64)) >= 0).any():
+                raise ValueError(f"scales must decrease from layer to layer, got {self.scales!r}: sort them.")
+            if self.n_layers not in (None, len(scales)):
+                raise ValueError(f"n_layers={self.n_layers!r}, but scales are {len(scales)}: leave one of them out.")
+        if self.method not in THRESHOLDS:
+            raise ValueError(f"method must be one of {tuple(THRESHOLDS)}, got {self.method!r}.")
+        if not (is_number(self.decay) and self.decay > 1):
+            raise ValueError(f"decay must be a number > 1, got {self.decay!r}.")
+        if not (is_number(self.epsilon) and self.epsilon >= 0):
+            raise ValueError(f"epsilon must be a number ≥ 0, relative to the range of y, got {self.epsilon!r}.")
+        positive: dict[str, Any] = {"C": self.C, "tol": self.tol, "cache_size": self.cache_size}
+        if self.samples_per_scale is not None:
+            positive["samples_per_scale"] = self.samples_per_scale
+        for name, value in positive.items():
+            if not (is_number(value) and value > 0):
+                raise ValueError(f"{name} must be a number > 0, got {value!r}.")
+
+
+def _predictions(models: Sequence[SVR], points: Array) -> Array:
+    """What one layer predicts: (N, M)."""
+    return np.stack([model.predict(points) for model in models], axis=1)
+
+
+def _means(values: Array, index: npt.NDArray[np.intp], counts: npt.NDArray[np.intp]) -> Array:
+    """Mean of the rows that have the same index."""
+    sums = np.zeros((len(counts), values.shape[1]))
+    np.add.at(sums, index.reshape(-1), values)
+    return sums / counts[:, None]

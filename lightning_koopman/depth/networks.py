@@ -1,0 +1,91 @@
+r"""Depth and scales of a fully connected network, before any training (paper, section 5)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from lightning_koopman.depth.estimate import FEWEST, DepthEstimate, estimate_depth
+from lightning_koopman.losses.domain import Interval, observe_domain
+from lightning_koopman.losses.modes import check_scales
+from lightning_koopman.samples import as_samples
+
+
+@dataclass(frozen=True, eq=False)
+class MLPSuggestion:
+    r"""What :func:`suggest_mlp` returns.
+
+    Attributes:
+        n_layers: Number of hidden layers.
+        scales: Highest mode of each hidden layer's octave, in cycles per period; the last is that of the network's
+            output: what :class:`SobolevLoss` takes as ``scales``, with the first ``n_layers - 1`` hidden layers as
+            ``layers``.
+        domain: The period of each input: what :class:`SobolevLoss` takes as ``domain``.
+        depth: The estimate that it comes from.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import suggest_mlp
+        >>> x = np.linspace(0, 1, 201)
+        >>> suggestion = suggest_mlp(x, np.sin(2 * np.pi * x) + np.sin(16 * np.pi * x), taper=True)
+        >>> suggestion.n_layers, suggestion.scales
+        (2, (1, 8))
+    """
+
+    n_layers: int
+    scales: tuple[float, ...]
+    domain: tuple[Interval, ...]
+    depth: DepthEstimate
+
+
+def suggest_mlp(
+    x: npt.ArrayLike | Tensor,
+    y: npt.ArrayLike | Tensor,
+    *,
+    method: str = "fft",
+    decay: float = 2.0,
+    threshold: float | None = None,
+    taper: bool = False,
+    max_frequency: float | None = None,
+) -> MLPSuggestion:
+    """Hidden layers for a fully connected network that is to learn the samples, one an octave of their spectrum.
+
+    A heuristic of the paper (section 6 takes nine layers where the estimate is seven), not a law: a network of another
+    depth may do as well.  See ``docs/depth.md``.
+
+    Args:
+        x: As for :func:`estimate_depth`.
+        y: As for :func:`estimate_depth`.
+        method: As for :func:`estimate_depth`.
+        decay: As for :func:`estimate_depth`.
+        threshold: As for :func:`estimate_depth`.
+        taper: As for :func:`estimate_depth`.
+        max_frequency: As for :func:`estimate_depth`; for noisy samples the last of :func:`suggest_scales`, divided by
+            the period.
+
+    Returns:
+        Number of layers, scales and period.
+
+    Raises:
+        ValueError: As for :func:`estimate_depth`.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import suggest_mlp
+        >>> x = np.linspace(0, 2, 1001)
+        >>> suggestion = suggest_mlp(x, x + np.sin(2 * np.pi * x**4))
+        >>> suggestion.n_layers, suggestion.scales
+        (7, (1, 3, 7, 15, 31, 63, 68))
+    """
+    depth = estimate_depth(x, y, method, decay, threshold=threshold, taper=taper, max_frequency=max_frequency)
+    domain = observe_domain(torch.as_tensor(as_samples(x, y, FEWEST)[0]))
+    longest = max(high - low for low, high in domain)
+    ends = np.searchsorted(depth.frequencies, depth.layer_frequencies[1:])  # of each layer's octave
+    reach = depth.frequencies[np.append(ends - 1, -1)]
+    # the ℓ1 norm of a mode is at most √D times the Euclidean one
+    modes = np.maximum(1, np.ceil(reach * longest * np.sqrt(len(domain)) - 1e-6))
+    return MLPSuggestion(depth.n_layers, check_scales(modes.tolist()), domain, depth)
