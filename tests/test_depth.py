@@ -254,7 +254,7 @@ def test_scales_of_several_inputs_hold_all_modes_that_count():
     rng = np.random.default_rng(0)
     points = rng.uniform(0, 1, (3000, 2))
     y = np.cos(2 * np.pi * (3 * points[:, 0] + 3 * points[:, 1]))
-    suggestion = suggest_mlp(points, y, threshold=0.3)
+    suggestion = suggest_mlp(points, y, depth=estimate_depth(points, y, threshold=0.3))
     assert suggestion.scales[-1] >= 6
     assert len(suggestion.domain) == 2
 

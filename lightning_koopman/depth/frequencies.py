@@ -21,7 +21,8 @@ Array = npt.NDArray[np.float64]
 Modes = npt.NDArray[np.int64]
 
 SHARE = 0.25  # of the samples: modes to fit to scattered ones, two functions each
-MOST = 1000  # modes: beyond, least squares take seconds
+MOST = 500  # modes: beyond, least squares take seconds
+PIECE = 4096  # points at a time: their sines and cosines take 32 MB at most
 RIDGE = 1e-8
 SKIRT = 0.6  # of a neighbor: less is the skirt that a taper gives a single frequency
 DELAYS = 500  # of the Hankel matrix, at most: as for the paper's 1001 samples
@@ -75,16 +76,17 @@ def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
     torus_points = to_torus(torch.as_tensor(x), box)
     highest = _highest(int(SHARE * len(x)), x.shape[1])
     modes = half_space(highest, x.shape[1], 1).astype(np.int64)
-    basis = fourier_basis(torus_points, torch.as_tensor(modes)).numpy()
-    gram = basis @ basis.T
-    gram[np.diag_indices_from(gram)] += RIDGE * len(x)
-    factor = scipy.linalg.cho_factor(gram, check_finite=False)
     constant = int(np.flatnonzero(~modes.any(axis=1))[0])
     values = y
     if taper:
         window = (2 * np.sin(np.pi * torus_points.numpy()) ** 2).prod(axis=1)[:, None]
         values = window * np.column_stack([y, np.ones(len(y))])
-    fitted = scipy.linalg.cho_solve(factor, basis @ values, check_finite=False)
+    gram, projected = RIDGE * len(x) * np.eye(2 * len(modes)), np.zeros((2 * len(modes), values.shape[1]))
+    for start in range(0, len(x), PIECE):
+        basis = fourier_basis(torus_points[start : start + PIECE], torch.as_tensor(modes)).numpy()
+        gram += basis @ basis.T
+        projected += basis @ values[start : start + PIECE]
+    fitted = scipy.linalg.solve(gram, projected, assume_a="pos", overwrite_a=True, check_finite=False)
     if taper:  # the window's own waves go with the mean
         fitted = fitted[:, :-1] - np.outer(fitted[:, -1], fitted[constant, :-1] / fitted[constant, -1])
     sizes = np.hypot(*fitted.reshape(2, len(modes), -1)) / 2

@@ -29,9 +29,10 @@ class MLPSuggestion:
 
     Example:
         >>> import numpy as np
-        >>> from lightning_koopman import suggest_mlp
+        >>> from lightning_koopman import estimate_depth, suggest_mlp
         >>> x = np.linspace(0, 1, 201)
-        >>> suggestion = suggest_mlp(x, np.sin(2 * np.pi * x) + np.sin(16 * np.pi * x), taper=True)
+        >>> y = np.sin(2 * np.pi * x) + np.sin(16 * np.pi * x)
+        >>> suggestion = suggest_mlp(x, y, depth=estimate_depth(x, y, taper=True))
         >>> suggestion.n_layers, suggestion.scales
         (2, (1, 8))
     """
@@ -43,14 +44,7 @@ class MLPSuggestion:
 
 
 def suggest_mlp(
-    x: npt.ArrayLike | Tensor,
-    y: npt.ArrayLike | Tensor,
-    *,
-    method: str = "fft",
-    decay: float = 2.0,
-    threshold: float | None = None,
-    taper: bool = False,
-    max_frequency: float | None = None,
+    x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor, *, depth: DepthEstimate | None = None
 ) -> MLPSuggestion:
     """Hidden layers for a fully connected network that is to learn the samples, one an octave of their spectrum.
 
@@ -58,14 +52,10 @@ def suggest_mlp(
     depth may do as well.  See ``docs/depth.md``.
 
     Args:
-        x: As for :func:`estimate_depth`.
-        y: As for :func:`estimate_depth`.
-        method: As for :func:`estimate_depth`.
-        decay: As for :func:`estimate_depth`.
-        threshold: As for :func:`estimate_depth`.
-        taper: As for :func:`estimate_depth`.
-        max_frequency: As for :func:`estimate_depth`; for noisy samples the last of :func:`suggest_scales`, divided by
-            the period.
+        x: Points, as for :func:`estimate_depth`.
+        y: Samples, as for :func:`estimate_depth`.
+        depth: The estimate to go by (default: ``estimate_depth(x, y)``).  For noisy samples give one whose
+            ``max_frequency`` is the last of :func:`suggest_scales` divided by the period.
 
     Returns:
         Number of layers, scales and period.
@@ -81,7 +71,7 @@ def suggest_mlp(
         >>> suggestion.n_layers, suggestion.scales
         (7, (1, 3, 7, 15, 31, 63, 68))
     """
-    depth = estimate_depth(x, y, method, decay, threshold=threshold, taper=taper, max_frequency=max_frequency)
+    depth = estimate_depth(x, y) if depth is None else depth
     domain = observe_domain(torch.as_tensor(as_samples(x, y, FEWEST)[0]))
     longest = max(high - low for low, high in domain)
     ends = np.searchsorted(depth.frequencies, depth.layer_frequencies[1:])  # of each layer's octave
