@@ -165,11 +165,10 @@ def plot_depth(estimate: DepthEstimate) -> Figure:
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axis = figure.subplots()
-    n_frequencies = len(estimate.spectrum_frequencies)
-    amplitudes, cutoff = estimate.spectrum_amplitudes.reshape(n_frequencies, -1), np.atleast_1d(estimate.cutoff)
-    relative = (amplitudes / np.where(cutoff > 0, cutoff, 1.0)).max(axis=1)
-    counted = np.isin(estimate.spectrum_frequencies, estimate.frequencies)
-    for chosen, color, label in ((~counted, MUTED, "left out"), (counted, TRAINING, "counts")):
+    cutoff = np.where(estimate.cutoff > 0, estimate.cutoff, np.inf)
+    relative = estimate.spectrum_amplitudes / cutoff
+    relative = relative if relative.ndim == 1 else relative.max(axis=1)
+    for chosen, color, label in ((~estimate.counts, MUTED, "left out"), (estimate.counts, TRAINING, "counts")):
         if not chosen.any():
             continue
         axis.vlines(estimate.spectrum_frequencies[chosen], 1e-4, relative[chosen], color=color, linewidth=1)

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from lightning_koopman import SobolevLoss, estimate_depth, plot_depth, suggest_mlp
 from lightning_koopman.demo.table1 import DOMAIN, N_SAMPLES, TABLE
 from lightning_koopman.depth.estimate import octaves
-from lightning_koopman.depth.frequencies import SKIRT
 from lightning_koopman.depth.layout import find_grid
 
 x = np.linspace(*DOMAIN, N_SAMPLES)
@@ -38,6 +37,7 @@ def test_the_transform_is_numpys(row):
     found = estimate_depth(x, y)
     np.testing.assert_allclose(found.frequencies, frequencies[kept], rtol=1e-12)
     np.testing.assert_allclose(found.amplitudes, 2 * sizes[kept] / len(y), rtol=1e-9)
+    assert found.counts.sum() == kept.sum()
     np.testing.assert_allclose(found.spectrum_frequencies, frequencies[1:], rtol=1e-12)
     np.testing.assert_allclose(found.scales, 1 / (6 * found.layer_frequencies))
     np.testing.assert_allclose(found.gammas, found.scales**-2.0)
@@ -80,7 +80,6 @@ def test_a_taper_saves_layers_of_table_1():
     tapered = [estimate_depth(x, row.function(x), taper=True).n_layers for row in TABLE]
     assert all(after <= before for before, after in zip(plain, tapered, strict=True))
     assert sum(tapered) <= 0.7 * sum(plain)
-    assert 0.5 < SKIRT < 1  # a single wave between two bins has a ratio of 1, on a bin of 1/2
 
 
 def test_scattered_samples_give_the_same_layers_as_a_grid_where_nothing_leaks():
@@ -109,6 +108,43 @@ def test_waves_on_grids_of_several_inputs(dim, seed):
     assert found.method == "fft"
 
 
+@pytest.mark.parametrize("shape", [(8,), (9,), (8, 6), (7, 6), (9, 2), (4, 5, 6), (3, 3, 4)])
+def test_each_pair_of_conjugate_waves_is_listed_once(shape):
+    rng = np.random.default_rng(0)
+    points = np.stack(np.meshgrid(*map(np.arange, map(float, shape)), indexing="ij"), -1).reshape(-1, len(shape))
+    y = rng.standard_normal(len(points))
+    if len(points) < 8:
+        return
+    found = estimate_depth(points[:, 0] if len(shape) == 1 else points, y, threshold=1e-9)
+    coefficients = np.abs(np.fft.fftn(y.reshape(shape))) / y.size
+    index = np.indices(shape)
+    own = np.ravel_multi_index(index, shape)
+    conjugate = np.ravel_multi_index([-i % n for i, n in zip(index, shape, strict=True)], shape)
+    amplitudes = np.where(own == conjugate, 1, 2) * coefficients
+    expected = amplitudes[(own <= conjugate) & (own > 0)]
+    np.testing.assert_allclose(np.sort(found.spectrum_amplitudes), np.sort(expected.ravel()), atol=1e-12)
+    assert (found.spectrum_amplitudes**2 * 1.0).sum() > 0
+
+
+def test_amplitudes_at_the_nyquist_frequency():
+    k = np.arange(64)
+    y = np.cos(2 * np.pi * k / 8) + np.cos(np.pi * k)
+    for method in ("fft", "dmd"):
+        np.testing.assert_allclose(estimate_depth(k, y, method).amplitudes, [1, 1], rtol=1e-6)
+
+
+def test_scattered_samples_against_least_squares():
+    rng = np.random.default_rng(0)
+    points = np.sort(rng.uniform(0, 1, 400))
+    y = np.cos(2 * np.pi * 5 * points) + 0.3 * rng.standard_normal(400)
+    found = estimate_depth(points, y)
+    period = (points[-1] - points[0]) * (1 + 1 / 399)
+    turns = 2 * np.pi * (points - points[0])[:, None] * np.arange(1, 100) / period
+    design = np.hstack([np.ones((400, 1)), np.cos(turns), np.sin(turns)])
+    solution = np.linalg.lstsq(design, y, rcond=None)[0]
+    np.testing.assert_allclose(found.spectrum_amplitudes, np.hypot(solution[1:100], solution[100:]), rtol=0.01)
+
+
 @pytest.mark.parametrize("dim", [2, 3])
 def test_scattered_points_of_several_inputs(dim):
     rng = np.random.default_rng(0)
@@ -128,6 +164,32 @@ def test_several_outputs_count_together_and_have_their_own_cutoffs():
         assert found.cutoff.shape == (2,)
     alone = estimate_depth(x, y[:, 0], threshold=0.3)
     np.testing.assert_allclose(alone.cutoff, estimate_depth(x, y, threshold=0.3).cutoff[0])
+
+
+def test_an_output_without_waves_asks_for_nothing():
+    t = np.arange(64) / 64
+    y = np.stack([np.sin(2 * np.pi * 5 * t), np.full(64, 0.1)], axis=1)
+    rng = np.random.default_rng(0)
+    scattered = np.sort(rng.uniform(0, 1, 64))
+    for taper in (False, True):
+        assert estimate_depth(t, y, taper=taper).n_layers == 1
+        constant = 0.1 + 1e-16 * rng.standard_normal(64)
+        constant[3] += 1e-15
+        assert "no frequency counts" in estimate_depth(t, constant, taper=taper).notes[0]
+        waves = np.stack([np.sin(2 * np.pi * 5 * scattered), np.full(64, 0.1)], axis=1)
+        alone = estimate_depth(scattered, waves[:, 0], taper=taper, threshold=0.1)
+        assert estimate_depth(scattered, waves, taper=taper, threshold=0.1).n_layers == alone.n_layers
+    assert estimate_depth(t, y, "dmd").n_layers == 1
+
+
+@pytest.mark.parametrize("offset", [0.0, 2.0, 1000.0])
+def test_a_distant_mean_hides_no_waves(offset):
+    y = np.sin(20 * np.pi * x) + offset
+    found = estimate_depth(x, y, "dmd")
+    np.testing.assert_allclose(found.frequencies, [10], rtol=1e-6)
+    chirp = x + np.sin(2 * np.pi * x**4)
+    assert estimate_depth(x, chirp + offset).n_layers >= 6  # the mean counts, but not without bound
+    assert estimate_depth(x, chirp + offset, taper=True).n_layers == 6
 
 
 def test_the_unit_of_x_and_y_does_not_matter():
@@ -159,7 +221,7 @@ def test_decay_threshold_and_highest_frequency():
 
 def test_tensors_and_single_precision():
     y = np.sin(2 * np.pi * x**2)
-    found = estimate_depth(torch.linspace(0, 2, 1001), torch.as_tensor(y).float())
+    found = estimate_depth(torch.linspace(0, 2, 1001), torch.as_tensor(y).float().requires_grad_())
     assert found.method == "fft"
     assert found.n_layers == 5
 
@@ -181,6 +243,19 @@ def test_notes():
     )
     fast = estimate_depth(x[::20], np.sin(2 * np.pi * 12.2 * x[::20]), threshold=0.2)
     assert any("sample more densely" in note for note in fast.notes)
+    hole = np.delete(np.linspace(0, 1, 1001), slice(400, 600))
+    assert "a gap of 0.201 between neighbors" in estimate_depth(hole, np.sin(6 * np.pi * hole)).notes[0]
+    many = np.sort(rng.uniform(0, 1, 3000))
+    limited = estimate_depth(many, np.sin(2 * np.pi * 1200 * many)).notes
+    assert any("of 3000 at most 500 modes" in note for note in limited)
+    assert not any("a gap of" in note for note in limited)
+    unlike = rng.uniform(0, 1, (400, 2)) * [1, 1000]
+    assert "ranges differ by a factor of" in estimate_depth(unlike, unlike[:, 0] ** 2).notes[0]
+    step = np.linspace(0, 1, 200)
+    assert "end-point jump" in estimate_depth(step, (step > 0.3).astype(float)).notes[0]
+    flat = np.stack(np.meshgrid(np.arange(200) / 200, np.arange(4.0), indexing="ij"), -1).reshape(-1, 2)
+    slow = estimate_depth(flat, np.sin(2 * np.pi * 5 * flat[:, 0]))
+    assert not any("highest" in note for note in slow.notes)
     none = estimate_depth(x, np.sin(20 * np.pi * x), max_frequency=0.1)
     assert none.n_layers == 1
     assert "no frequency counts" in none.notes[0]
@@ -202,7 +277,11 @@ def test_notes():
         (x, np.full(1001, 3.0), {}, r"y is constant \(3\)"),
         (x[:7], x[:7], {}, "≥ 8, got 7, 7"),
         (x, x[:-1], {}, "the same number of samples"),
-        (x, x + 0j, {}, "y must be real"),
+        (x, x + 0j, {}, "y must be real numbers, got complex128: give real and imaginary part"),
+        (x.astype("datetime64[s]"), x, {}, "x must be real numbers, got datetime64"),
+        (x, np.array(["a"] * 1001, dtype=object), {}, "y must be real numbers, got object: convert"),
+        (x, np.zeros((1001, 0)), {}, "y must be .* got the shape"),
+        (x * 1e200, x, {}, "too far from 1 to compute with"),
         (x**2, x, {"method": "dmd"}, "x is not equidistant, which method='dmd' needs: resample"),
         (np.random.default_rng(0).uniform(0, 1, (99, 2)), x[:99], {"method": "dmd"}, "has 2 inputs, but method='dmd'"),
         (np.random.default_rng(0).uniform(0, 1, (99, 4)), x[:99], {}, "has 4 inputs, more than 3"),
@@ -238,6 +317,8 @@ def test_a_grid_is_told_from_scattered_points():
 
 
 def test_scales_of_a_network_serve_the_sobolev_loss():
+    with pytest.raises(ValueError, match="depth must be what estimate_depth returns, or None, got 3"):
+        suggest_mlp(x, x, depth=3)
     suggestion = suggest_mlp(x, x + np.sin(2 * np.pi * x**4))
     assert suggestion.n_layers == suggestion.depth.n_layers == len(suggestion.scales) == 7
     assert suggestion.scales == (1, 3, 7, 15, 31, 63, 68)
@@ -269,6 +350,7 @@ def test_the_figure_marks_layers_and_the_cutoff(outputs):
     (axis,) = plot_depth(estimate).axes
     assert [text.get_text() for text in axis.texts] == [str(layer + 1) for layer in range(estimate.n_layers)]
     left_out, counts = (line for line in axis.get_lines() if line.get_label() in ("left out", "counts"))
+    assert not plot_depth(estimate_depth(x, x, "dmd")).axes[0].collections  # no wave at all
     assert counts.get_ydata().min() >= 1
     assert left_out.get_ydata().max() <= 1
     assert len(counts.get_xdata()) == len(estimate.frequencies)

@@ -19,9 +19,11 @@ THRESHOLDS = {"fft": 0.01, "dmd": 0.3}  # of the largest size
 FEWEST = 8  # samples: three frequencies
 MOST_INPUTS = 3
 DEVIATIONS = 6  # σ in a period: 3σ = T/2
-JUMP, STEPS = 0.1, 3.0  # of the range, and of the largest step between neighbors: what counts as a jump
+JUMP, STEPS = 0.1, 3.0  # of the range, and of all but the largest steps between neighbors: what counts as a jump
 CROWD = 0.5  # of all frequencies: so many are noise, or a jump
-NEAR = 0.9  # of the highest frequency that the samples can tell
+GAP = 30  # median distances of neighbors: scattered samples do not show what lies in such a gap
+UNLIKE = 100  # ratio of the inputs' ranges
+EXTREME = 1e100  # ranges beyond overflow when they are squared
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +37,13 @@ class DepthEstimate:
         gammas: Array (L,), increasing: :math:`\gamma_\ell = 1 / \sigma_\ell^2` of
             :math:`\exp(-\gamma \|x - c\|^2)`.
         layer_frequencies: Array (L,), increasing: :math:`f_\ell`, in cycles per unit of x.
-        frequencies: Array (k,), increasing: all frequencies that count, of which each layer takes an octave.
-        amplitudes: Array (k,), or (k, M) for several outputs, ≥ 0: amplitudes of their waves, in the unit of y.
         spectrum_frequencies: Array (F,), increasing: every frequency that was looked at, to plot.
-        spectrum_amplitudes: Array (F,) or (F, M), ≥ 0: their amplitudes.
+        spectrum_amplitudes: Array (F,), or (F, M) for several outputs, ≥ 0: amplitudes of their waves, in the unit of
+            y; by DMD, whose waves may grow or decay, √2 times their root mean square over the samples.
+        counts: Boolean (F,): which of them count.  Each layer takes an octave of those.
         cutoff: Amplitude from which a frequency counts, an array (M,) for several outputs.
         method: ``"fft"``, ``"least squares"`` or ``"dmd"``: how the spectrum was computed.
-        decay: Ratio ρ of the scales of two layers.
+        decay: Least ratio ρ of the scales of two layers.
         notes: What may be wrong with the estimate, in words, for instance a jump between the ends of the samples.
 
     Example:
@@ -57,14 +59,23 @@ class DepthEstimate:
     scales: Array
     gammas: Array
     layer_frequencies: Array
-    frequencies: Array
-    amplitudes: Array
     spectrum_frequencies: Array
     spectrum_amplitudes: Array
+    counts: npt.NDArray[np.bool_]
     cutoff: Array
     method: str
     decay: float
     notes: tuple[str, ...]
+
+    @property
+    def frequencies(self) -> Array:
+        """Array (k,), increasing: the frequencies that count."""
+        return self.spectrum_frequencies[self.counts]
+
+    @property
+    def amplitudes(self) -> Array:
+        """Array (k,) or (k, M): their amplitudes, in the unit of y."""
+        return self.spectrum_amplitudes[self.counts]
 
     def __repr__(self) -> str:
         scales = ", ".join(f"{scale:.4g}" for scale in self.scales)
@@ -84,20 +95,25 @@ def estimate_depth(
 ) -> DepthEstimate:
     r"""How many layers a function needs, and of which scales, from the spectrum of its samples (paper, section 5).
 
-    The frequencies whose size is at least ``threshold`` of the largest are kept.  The lowest makes the first layer, and
-    each frequency at least ``decay`` times that of the layer before makes the next.  A layer's Gaussian has three
-    standard deviations in half a period, :math:`\sigma = 1 / (6 f)`.
+    The frequencies whose size is at least ``threshold`` of the largest count.  The lowest makes the first layer, and
+    each frequency at least ``decay`` times that of the layer before makes the next; octaves without a frequency get
+    none.  A layer's Gaussian has three standard deviations in half a period, :math:`\sigma = 1 / (6 f)`.
 
-    The number is enough, not the least: often the error is small before the last layer.
+    This is the rule that gives the paper's Table 1.  Its text instead takes :math:`\gamma_{\ell+1} = \rho
+    \gamma_\ell` and as many layers as span all the scales: 14 in place of the table's 7 for the signal below.
+
+    The number is usually enough, and often more than that: see ``notes``, and ``docs/depth.md``.
 
     Args:
-        x: Points (N,), increasing, or (N, D) with D ≤ 3 inputs, N ≥ 8, none twice.
+        x: Points (N,), increasing, or (N, D) with D ≤ 3 inputs, N ≥ 8, none twice.  One scale serves all inputs: bring
+            them to like ranges.
         y: Samples (N,), or (N, M) for several outputs; a frequency is kept if it is in one of them.
         method: ``"fft"``: the discrete Fourier transform of equidistant samples (for more inputs: of a full grid, in
-            any order), and least squares in sines and cosines of scattered ones; ``"dmd"``: dynamic mode decomposition
-            with delays, for equidistant samples of one input.
-        decay: Ratio ρ > 1 of the scales of two layers.
-        threshold: In (0, 1), of the largest size, the mean's included (default: 0.01, for ``"dmd"`` 0.3).
+            any order), and least squares in sines and cosines of scattered ones, at most 500 modes; ``"dmd"``: dynamic
+            mode decomposition with delays, for equidistant samples of one input.
+        decay: Least ratio ρ > 1 of the scales of two layers.
+        threshold: In (0, 1), of the largest size (default: 0.01, for ``"dmd"`` 0.3).  With ``"fft"`` and without
+            ``taper`` the mean counts among the sizes, by no more than the range of y.
         taper: Let the samples fade out at both ends (Hann window), and take of each peak's skirt only the peak, with
             ``"fft"``: without it a jump between the ends, or a wave that does not fit into the samples' range a whole
             number of times, leaks into all frequencies and asks for layers that nothing needs.  The paper's table was
@@ -151,9 +167,9 @@ def estimate_depth(
         lines = fourier_lines(grid, taper=taper)
     else:
         method, lines = "least squares", least_squares_lines(points, samples, taper=taper)
-    extent = float(np.ptp(points, axis=0).max())
     line = Grid(samples, (1.0,)) if points.shape[1] == 1 else grid  # sorted, if not equidistant
-    notes = [] if taper or method == "dmd" or line is None else _jumps(line)
+    notes = _inputs(points, grid) + (_jumps(line) if line is not None and not taper and method != "dmd" else [])
+    extent = float(np.ptp(points, axis=0).max())
     return _layers(lines, method, float(decay), float(share), max_frequency, extent, notes, np.ndim(y) == 1)
 
 
@@ -170,33 +186,29 @@ def _layers(
     """From the frequencies to the layers."""
     cutoff = threshold * lines.largest
     meets = lines.sizes >= cutoff if method == "dmd" else lines.sizes > cutoff
-    kept = (meets & (lines.largest > 0)).any(axis=1) & lines.candidates
+    counts = (meets & (lines.largest > 0)).any(axis=1) & lines.candidates
     if max_frequency is not None:
-        kept &= lines.frequencies <= max_frequency
-    frequencies = lines.frequencies[kept]
-    if not frequencies.size:
-        frequencies = np.array([1 / extent])
+        counts &= lines.frequencies <= max_frequency
+    if counts.any():
+        layer_frequencies = octaves(lines.frequencies[counts], decay)
+    else:
+        layer_frequencies = np.array([1 / extent])
         notes.append("no frequency counts: one layer as wide as the samples' range.")
-    layer_frequencies = octaves(frequencies, decay)
-    if method == "dmd":
-        if lines.full_rank:
-            notes.append("DMD takes as many modes as the samples allow, which fit anything: noise, or too few of them.")
-        if layer_frequencies[0] * extent < 1 / DEVIATIONS:
-            notes.append(
-                "a trend in place of a wave: the first layer's scale is "
-                f"{1 / (DEVIATIONS * layer_frequencies[0]):.3g}, wider than the samples' range; method='fft' sees "
-                "scales within it."
-            )
-    elif kept.sum() > CROWD * len(lines.frequencies):
+    scales = 1 / (DEVIATIONS * layer_frequencies)
+    if lines.full_rank:
+        notes.append("DMD takes as many modes as the samples allow, which fit anything: noise, or too few of them.")
+    if method == "dmd" and scales[0] > extent:
         notes.append(
-            f"{kept.sum()} of {len(lines.frequencies)} frequencies count: noise, or a jump. Raise threshold, or give "
+            f"a trend in place of a wave: the first layer's scale is {scales[0]:.3g}, wider than the samples' range; "
+            "method='fft' sees scales within it."
+        )
+    if method != "dmd" and counts.sum() > CROWD * len(counts):
+        notes.append(
+            f"{counts.sum()} of {len(counts)} frequencies count: noise, or a jump. Raise threshold, or give "
             "max_frequency."
         )
-    if frequencies[-1] > NEAR * lines.limit:
-        notes.append(
-            f"frequencies up to the highest that the samples can tell, {lines.limit:.4g}: sample more densely."
-        )
-    scales = 1 / (DEVIATIONS * layer_frequencies)
+    if (counts & lines.extreme).any():
+        notes.append(lines.note)
 
     def shaped(values: Array) -> Array:
         return values[..., 0] if single else values
@@ -206,10 +218,9 @@ def _layers(
         scales=scales,
         gammas=1 / scales**2,
         layer_frequencies=layer_frequencies,
-        frequencies=frequencies,
-        amplitudes=shaped(2 * lines.sizes[kept] if kept.any() else np.zeros((1, lines.sizes.shape[1]))),
         spectrum_frequencies=lines.frequencies,
-        spectrum_amplitudes=shaped(2 * lines.sizes),
+        spectrum_amplitudes=shaped(lines.amplitudes),
+        counts=counts,
         cutoff=shaped(2 * cutoff),
         method=method,
         decay=decay,
@@ -235,6 +246,9 @@ def _check_points(points: Array) -> None:
     constant = np.flatnonzero(np.ptp(points, axis=0) == 0)
     if constant.size:
         raise ValueError(f"x does not differ in input {constant[0]}: leave that input out.")
+    ranges = np.ptp(points, axis=0)
+    if not (ranges.min() > 1 / EXTREME and ranges.max() < EXTREME):
+        raise ValueError(f"x has a range of {ranges.max():g}, too far from 1 to compute with: take another unit.")
     if points.shape[1] == 1 and (np.diff(points[:, 0]) < 0).any():
         at = int(np.argmax(np.diff(points[:, 0]) < 0))
         raise ValueError(
@@ -247,6 +261,25 @@ def _check_points(points: Array) -> None:
         raise ValueError(f"x holds the point {twice} {counts.max()} times: average the samples of equal points.")
 
 
+def _inputs(points: Array, grid: Grid | None) -> list[str]:
+    """Notes on how the points lie."""
+    notes = []
+    if grid is None and points.shape[1] == 1:
+        gaps = np.diff(points[:, 0])
+        if gaps.max() > GAP * np.median(gaps):
+            notes.append(
+                f"a gap of {gaps.max():.4g} between neighbors, {gaps.max() / np.median(gaps):.0f} times the usual: "
+                "nothing is known within it, which asks for layers. Resample, or give max_frequency."
+            )
+    ranges = np.ptp(points, axis=0)
+    if ranges.max() > UNLIKE * ranges.min():
+        notes.append(
+            f"the inputs' ranges differ by a factor of {ranges.max() / ranges.min():.3g}, but one scale serves all: "
+            "bring them to like ranges."
+        )
+    return notes
+
+
 def _jumps(grid: Grid) -> list[str]:
     """A note for each input along which the function differs between both ends, which a transform takes for one."""
     notes = []
@@ -254,7 +287,7 @@ def _jumps(grid: Grid) -> list[str]:
     ranges = np.ptp(grid.values, axis=axes)
     for axis in axes:
         jump = np.abs(grid.values.take(-1, axis) - grid.values.take(0, axis)).max(axis=axes[:-1])
-        step = np.abs(np.diff(grid.values, axis=axis)).max(axis=axes)
+        step = np.quantile(np.abs(np.diff(grid.values, axis=axis)), 0.95, axis=axes)
         if ((jump > JUMP * ranges) & (jump > STEPS * step)).any():
             where = "" if len(grid.steps) == 1 else f" of input {axis}"
             notes.append(

@@ -19,6 +19,7 @@ from lightning_koopman.losses.modes import half_space
 
 Array = npt.NDArray[np.float64]
 Modes = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 SHARE = 0.25  # of the samples: modes to fit to scattered ones, two functions each
 MOST = 500  # modes: beyond, least squares take seconds
@@ -28,6 +29,8 @@ SKIRT = 0.6  # of a neighbor: less is the skirt that a taper gives a single freq
 DELAYS = 500  # of the Hankel matrix, at most: as for the paper's 1001 samples
 DMD_TOL = 1e-12
 FULL = 0.9  # of the rank that the samples allow
+NEAR = 0.9  # of the highest mode that the samples tell
+ROUNDING = 1e-12  # of the samples' size
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,38 +39,51 @@ class Lines:
 
     Attributes:
         frequencies: Array (F,), increasing, > 0, in cycles per unit of x: the Euclidean norm over the inputs.
-        sizes: Array (F, M), ≥ 0: half the amplitude of the wave in each output (its complex coefficient's modulus).
-        largest: Array (M,): the largest size, that of the mean included.
+        sizes: Array (F, M), ≥ 0: modulus of the wave's complex coefficient in each output.
+        amplitudes: Array (F, M): twice that, but for waves that are their own conjugates.
+        largest: Array (M,): the size that thresholds are relative to; 0 for an output without waves.
         candidates: Boolean (F,): those that count; False for the skirts that a taper makes.
-        limit: Highest frequency that the samples can tell.
+        extreme: Boolean (F,): those next to the highest that the samples tell.
+        note: What to say of those.
         full_rank: Whether DMD took nearly as many modes as the samples allow, which fit anything.
     """
 
     frequencies: Array
     sizes: Array
+    amplitudes: Array
     largest: Array
-    candidates: npt.NDArray[np.bool_]
-    limit: float
+    candidates: Mask
+    extreme: Mask
+    note: str
     full_rank: bool = False
 
 
 def fourier_lines(grid: Grid, *, taper: bool) -> Lines:
     """By the discrete Fourier transform of samples on an equidistant grid of any number of inputs."""
-    axes = tuple(range(len(grid.steps)))
     shape = grid.values.shape[:-1]
+    axes = tuple(range(len(shape)))
     values = grid.values
     if taper:
-        window = reduce(np.multiply.outer, [2 * np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in shape])[
-            ..., None
-        ]
-        values = (values - (values * window).mean(axis=axes)) * window  # whose mean is 1: waves keep their amplitude
-    sizes = np.abs(np.fft.fftn(values, axes=axes)) / np.prod(shape)
-    modes = np.stack(np.meshgrid(*[np.fft.fftfreq(n, 1 / n).round() for n in shape], indexing="ij"), axis=-1)
-    modes, sizes = modes.reshape(-1, len(axes)).astype(np.int64), sizes.reshape(-1, values.shape[-1])
-    half = np.array(shape) / 2
-    modes[modes == -half] *= -1  # the Nyquist frequency has no sign
-    periods = np.array(shape) * grid.steps
-    return _lines(modes, sizes, periods, taper, limit=float((0.5 / np.array(grid.steps)).min()))
+        fades = [2 * np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2 for n in shape]
+        window = reduce(np.multiply.outer, fades)[..., None]  # its mean is 1: waves keep their amplitude
+        values = (values - (values * window).mean(axis=axes)) * window
+    sizes = (np.abs(np.fft.fftn(values, axes=axes)) / np.prod(shape)).reshape(-1, values.shape[-1])
+    index = np.indices(shape).reshape(len(shape), -1)
+    own = np.arange(index.shape[1])
+    conjugate = np.ravel_multi_index(tuple(-index % np.array(shape)[:, None]), shape)
+    modes = np.where(2 * index > np.array(shape)[:, None], index - np.array(shape)[:, None], index).T
+    extreme = np.asarray((2 * np.abs(modes) > NEAR * np.array(shape)).any(axis=1))
+    return _lines(
+        modes,
+        sizes,
+        periods=np.array(shape) * grid.steps,
+        taper=taper,
+        scale=_scale(grid.values.reshape(-1, values.shape[-1])),
+        first=own <= conjugate,
+        alone=own == conjugate,
+        extreme=extreme,
+        note="frequencies up to the highest that the samples tell count: sample more densely.",
+    )
 
 
 def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
@@ -77,10 +93,11 @@ def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
     highest = _highest(int(SHARE * len(x)), x.shape[1])
     modes = half_space(highest, x.shape[1], 1).astype(np.int64)
     constant = int(np.flatnonzero(~modes.any(axis=1))[0])
-    values = y
+    mean = y.mean(axis=0)
+    values = y - mean  # which the ridge would spread over all modes
     if taper:
         window = (2 * np.sin(np.pi * torus_points.numpy()) ** 2).prod(axis=1)[:, None]
-        values = window * np.column_stack([y, np.ones(len(y))])
+        values = window * np.column_stack([values, np.ones(len(y))])
     gram, projected = RIDGE * len(x) * np.eye(2 * len(modes)), np.zeros((2 * len(modes), values.shape[1]))
     for start in range(0, len(x), PIECE):
         basis = fourier_basis(torus_points[start : start + PIECE], torch.as_tensor(modes)).numpy()
@@ -90,9 +107,19 @@ def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
     if taper:  # the window's own waves go with the mean
         fitted = fitted[:, :-1] - np.outer(fitted[:, -1], fitted[constant, :-1] / fitted[constant, -1])
     sizes = np.hypot(*fitted.reshape(2, len(modes), -1)) / 2
-    sizes[constant] *= 2  # the mean has no negative twin
-    periods = np.ptp(np.array(box), axis=1)
-    return _lines(modes, sizes, periods, taper, limit=float(highest / periods.max()))
+    sizes[constant] = 0.0 if taper else np.abs(fitted[constant] + mean)
+    return _lines(
+        modes,
+        sizes,
+        periods=np.ptp(np.array(box), axis=1),
+        taper=taper,
+        scale=_scale(y),
+        first=np.ones(len(modes), dtype=bool),
+        alone=np.zeros(len(modes), dtype=bool),
+        extreme=np.abs(modes).sum(axis=1) > NEAR * highest,
+        note=f"frequencies up to the highest that are fitted to scattered samples count (of {len(x)} at most "
+        f"{len(modes)} modes): resample onto a grid.",
+    )
 
 
 def dmd_lines(values: Array, step: float) -> Lines:
@@ -101,11 +128,10 @@ def dmd_lines(values: Array, step: float) -> Lines:
     Sizes are the root mean square over the samples of each mode's part, fitted to the series itself.
     """
     n = len(values)
-    ranges = np.ptp(values, axis=0)
-    scaled = values / np.where(ranges > 0, ranges, 1.0)  # outputs of any unit count alike
+    ranges, least = _scale(values)
+    scaled = values / np.where(ranges > least, ranges, 1.0)  # outputs of any unit count alike
     delays = min(n // 2, DELAYS)
     spectrum = dmd_rrr(scaled, delays=delays, tol=DMD_TOL, refine=False)
-    full_rank = spectrum.rank > FULL * min(delays * values.shape[1], n - delays)
     ritz = spectrum.ritz_values
     growing = np.abs(ritz) > 1
     times = np.where(growing[None], np.arange(n)[:, None] - (n - 1), np.arange(n)[:, None])
@@ -114,25 +140,60 @@ def dmd_lines(values: Array, step: float) -> Lines:
     waves /= np.sqrt((np.abs(waves) ** 2).mean(axis=0))
     sizes = np.abs(np.linalg.lstsq(waves, values.astype(np.complex128), rcond=None)[0])
     frequencies = np.abs(np.angle(ritz)) / (2 * np.pi * step)
-    largest = sizes.max(axis=0)
     upper = np.flatnonzero((ritz.imag >= 0) & (frequencies > 1e-9 / (n * step)))
     upper = upper[np.argsort(frequencies[upper], kind="stable")]
-    counted = np.ones(len(upper), dtype=bool)
-    return Lines(frequencies[upper], sizes[upper], largest, counted, 0.5 / step, full_rank)
+    frequencies, sizes = frequencies[upper], sizes[upper]
+    largest = sizes.max(axis=0, initial=0.0)
+    return Lines(
+        frequencies,
+        sizes,
+        amplitudes=sizes * np.where(ritz[upper].imag > 0, 2, 1)[:, None],
+        largest=np.where(largest > least, largest, 0.0),
+        candidates=np.ones(len(upper), dtype=bool),
+        extreme=2 * step * frequencies > NEAR,
+        note="frequencies up to the highest that the samples tell count: sample more densely.",
+        full_rank=spectrum.rank > FULL * min(delays * values.shape[1], n - delays),
+    )
 
 
-def _lines(modes: Modes, sizes: Array, periods: Array, taper: bool, limit: float) -> Lines:
-    """Of each pair of modes k and −k one, sorted by frequency."""
-    first = np.take_along_axis(modes, (modes != 0).argmax(axis=1)[:, None], axis=1)[:, 0]
-    counted = ~_skirts(modes, sizes) if taper else np.ones(len(modes), dtype=bool)
-    largest = sizes.max(axis=0)
+def _scale(values: Array) -> tuple[Array, Array]:
+    """Range (M,) of each output, and what is not more than rounding in it."""
+    return np.ptp(values, axis=0), ROUNDING * np.abs(values).max(axis=0)
+
+
+def _lines(
+    modes: Modes,
+    sizes: Array,
+    *,
+    periods: Array,
+    taper: bool,
+    scale: tuple[Array, Array],
+    first: Mask,
+    alone: Mask,
+    extreme: Mask,
+    note: str,
+) -> Lines:
+    """Of each pair of modes k and −k the ``first``, sorted by frequency."""
+    waves = modes.any(axis=1)
+    ranges, least = scale
+    # a mean beyond the range tells of the unit of y, not of its scales
+    largest = np.maximum(sizes[waves].max(axis=0, initial=0.0), np.minimum(sizes[~waves].max(axis=0), ranges))
     frequencies = np.linalg.norm(modes / periods, axis=1)
-    order = np.flatnonzero(first > 0)
+    order = np.flatnonzero(first & waves)
     order = order[np.argsort(frequencies[order], kind="stable")]
-    return Lines(frequencies[order], sizes[order], largest, counted[order], limit)
+    counted = ~_skirts(modes, sizes) if taper else np.ones(len(modes), dtype=bool)
+    return Lines(
+        frequencies[order],
+        sizes[order],
+        amplitudes=sizes[order] * np.where(alone[order], 1, 2)[:, None],
+        largest=np.where(largest > least, largest, 0.0),
+        candidates=counted[order],
+        extreme=extreme[order],
+        note=note,
+    )
 
 
-def _skirts(modes: Modes, sizes: Array) -> npt.NDArray[np.bool_]:
+def _skirts(modes: Modes, sizes: Array) -> Mask:
     """Which modes are much smaller than a neighbor, in every output."""
     reach = np.abs(modes).max(axis=0)
     found = np.ones(len(modes), dtype=bool)

@@ -20,6 +20,7 @@ from lightning_koopman.depth.estimate import (
     DepthEstimate,
     estimate_depth,
 )
+from lightning_koopman.depth.frequencies import ROUNDING
 from lightning_koopman.losses.modes import is_count, is_number
 
 Array = npt.NDArray[np.float64]
@@ -40,7 +41,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         scales: Standard deviations σ > 0 of the layers' Gaussians, coarsest first, in the unit of X (default: as
             estimated).
         method: ``"fft"`` (least squares where the samples are scattered) or ``"dmd"``, see :func:`estimate_depth`.
-        decay: Ratio > 1 of the scales of two layers.
+        decay: Least ratio > 1 of the scales of two layers.
         threshold: Share of the largest size from which a frequency counts (default: 0.01, for ``"dmd"`` 0.3).
         taper: Whether the samples fade out at both ends before their spectrum is taken; often fewer layers suffice.
         epsilon: Half width of the tube without loss, ≥ 0, relative to the range of y: the accuracy to reach.
@@ -48,9 +49,9 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         samples_per_scale: All layers but the last are fitted to the means over cells of side
             σ / ``samples_per_scale``, which for coarse layers are far fewer than the samples: the error stays nearly
             the same.  None: all layers are fitted to all samples, as in the paper.
-        tol: Tolerance of the solver, > 0.
+        tol: Tolerance of the solver, > 0, relative to the range of y.
         cache_size: Kernel cache of the solver, in MB, > 0.
-        verbose: 1: print a line for each layer.
+        verbose: 1: print a line for each layer, and the notes of the estimate.
 
     Attributes:
         n_layers_: Number of layers L.
@@ -59,10 +60,14 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         estimators_: L lists of M fitted ``sklearn.svm.SVR``.
         layer_errors_: Array (L,): largest absolute error on the training samples after each layer.
         n_features_in_: Number of inputs D.
+        offset_: Array (D,): centre of the points, which the layers see from there.
+        ranges_: Array (M,): ranges of the outputs, which the layers see relative to them.
 
     With more than three inputs, fewer than eight different points or a constant y nothing can be estimated: there is
     one layer then with scikit-learn's ``gamma="scale"`` (for more than three inputs with a warning), unless ``scales``
-    are given.  Points that come twice count with the mean of their samples in the estimate.
+    are given.  Points that come twice count with the mean of their samples in the estimate.  One scale serves all
+    inputs: bring them to like ranges (``StandardScaler``).  Noise above the threshold asks for layers as signal does,
+    down to the samples' distance: raise ``threshold`` and ``epsilon`` above it.
 
     Example:
         >>> import numpy as np
@@ -86,7 +91,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         epsilon: float = 0.01,
         C: float = 5.0,  # noqa: N803
         samples_per_scale: float | None = 30.0,
-        tol: float = 1e-3,
+        tol: float = 1e-4,
         cache_size: float = 500.0,
         verbose: int = 0,
     ) -> None:
@@ -124,8 +129,15 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         targets = targets.reshape(len(inputs), -1)
         self.scales_ = self._find_scales(inputs, targets)
         self.n_layers_ = len(self.scales_)
-        epsilon = self.epsilon * np.ptp(targets, axis=0)
-        left = targets.copy()
+        if self.verbose and self.depth_ is not None:
+            for note in self.depth_.notes:
+                print(f"[HSVR] note: {note}")
+        # the solver loses what is small beside a distant origin, and its tolerance knows no unit
+        self.offset_ = inputs.mean(axis=0)
+        ranges = np.ptp(targets, axis=0)
+        self.ranges_ = np.where(ranges > 0, ranges, 1.0)
+        inputs = inputs - self.offset_
+        left = targets / self.ranges_
         self.estimators_: list[list[SVR]] = []
         errors = []
         for layer, scale in enumerate(self.scales_):
@@ -138,7 +150,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
                 SVR(
                     gamma=1 / scale**2,
                     C=self.C * np.ptp(left[:, output]) or 1.0,
-                    epsilon=epsilon[output],
+                    epsilon=self.epsilon,
                     tol=self.tol,
                     cache_size=self.cache_size,
                 ).fit(points, values[:, output])
@@ -146,7 +158,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             ]
             self.estimators_.append(models)
             left -= _predictions(models, inputs)
-            errors.append(np.abs(left).max())
+            errors.append((np.abs(left) * self.ranges_).max())
             if self.verbose:
                 vectors = sum(len(model.support_) for model in models)
                 print(
@@ -172,17 +184,18 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
 
     def _check_points(self, X: npt.ArrayLike) -> Array:  # noqa: N803
         check_is_fitted(self)
-        return np.asarray(validate_data(self, X, reset=False, dtype=np.float64))
+        points: Array = validate_data(self, X, reset=False, dtype=np.float64) - self.offset_
+        return points
 
     def _shaped(self, values: Array) -> Array:
-        return values[:, 0] if self._single else values
+        return (values * self.ranges_)[:, 0] if self._single else values * self.ranges_
 
     def _find_scales(self, inputs: Array, targets: Array) -> Array:
         """σ of each layer."""
         self.depth_: DepthEstimate | None = None
         if self.scales is not None:
-            return np.asarray(self.scales, dtype=np.float64)
-        varying = inputs[:, np.ptp(inputs, axis=0) > 0]
+            return np.atleast_1d(np.asarray(self.scales, dtype=np.float64))
+        varying = inputs[:, np.ptp(inputs, axis=0) > ROUNDING * np.abs(inputs).max(axis=0)]
         points, index, counts = np.unique(varying, axis=0, return_inverse=True, return_counts=True)
         constant = not np.ptp(targets, axis=0).any()
         if not 0 < varying.shape[1] <= MOST_INPUTS or len(points) < FEWEST or constant:
@@ -219,9 +232,9 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         if self.n_layers is not None and not is_count(self.n_layers):
             raise ValueError(f"n_layers must be a whole number ≥ 1, or None, got {self.n_layers!r}.")
         if self.scales is not None:
-            scales = np.asarray(self.scales, dtype=object).reshape(-1)
-            if not len(scales) or not all(is_number(scale) and scale > 0 for scale in scales):
-                raise ValueError(f"scales must be numbers > 0, coarsest first, got {self.scales!r}.")
+            scales = np.atleast_1d(np.asarray(self.scales, dtype=object))
+            if scales.ndim > 1 or not scales.size or not all(is_number(scale) and scale > 0 for scale in scales):
+                raise ValueError(f"scales must be a list of numbers > 0, coarsest first, got {self.scales!r}.")
             if (np.diff(scales.astype(np.float64)) >= 0).any():
                 raise ValueError(f"scales must decrease from layer to layer, got {self.scales!r}: sort them.")
             if self.n_layers not in (None, len(scales)):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.depth.estimate import FEWEST, DepthEstimate, estimate_depth
+from lightning_koopman.depth.layout import find_grid
 from lightning_koopman.losses.domain import Interval, observe_domain
 from lightning_koopman.losses.modes import check_scales
 from lightning_koopman.samples import as_samples
@@ -61,7 +62,7 @@ def suggest_mlp(
         Number of layers, scales and period.
 
     Raises:
-        ValueError: As for :func:`estimate_depth`.
+        ValueError: As for :func:`estimate_depth`, or if ``depth`` is none.
 
     Example:
         >>> import numpy as np
@@ -71,11 +72,18 @@ def suggest_mlp(
         >>> suggestion.n_layers, suggestion.scales
         (7, (1, 3, 7, 15, 31, 63, 68))
     """
+    if not isinstance(depth, DepthEstimate | None):
+        raise ValueError(f"depth must be what estimate_depth returns, or None, got {depth!r}.")
     depth = estimate_depth(x, y) if depth is None else depth
-    domain = observe_domain(torch.as_tensor(as_samples(x, y, FEWEST)[0]))
+    points, samples = as_samples(x, y, FEWEST)
+    domain, grid = observe_domain(torch.as_tensor(points)), find_grid(points, samples)
+    if grid is not None:  # ticks that differ by rounding are one
+        lengths = np.multiply(grid.steps, grid.values.shape[:-1])
+        domain = tuple((low, low + float(length)) for (low, _), length in zip(domain, lengths, strict=True))
     longest = max(high - low for low, high in domain)
-    ends = np.searchsorted(depth.frequencies, depth.layer_frequencies[1:])  # of each layer's octave
-    reach = depth.frequencies[np.append(ends - 1, -1)]
+    frequencies = depth.frequencies if depth.counts.any() else depth.layer_frequencies
+    ends = np.searchsorted(frequencies, depth.layer_frequencies[1:])  # of each layer's octave
+    reach = frequencies[np.append(ends - 1, -1)]
     # the ℓ1 norm of a mode is at most √D times the Euclidean one
     modes = np.maximum(1, np.ceil(reach * longest * np.sqrt(len(domain)) - 1e-6))
     return MLPSuggestion(depth.n_layers, check_scales(modes.tolist()), domain, depth)
