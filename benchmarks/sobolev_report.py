@@ -113,11 +113,13 @@ def draw_fits(records: Records, target: Path) -> Path:
     for (row, noise), (column, method) in product(enumerate(NOISES), enumerate(LASTING)):
         axis, (x, y, n_train) = axes[row, column], problem.draw(noise, seed)
         record = records.load(Run("chirp", method, noise, seed))
-        axis.plot(x[:n_train, 0], y[:n_train, 0], ".", color=GREY, alpha=0.35, markersize=2, markeredgewidth=0)
+        axis.plot(x[:n_train, 0], y[:n_train, 0], ".", color=GREY, alpha=0.5, markersize=2.5, markeredgewidth=0)
         axis.plot(grid, record["fit"][:, 0], color=COLORS[method], linewidth=1.1)
         axis.plot(grid, clean, color="black", linewidth=0.7)
         axis.set_ylim(min(-3, -1 - 3.2 * noise), max(5, 3 + 3.2 * noise))
-        axis.text(0.03, 0.95, f"RMSE {record['errors'][-1]:.2f}", transform=axis.transAxes, va="top", fontsize=9)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+        error = f"RMSE {record['errors'][-1]:.2f}"
+        axis.text(0.03, 0.95, error, transform=axis.transAxes, va="top", fontsize=9, bbox=box)
         axis.tick_params(labelsize=8)
         if row == 0:
             axis.set_title(method.replace("shrunk", "shrunk targets"), fontsize=10)
