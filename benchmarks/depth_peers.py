@@ -41,6 +41,7 @@ MODELS: dict[str, Callable[[int], BaseEstimator]] = {
     "HSVR, FFT": lambda _: HSVR(),
     "HSVR, taper": lambda _: HSVR(taper=True),
     "HSVR, DMD": lambda _: HSVR(method="dmd"),
+    "HSVR, ε = 0.01 %": lambda _: HSVR(taper=True, epsilon=1e-4),
     "HSVR, ε searched": lambda _: searched(HSVR(taper=True), {"epsilon": EPSILONS}),
     "SVR, searched": lambda _: searched(SVR(epsilon=0.01), {"gamma": GAMMAS, "C": PENALTIES}),
     "KernelRidge, searched": lambda _: searched(KernelRidge(kernel="rbf"), {"gamma": GAMMAS, "alpha": RIDGES}),
@@ -75,7 +76,7 @@ def data(problem: str) -> tuple[Array, Array, Array, Array]:
 
 
 def file_name(problem: str, model: str) -> str:
-    return f"{problem}-{model}.npz".replace("/", "-").replace(" ", "_")
+    return f"{problem}-{model}.npz".replace(" ", "_")
 
 
 def fit(problem: str, model: str, folder: Path) -> None:
@@ -128,4 +129,5 @@ def report(folder: Path) -> None:
                 cells += [f"{found['seconds']:.1f}"]
             else:
                 cells += [""] * 4
-        print(f"| {model} | {' | '.join(cells)} |")
+        if any(cells):
+            print(f"| {model} | {' | '.join(cells)} |")
