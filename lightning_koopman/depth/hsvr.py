@@ -60,8 +60,9 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         estimators_: L lists of M fitted ``sklearn.svm.SVR``.
         layer_errors_: Array (L,): largest absolute error on the training samples after each layer.
         n_features_in_: Number of inputs D.
-        offset_: Array (D,): centre of the points, which the layers see from there.
-        ranges_: Array (M,): ranges of the outputs, which the layers see relative to them.
+        offset_: Array (D,): mean of the points, which the layers see from there.
+        means_: Array (M,): means of the outputs, which the layers see from there,
+        ranges_: Array (M,): in units of their ranges.
 
     With more than three inputs, fewer than eight different points or a constant y nothing can be estimated: there is
     one layer then with scikit-learn's ``gamma="scale"`` (for more than three inputs with a warning), unless ``scales``
@@ -134,10 +135,11 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
                 print(f"[HSVR] note: {note}")
         # the solver loses what is small beside a distant origin, and its tolerance knows no unit
         self.offset_ = inputs.mean(axis=0)
+        self.means_ = targets.mean(axis=0)
         ranges = np.ptp(targets, axis=0)
-        self.ranges_ = np.where(ranges > 0, ranges, 1.0)
+        self.ranges_ = np.where(ranges > ROUNDING * np.abs(targets).max(axis=0), ranges, 1.0)
         inputs = inputs - self.offset_
-        left = targets / self.ranges_
+        left = (targets - self.means_) / self.ranges_
         self.estimators_: list[list[SVR]] = []
         errors = []
         for layer, scale in enumerate(self.scales_):
@@ -188,7 +190,8 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         return points
 
     def _shaped(self, values: Array) -> Array:
-        return (values * self.ranges_)[:, 0] if self._single else values * self.ranges_
+        given: Array = self.means_ + self.ranges_ * values
+        return given[:, 0] if self._single else given
 
     def _find_scales(self, inputs: Array, targets: Array) -> Array:
         """σ of each layer."""
