@@ -25,8 +25,9 @@ import torch_pruning
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 
-from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer, run_all, save_arrays
+from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer, run_all
 from lightning_koopman import KoopmanPruner, MaskSet, prunable_parameters, remove_channels
+from lightning_koopman.demo.reproduce.storage import save as save_arrays
 from lightning_koopman.initialization import reinitialize, select_modules
 from lightning_koopman.optimizer_state import forget
 

@@ -11,7 +11,6 @@ and not repeated.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,16 +22,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from benchmarks.training import run_all, save_arrays
+from benchmarks.training import run_all
 from lightning_koopman import SobolevLoss, shrink_noise, sobolev_scales, suggest_scales
+from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.demo.sine import HIDDEN, LAYERS, sine_network
 from lightning_koopman.losses.modes import SobolevNorm
 
 Array = npt.NDArray[np.float64]
 SEEDS, NOISES = (0, 1, 2, 3, 4), (0.05, 0.5, 1.0)
 EPOCHS, LONG, EVERY, BATCH = 1500, 5000, 25, 64
-HIDDEN, WIDTH, FREQUENCY, RATE = 9, 20, 10.0, 2e-3
+RATE = 2e-3
 DECAYS = (0.03, 0.1, 0.3, 1.0, 3.0)
-LAYERS = [str(layer) for layer in range(HIDDEN - 1)]  # with auxiliary outputs; the last feeds the network's own
 
 
 @dataclass(frozen=True)
@@ -113,28 +113,6 @@ def runs(seeds: tuple[int, ...]) -> list[Run]:
 # -- network and losses ----------------------------------------------------------------------------------------------
 
 
-class Sine(nn.Module):
-    """A layer of sines, with a bypass unless it is the first."""
-
-    def __init__(self, n_inputs: int, first: bool) -> None:
-        super().__init__()
-        self.linear, self.first = nn.Linear(n_inputs, WIDTH), first
-        bound = 1.0 if first else math.sqrt(6 / WIDTH)
-        nn.init.uniform_(self.linear.weight, -bound, bound)
-        if not first:
-            nn.init.uniform_(self.linear.bias, -0.1, 0.1)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        if self.first:
-            return torch.sin(FREQUENCY * self.linear(inputs))
-        return inputs + torch.sin(self.linear(inputs))
-
-
-def network(n_inputs: int, n_outputs: int) -> nn.Sequential:
-    hidden = [Sine(n_inputs if layer == 0 else WIDTH, first=layer == 0) for layer in range(HIDDEN)]
-    return nn.Sequential(*hidden, nn.Linear(WIDTH, n_outputs))
-
-
 def most_modes(n_samples: int, dim: int) -> int:
     """Highest mode with at most half as many cosines and sines as samples."""
     highest = 1
@@ -171,7 +149,7 @@ def train(run: Run, folder: Path) -> None:
     x, held_x, y, held_y = x[:n_train], x[n_train:], y[:n_train], y[n_train:]
     if run.method.endswith("shrunk"):
         y = shrink_noise(x, y, domain=problem.domain)
-    net = network(x.shape[1], y.shape[1])
+    net = sine_network(x.shape[1], y.shape[1])
     loss = loss_of(run.method, problem, net, x, y)
     decay = float(run.method.partition("decay ")[2] or 0)
     parameters = list(nn.ModuleList([net, loss]).parameters())

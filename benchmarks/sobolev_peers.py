@@ -10,8 +10,8 @@ import torch
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator, RBFInterpolator, make_smoothing_spline
 
 from benchmarks.sobolev import PROBLEMS, Array, Problem
-from benchmarks.training import save_arrays
 from lightning_koopman import shrink_noise
+from lightning_koopman.demo.reproduce.storage import save as save_arrays
 from lightning_koopman.losses.basis import fourier_basis
 from lightning_koopman.losses.domain import to_torus
 from lightning_koopman.losses.modes import half_space

@@ -9,8 +9,9 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from benchmarks.sobolev import LAYERS, RATE, network
+from benchmarks.sobolev import RATE
 from lightning_koopman import SobolevLoss
+from lightning_koopman.demo.sine import LAYERS, sine_network
 
 N_SAMPLES, HIGHEST, ROUNDS, STEPS = 3000, 64, 15, 20
 BOXES = ((1, 64), (2, 40), (3, 20), (3, 32), (4, 16))  # inputs and highest mode
@@ -19,7 +20,7 @@ BOXES = ((1, 64), (2, 40), (3, 20), (3, 32), (4, 16))  # inputs and highest mode
 def step_of(method: str) -> Callable[[], None]:
     """One training step of a fresh network on 3000 samples."""
     torch.manual_seed(0)
-    x, y, net = torch.rand(N_SAMPLES, 1), torch.randn(N_SAMPLES, 1), network(1, 1)
+    x, y, net = torch.rand(N_SAMPLES, 1), torch.randn(N_SAMPLES, 1), sine_network(1, 1)
     loss: nn.Module = nn.MSELoss()
     if method != "L2":
         heads = {"network": net, "layers": LAYERS, "example": x} if method == "Sobolev 1" else {}

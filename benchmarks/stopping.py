@@ -24,9 +24,10 @@ import torch
 from scipy.optimize import curve_fit
 from tqdm import tqdm
 
-from benchmarks.training import Batches, Case, Part, Training, data_of, quiet_trainer, run_all, save_arrays
+from benchmarks.training import Batches, Case, Part, Training, data_of, quiet_trainer, run_all
 from lightning_koopman import EarlyStopOnUnitEigenvalues, RestartOnBadInitialization
 from lightning_koopman.convergence import Chance, ConvergenceRule, bad_start, forecast_change
+from lightning_koopman.demo.reproduce.storage import save as save_arrays
 
 EPOCHS, HORIZON = 100, 10
 PROBLEMS = ("digits", "mnist", "friedman")

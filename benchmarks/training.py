@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
@@ -128,13 +127,6 @@ def quiet_trainer(folder: str | Path, **options: Any) -> pl.Trainer:
         "default_root_dir": str(folder),
     }
     return pl.Trainer(**{**defaults, **options})
-
-
-def save_arrays(path: Path, **arrays: Any) -> None:
-    """Write a finished run, whole or not at all."""
-    partial = path.with_name(f".{path.name}")
-    np.savez_compressed(partial, **arrays)
-    partial.rename(path)
 
 
 def run_all(jobs: int, tasks: Sequence[tuple[str, int, Callable[..., Any], tuple[Any, ...]]]) -> None:

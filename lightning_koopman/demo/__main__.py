@@ -67,8 +67,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
-    """Run the demo; returns the figures it drew."""
-    options = parse(arguments)
+    """Run the demo, or reproduce the paper; returns the figures that were drawn, or the report."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["reproduce"]:
+        from lightning_koopman.demo.reproduce.command import main as reproduce
+
+        return [reproduce(given[1:])]
+    options = parse(given)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)

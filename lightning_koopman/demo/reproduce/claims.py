@@ -1,0 +1,278 @@
+"""What the paper claims, what was found, and a verdict by a rule that is stated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_koopman.demo.reproduce.plan import LOSSES, NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA
+from lightning_koopman.demo.reproduce.results import ACCURACY, TEST, TRAIN, Results
+from lightning_koopman.demo.table1 import TABLE
+
+HOLDS, PART, FAILS = "holds", "holds in part", "does not hold"
+CHANCE = math.log(10)
+FAST, DROP = 5, 0.1  # epochs, and the share of the loss that may be left then
+MARGIN = 0.05  # of importance near 1 by which a training must exceed the random walk
+NEAR_ZERO, IMPORTANT = 0.5, 0.01  # modulus; share of the largest importance
+COMPARABLE = 0.01  # nats
+CLOSE = 2.0  # times ε
+L2 = ("L2", LOSSES[-1])  # and the same, stopped early
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper and what came of it.
+
+    Attributes:
+        figure: Where the paper makes it.
+        claim: The claim.
+        ours: What was found, with the baseline beside it.
+        verdict: ``HOLDS``, ``PART`` or ``FAILS``.
+        rule: When it holds.
+    """
+
+    figure: str
+    claim: str
+    ours: str
+    verdict: str
+    rule: str
+
+
+def judge(parts: list[bool]) -> str:
+    """All, some or none."""
+    return HOLDS if all(parts) else PART if any(parts) else FAILS
+
+
+def claims(results: Results) -> dict[str, list[Claim]]:
+    """The claims by figure, for the figures that are shown."""
+    found: dict[str, list[Claim]] = {}
+    for figure in results.figures:
+        makers: list[Callable[[Results, str], Claim]] = []
+        if figure in SPECTRA:
+            makers = [fast, cluster, loss_cluster, *([diverges] if figure == "S3" else [memorises])]
+        elif figure in PRUNINGS:
+            makers = [prunes]
+        elif figure == "4":
+            makers = [heuristic]
+        elif figure == "5":
+            makers = [average, rejects]
+        found[figure] = [make(results, figure) for make in makers]
+    if results.table_1:
+        found["T1"] = [layers(results), accurate(results)]
+    return found
+
+
+def every(found: dict[str, list[Claim]]) -> Iterator[Claim]:
+    """All of them."""
+    for each in found.values():
+        yield from each
+
+
+def fast(results: Results, figure: str) -> Claim:
+    """Sections 3 and 9."""
+    losses = results.curves(SPECTRA[figure])[:, TRAIN]
+    before = max(CHANCE, float(losses[0]))
+    left = float(losses[min(FAST, len(losses)) - 1]) / before
+    return Claim(
+        figure,
+        "Training is very fast, with a large drop of the loss after a few epochs.",
+        f"After {FAST} epochs the training loss is {losses[min(FAST, len(losses)) - 1]:.3g}: {left:.1%} of "
+        f"{'chance, ' if before == CHANCE else 'its mean in the first epoch, '}{before:.3g}.",
+        HOLDS if left < DROP else FAILS,
+        f"less than {DROP:.0%} is left after {FAST} epochs",
+    )
+
+
+def cluster(results: Results, figure: str) -> Claim:
+    """Sections 3 and 9, the weights."""
+    start, epochs = SPECTRA[figure], results.plan.weight_epochs
+    found = [results.spectrum("weights", start, each) for each in epochs]
+    ours, walk = ([float(each[f"{kind}_unit_fraction"]) for each in found] for kind in ("training", "walk"))
+    grows = ours[-1] > ours[0]
+    apart = ours[-1] > walk[-1] + MARGIN
+    return Claim(
+        figure,
+        "The more snapshots of the weights are taken, the more important eigenvalues appear and cluster around 1.",
+        f"Within 0.05 of 1 lie {', '.join(f'{each:.0%}' for each in ours)} of the importance after "
+        f"{', '.join(map(str, epochs))} epochs; of a random walk with the same step lengths "
+        f"{', '.join(f'{each:.0%}' for each in walk)}.",
+        judge([grows, apart]),
+        f"the share grows, and ends {MARGIN:g} above the random walk's",
+    )
+
+
+def loss_cluster(results: Results, figure: str) -> Claim:
+    """Sections 3 and 9, the loss."""
+    start, epochs = SPECTRA[figure], results.plan.loss_epochs
+    first, last = (results.spectrum("loss", start, each) for each in (epochs[0], epochs[-1]))
+
+    def share(found: dict[str, np.ndarray]) -> float:
+        inner = np.abs(found["training_eigenvalues"]) < NEAR_ZERO
+        return float(found["training_importance"][inner].sum() / found["training_importance"].sum())
+
+    large = last["training_importance"] > IMPORTANT * last["training_importance"].max()
+    nearest = float(np.abs(last["training_eigenvalues"][large] - 1).min())
+    return Claim(
+        figure,
+        "Eigenvalues of the training loss cluster close to 0; as more snapshots are taken, important ones show up "
+        "close to 1.",
+        f"Moduli below {NEAR_ZERO} have {share(first):.0%} of the importance after {epochs[0]} epochs; after "
+        f"{epochs[-1]} the important eigenvalue nearest to 1 is {nearest:.3f} away from it.",
+        judge([share(first) > 0.5, nearest < 0.05]),
+        f"moduli below {NEAR_ZERO} have more than half of the importance at first; in the end one with "
+        f"{IMPORTANT:.0%} of the largest importance lies within 0.05 of 1",
+    )
+
+
+def memorises(results: Results, figure: str) -> Claim:
+    """Section 3."""
+    curves = results.curves(SPECTRA[figure])
+    least, end = float(curves[:, TEST].min()), float(curves[-1, TEST])
+    rises = end > 1.2 * least
+    parts, more = [rises], ""
+    try:
+        normal = results.curves("normal")[len(curves) - 1]
+    except FileNotFoundError:
+        pass
+    else:
+        parts.append(end < float(normal[TEST]))
+        more = f" From standard normal weights it is {normal[TEST]:.3g} (accuracy {normal[ACCURACY]:.1%})."
+    return Claim(
+        figure,
+        "The training set is learned by heart: the test loss rises, but ends lower than from standard normal weights.",
+        f"The test loss falls to {least:.3g} and ends at {end:.3g} (accuracy {curves[-1, ACCURACY]:.1%}).{more}",
+        judge(parts),
+        "it ends 20 % above its minimum, and below that from standard normal weights",
+    )
+
+
+def diverges(results: Results, figure: str) -> Claim:
+    """Section 9."""
+    curves, half = results.curves("normal"), results.plan.epochs
+    middle, end = curves[half - 1], curves[-1]
+    return Claim(
+        figure,
+        "From standard normal weights training diverges, and goes on diverging for as many epochs again.",
+        f"The test loss is {middle[TEST]:.3g} after {half} epochs and {end[TEST]:.3g} after {len(curves)} (least: "
+        f"{curves[:, TEST].min():.3g}); the training loss {middle[TRAIN]:.3g} and {end[TRAIN]:.3g}, the test accuracy "
+        f"{middle[ACCURACY]:.1%} and {end[ACCURACY]:.1%}.",
+        judge([bool(end[TEST] > middle[TEST]), bool(end[TRAIN] > middle[TRAIN])]),
+        "test loss and training loss are higher after twice the epochs",
+    )
+
+
+def prunes(results: Results, figure: str) -> Claim:
+    """Section 4 and supplement, section 10."""
+    algorithm, which = PRUNINGS[figure]
+    point = results.plan.prune_at[which]
+    end = point + results.plan.further
+    parts, words = [], []
+    for start in PRUNED:
+        whole = results.curves(start)
+        reference = whole[min(end, len(whole)) - 1]
+        mine, magnitude, drawn = (
+            results.branch(start, point, method)["curves"][-1] for method in results.methods(figure)
+        )
+        parts += [abs(mine[TRAIN] - reference[TRAIN]) < COMPARABLE, mine[TEST] <= reference[TEST]]
+        words.append(
+            f"{NAMES[start]}: training loss {mine[TRAIN]:.2g} (unpruned {reference[TRAIN]:.2g}), test loss "
+            f"{mine[TEST]:.3g} (unpruned {reference[TEST]:.3g}, magnitude {magnitude[TEST]:.3g}, random mask "
+            f"{drawn[TEST]:.3g}), test accuracy {mine[ACCURACY]:.2%} ({reference[ACCURACY]:.2%}, "
+            f"{magnitude[ACCURACY]:.2%}, {drawn[ACCURACY]:.2%})"
+        )
+    return Claim(
+        figure,
+        f"With 75 % of the weights pruned by Algorithm {algorithm} after {(100, 500)[which]} epochs the network is "
+        "comparable on the training set and maintains or beats the unpruned one on the test set.",
+        f"Pruned after {point} epochs, {results.plan.further} epochs later. {'; '.join(words)}.",
+        judge(parts),
+        f"training losses differ by less than {COMPARABLE:g} nats, and the test loss is no higher, for both starts",
+    )
+
+
+def heuristic(results: Results, figure: str) -> Claim:
+    """Section 5."""
+    errors, papers = results.scales["errors"], float(results.scales["papers"])
+    return Claim(
+        figure,
+        "Three standard deviations of the Gaussian in half a period, σ = 1/(6f), suit a wave of frequency f.",
+        f"A single layer of that scale misses a wave by {papers:.2f} ε; the best of 25 scales by {errors.min():.2f} ε, "
+        f"the narrowest and the widest by {errors[0]:.1f} and {errors[-1]:.1f} ε.",
+        HOLDS if papers < 1.2 * errors.min() else FAILS,
+        "its error is at most 1.2 times the least",
+    )
+
+
+def average(results: Results, figure: str) -> Claim:
+    """Section 6."""
+    errors, stopped = (mean_errors(results, loss) for loss in L2)
+    return Claim(
+        figure,
+        "The L2 loss reconstructs the clean signal poorly at every noise level: basically its average.",
+        f"Its error against the clean signal is {listed(errors)} at noise {', '.join(map(str, NOISES))}; the average "
+        f"itself has {results.mean_error:.2f}, L2 that is stopped early {listed(stopped)}.",
+        judge([0.8 * results.mean_error < each < 1.25 * results.mean_error for each in errors]),
+        "its error is within a quarter of the average's, at every noise level",
+    )
+
+
+def rejects(results: Results, figure: str) -> Claim:
+    """Section 6."""
+    errors = {loss: mean_errors(results, loss) for loss in LOSSES}
+    shown = {loss: listed(each) for loss, each in errors.items()}
+
+    def best(first: str, second: str) -> list[bool]:
+        return [a < min(b, c) for a, b, c in zip(errors[first], errors["L2"], errors[second], strict=True)]
+
+    return Claim(
+        figure,
+        "Sobolev loss 1 performs best at reconstructing the clean signal, even under much noise.",
+        f"Errors at noise {', '.join(map(str, NOISES))}. Equations 7 and 8 as written: Sobolev 1 "
+        f"{shown['Sobolev 1, literal']}, Sobolev 2 {shown['Sobolev 2, literal']}. With all modes up to the scale: "
+        f"Sobolev 1 {shown['Sobolev 1']}, Sobolev 2 {shown['Sobolev 2']}. L2: {shown['L2']}; L2 stopped early: "
+        f"{shown['L2, early stop']}.",
+        judge(best("Sobolev 1, literal", "Sobolev 2, literal") + best("Sobolev 1", "Sobolev 2")),
+        "Sobolev 1 beats L2 and Sobolev 2 at every noise level, as written and with all modes up to the scale",
+    )
+
+
+def mean_errors(results: Results, loss: str) -> list[float]:
+    """Mean error over the seeds, a noise level each."""
+    return [float(results.noisy_errors(loss, noise).mean()) for noise in NOISES]
+
+
+def listed(values: list[float]) -> str:
+    """Numbers in a sentence."""
+    return ", ".join(f"{each:.2f}" for each in values)
+
+
+def layers(results: Results) -> Claim:
+    """Section 11, Table 1."""
+    fft = sum(int(mine) == row.fft_layers for mine, row in zip(results.table["fft_layers"], TABLE, strict=True))
+    dmd = sum(int(mine) == row.dmd_layers for mine, row in zip(results.table["dmd_layers"], TABLE, strict=True))
+    return Claim(
+        "T1",
+        "The spectrum determines the number of layers: Table 1, seven for x + sin(2πx⁴).",
+        f"The number is the paper's for {fft} of 16 functions by the Fourier transform and for {dmd} by DMD; seven for "
+        f"x + sin(2πx⁴): {'yes' if int(results.table['fft_layers'][8]) == 7 else 'no'}.",
+        judge([fft == len(TABLE), dmd == len(TABLE)]),
+        "all 16 numbers of layers agree, by both methods",
+    )
+
+
+def accurate(results: Results) -> Claim:
+    """Section 11, Table 1."""
+    counts = [
+        int((results.table[f"{method}_error"] < CLOSE * results.table["epsilon"]).sum()) for method in ("fft", "dmd")
+    ]
+    return Claim(
+        "T1",
+        "With that number of layers the error of every model is comparable to ε.",
+        f"It is below {CLOSE:g} ε for {counts[0]} of 16 functions by the Fourier transform and {counts[1]} by DMD; "
+        "sin(200πx) has ten samples a period, and DMD takes the cubic for a trend (in the paper too).",
+        judge([count == len(TABLE) for count in counts]),
+        f"all errors are below {CLOSE:g} ε",
+    )

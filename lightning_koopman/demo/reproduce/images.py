@@ -1,0 +1,198 @@
+"""The trainings on images: snapshots, spectra, checkpoints and pruned branches, all by callbacks on a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+
+from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
+from lightning_koopman.callbacks.pruning import KoopmanPruner
+from lightning_koopman.demo.cnn import PaperCNN
+from lightning_koopman.demo.data import load
+from lightning_koopman.demo.reproduce.plan import SPARSITY, Branch, Plan
+from lightning_koopman.demo.reproduce.storage import read, save
+from lightning_koopman.masks import MaskSet, prunable_parameters
+from lightning_koopman.spectrum import Spectrum
+
+BATCH, EVERY = 64, 10  # images; epochs between checkpoints
+Progress = Callable[[int], None]
+
+
+class DeviceBatches:
+    """Batches of tensors that lie on the device, without a worker; shuffled by the epoch, so that runs can go on."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], batch: int, epoch: Callable[[], int] | None = None) -> None:
+        self.tensors, self.batch, self.epoch = tensors, batch, epoch
+
+    def __len__(self) -> int:
+        return -(-len(self.tensors[0]) // self.batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        order = torch.arange(len(self.tensors[0]))
+        if self.epoch is not None:
+            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.epoch()))
+        for chosen in torch.split(order.to(self.tensors[0].device), self.batch):
+            yield tuple(each[chosen] for each in self.tensors)
+
+
+class Curves(Callback):
+    """Losses after each epoch, kept in checkpoints; tells how far the training is."""
+
+    def __init__(self, reached: Progress) -> None:
+        self.rows: list[list[float]] = []
+        self.reached = reached
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Tell where it goes on."""
+        self.reached(trainer.current_epoch)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Add a row: training loss, test loss, test accuracy."""
+        metrics = trainer.callback_metrics
+        del self.rows[trainer.current_epoch :]
+        self.rows.append([float(metrics[key]) for key in ("train_loss", "test_loss", "test_accuracy")])
+        self.reached(trainer.current_epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The rows."""
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore them."""
+        self.rows = [list(row) for row in state_dict["rows"]]
+
+
+class Spectra(Callback):
+    """Keeps what the monitors found after the epochs that the figures show."""
+
+    def __init__(self, path: Path, monitors: dict[str, tuple[KoopmanSpectrumMonitor, tuple[int, ...]]]) -> None:
+        self.path, self.monitors = path, monitors
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save them; the monitors come before this callback."""
+        for name, (monitor, epochs) in self.monitors.items():
+            if trainer.current_epoch + 1 in epochs and monitor.spectrum is not None:
+                arrays = spectrum_arrays("training", monitor.spectrum)
+                if monitor.surrogate is not None:
+                    arrays |= spectrum_arrays("walk", monitor.surrogate)
+                save(self.path / f"{name}-{trainer.current_epoch + 1}.npz", **arrays)
+
+
+def spectrum_arrays(kind: str, spectrum: Spectrum) -> dict[str, Any]:
+    """What the figures and tables need of a spectrum."""
+    return {
+        f"{kind}_eigenvalues": spectrum.eigenvalues,
+        f"{kind}_residuals": spectrum.residuals,
+        f"{kind}_importance": spectrum.importance,
+        f"{kind}_unit_fraction": spectrum.unit_fraction(),
+        f"{kind}_rank": spectrum.rank,
+    }
+
+
+class Masked(Callback):
+    """The baselines: our masks from other scores, before the first epoch after the point."""
+
+    def __init__(self, score: Callable[[Tensor], Tensor], point: int) -> None:
+        self.score, self.point, self.done = score, point, False
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Prune; on a run that goes on, hold what is zero."""
+        if self.done:
+            return
+        self.done = True
+        if trainer.current_epoch > self.point:
+            masks = MaskSet.from_zeros(pl_module)
+        else:
+            scores = {name: self.score(weight.detach()) for name, weight in prunable_parameters(pl_module).items()}
+            masks = MaskSet.from_scores(scores, sparsity=SPARSITY)
+        masks.pin(pl_module, *trainer.optimizers)
+
+
+def fit(
+    model: PaperCNN,
+    plan: Plan,
+    root: Path | None,
+    folder: Path,
+    device: str,
+    epochs: int,
+    callbacks: list[Callback],
+    start_from: Path | None,
+) -> Path:
+    """Train to that epoch, from the newest checkpoint in the folder if there is one; returns the one at the end."""
+    data = load(plan.dataset, root=root, n_train=plan.n_images)
+    train, test = (tuple(each.to(device) for each in part.tensors) for part in (data.train, data.test))
+    folder.mkdir(parents=True, exist_ok=True)
+    last = folder / "last.ckpt"
+    options: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
+    trainer = pl.Trainer(
+        accelerator="cpu" if device == "cpu" else "gpu",
+        devices=1,
+        max_epochs=epochs,
+        callbacks=[
+            *callbacks,
+            ModelCheckpoint(filename="last", every_n_epochs=EVERY, **options),
+            ModelCheckpoint(filename="done", every_n_epochs=epochs, **options),
+        ],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    module = model if device == "cpu" else torch.compile(model)  # one graph a step where that pays
+    batches = DeviceBatches(train, BATCH, lambda: trainer.current_epoch), DeviceBatches(test, 1000)
+    trainer.fit(module, *batches, ckpt_path=last if last.exists() else start_from)  # type: ignore[arg-type]
+    return folder / "done.ckpt"
+
+
+def train(plan: Plan, start: str, root: Path | None, folder: Path, device: str, reached: Progress) -> None:
+    """A whole training, with its spectra and a checkpoint at each pruning point."""
+    done = None
+    for epochs in sorted({*plan.prune_at, plan.epochs_of(start)}):  # legs: each keeps its own snapshots
+        leg = folder / f"trained-{start}-{epochs}"
+        if (leg / "done.ckpt").exists():
+            done = leg / "done.ckpt"
+            continue
+        pl.seed_everything(0, verbose=False)
+        model = PaperCNN(start)
+        weights = KoopmanSpectrumMonitor(window=plan.weight_epochs[-1] + 1, dirpath=leg)
+        loss = KoopmanSpectrumMonitor("train_loss", window=plan.loss_epochs[-1], dirpath=leg, prefix="koopman_loss")
+        curves = Curves(reached)
+        shown = {f"weights-{start}": (weights, plan.weight_epochs), f"loss-{start}": (loss, plan.loss_epochs)}
+        waiting = KoopmanPruner(SPARSITY, settled_change=1e-12, dirpath=leg)  # its state is for the branches
+        done = fit(
+            model, plan, root, leg, device, epochs, [weights, loss, waiting, curves, Spectra(folder, shown)], done
+        )
+        save(folder / f"curves-{start}-{epochs}.npz", curves=np.array(curves.rows))
+    save(folder / f"trained-{start}.npz", curves=read(folder / f"curves-{start}-{plan.epochs_of(start)}.npz")["curves"])
+
+
+def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: str, reached: Progress) -> None:
+    """Go on from a checkpoint, pruned."""
+    pl.seed_everything(0, verbose=False)
+    model, place = PaperCNN(branch.start), folder / branch.name
+    drawn = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"sparsity": SPARSITY, "epoch": branch.point, "dirpath": place}
+    acting: Callback
+    if branch.method == "algorithm 1":
+        acting = KoopmanPruner(survivors="reconstruction", **options)
+    elif branch.method == "algorithm 2":
+        acting = KoopmanPruner(survivors="reinit", scheme=branch.start, **options)
+    elif branch.method == "magnitude":
+        acting = Masked(torch.abs, branch.point)
+    else:
+        acting = Masked(lambda weight: torch.rand(weight.shape, generator=drawn).to(weight.device), branch.point)
+    curves = Curves(lambda epochs: reached(epochs - branch.point))
+    origin = folder / f"trained-{branch.start}-{branch.point}" / "done.ckpt"
+    fit(model, plan, root, place, device, branch.point + plan.further, [acting, curves], origin)
+    weights = list(prunable_parameters(model).values())
+    zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+    history = acting.history if isinstance(acting, KoopmanPruner) else []
+    agreement = history[0]["magnitude_agreement"] if history else np.nan
+    save(folder / f"{branch.name}.npz", curves=np.array(curves.rows), zeros=zeros, agreement=agreement)

@@ -1,0 +1,157 @@
+"""What the runs left on disk, read once, and as tidy tables."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_koopman.demo.reproduce import depth
+from lightning_koopman.demo.reproduce.noise import EVERY, chirp, grid
+from lightning_koopman.demo.reproduce.plan import (
+    FIGURES,
+    LOSSES,
+    METHODS,
+    NOISES,
+    PRUNED,
+    PRUNINGS,
+    SPECTRA,
+    Branch,
+    Noisy,
+    Plan,
+    wanted,
+)
+from lightning_koopman.demo.reproduce.storage import Arrays, read
+from lightning_koopman.demo.table1 import TABLE
+
+Array = npt.NDArray[np.float64]
+TRAIN, TEST, ACCURACY = 0, 1, 2  # columns of the curves
+
+
+@dataclass(frozen=True)
+class Results:
+    """Results of a scale in a folder, and the figures that are shown."""
+
+    plan: Plan
+    folder: Path
+    figures: tuple[str, ...]
+    table_1: bool
+
+    def curves(self, start: str) -> Array:
+        """Training loss, test loss, test accuracy after each epoch: (epochs, 3)."""
+        return read(self.folder / f"trained-{start}.npz")["curves"]
+
+    def spectrum(self, observable: str, start: str, epochs: int) -> Arrays:
+        """What :func:`spectrum_arrays` kept of the training and of the walk."""
+        return read(self.folder / f"{observable}-{start}-{epochs}.npz")
+
+    def branch(self, start: str, point: int, method: str) -> Arrays:
+        """Curves, share of zeros and agreement with magnitude of a pruned training."""
+        return read(self.folder / f"{Branch(start, point, method).name}.npz")
+
+    def methods(self, figure: str) -> tuple[str, ...]:
+        """The methods that a pruning figure shows."""
+        return (f"algorithm {PRUNINGS[figure][0]}", "magnitude", "random")
+
+    def noisy(self, loss: str, noise: float, seed: int) -> Arrays:
+        """Errors and fit of a training on a noisy signal."""
+        return read(self.folder / f"{Noisy(loss, noise, seed).name}.npz")
+
+    def noisy_errors(self, loss: str, noise: float) -> Array:
+        """Error against the clean signal at the end, a seed each."""
+        stopped = loss == LOSSES[-1]
+        found = [self.noisy("L2" if stopped else loss, noise, seed) for seed in range(self.plan.seeds)]
+        at = [each["held"].argmin() if stopped else -1 for each in found]
+        return np.array([each["errors"][index] for each, index in zip(found, at, strict=True)])
+
+    @cached_property
+    def mean_error(self) -> float:
+        """Error of the clean signal's own mean."""
+        return float(np.std(chirp(grid())))
+
+    @cached_property
+    def table(self) -> Arrays:
+        """Table 1."""
+        return depth.table(self.folder)
+
+    @cached_property
+    def scales(self) -> Arrays:
+        """Figure 4."""
+        return depth.scales(self.folder)
+
+    def starts(self) -> list[str]:
+        """The starts whose whole training is shown."""
+        return [SPECTRA[figure] for figure in FIGURES if figure in self.figures and figure in SPECTRA]
+
+    def write_tables(self, target: Path) -> list[Path]:
+        """Tidy tables: one observation a row."""
+        starts, branches, noisy = wanted(self.plan, self.figures)
+        paths = []
+        if starts:
+            rows = ((start, *row) for start in starts for row in self._curve_rows(self.curves(start), 0))
+            paths.append(write(target / "training.csv", ("start", *CURVE), rows))
+        if self.starts():
+            paths.append(write(target / "eigenvalues.csv", EIGENVALUES, self._eigenvalues()))
+        if branches:
+            rows = (
+                (each.start, each.point, each.method, *row)
+                for each in branches
+                for row in self._curve_rows(self.branch(each.start, each.point, each.method)["curves"], each.point)
+            )
+            paths.append(write(target / "pruning.csv", ("start", "pruned_after", "method", *CURVE), rows))
+        if noisy:
+            found = (
+                (loss, noise, seed, (index + 1) * EVERY, float(error))
+                for loss in LOSSES[:-1]
+                for noise in NOISES
+                for seed in range(self.plan.seeds)
+                for index, error in enumerate(self.noisy(loss, noise, seed)["errors"])
+            )
+            paths.append(write(target / "noise.csv", ("loss", "noise", "seed", "epoch", "rmse"), found))
+        if self.table_1:
+            columns = ("epsilon", "fft_layers", "fft_error", "dmd_layers", "dmd_error")
+            papers = [tuple(getattr(row, name) for name in columns) for row in TABLE]
+            ours = zip(*(self.table[name].tolist() for name in columns), strict=True)
+            both = ((row.name, *mine, *theirs) for row, mine, theirs in zip(TABLE, ours, papers, strict=True))
+            names = ("function", *columns, *(f"paper_{name}" for name in columns))
+            paths.append(write(target / "table-1.csv", names, both))
+        return paths
+
+    def _curve_rows(self, curves: Array, after: int) -> Iterator[tuple[Any, ...]]:
+        for epoch, row in enumerate(curves[after:].tolist(), after + 1):
+            yield (epoch, *row)
+
+    def _eigenvalues(self) -> Iterator[tuple[Any, ...]]:
+        for start in self.starts():
+            for observable, every in (("loss", self.plan.loss_epochs), ("weights", self.plan.weight_epochs)):
+                for epochs in every:
+                    found = self.spectrum(observable, start, epochs)
+                    for kind in ("training", "walk"):
+                        if f"{kind}_eigenvalues" not in found:
+                            continue
+                        columns = (found[f"{kind}_{name}"] for name in ("eigenvalues", "importance", "residuals"))
+                        for value, importance, residual in zip(*columns, strict=True):
+                            yield start, observable, epochs, kind, value.real, value.imag, importance, residual
+
+
+CURVE = ("epoch", "train_loss", "test_loss", "test_accuracy")
+EIGENVALUES = ("start", "observable", "epochs", "kind", "real", "imag", "importance", "residual")
+
+
+def write(path: Path, header: Sequence[str], rows: Any) -> Path:
+    """Write a table."""
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(header)
+        for row in rows:
+            writer.writerow([f"{each:.6g}" if isinstance(each, float) else each for each in row])
+    return path
+
+
+__all__ = ["ACCURACY", "METHODS", "PRUNED", "TEST", "TRAIN", "Results"]
