@@ -79,6 +79,8 @@ class KilledError(Exception):
     pass
 
 
+@pytest.mark.filterwarnings("ignore:KoopmanPruner. training ended")  # the one that only keeps snapshots
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # each leg has checkpoints of its own
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
     def killed(epochs: int) -> None:
         if epochs == 11:  # after the checkpoint of epoch 10

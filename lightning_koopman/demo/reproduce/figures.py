@@ -202,7 +202,7 @@ def _noise(results: Results) -> Iterator[Panel]:
             )
             axis.plot(x, found["fit"], color=colors[loss], linewidth=1.2)
             axis.plot(x, clean, color=INK, linewidth=0.8)
-            axis.set(xlim=DOMAIN, ylim=(-3, 6))
+            axis.set(xlim=DOMAIN, ylim=(-3, 6), xticks=[0, 0.5, 1, 1.5, 2])
             axis.text(0.03, 0.95, f"RMSE {found['errors'][-1]:.2f}", transform=axis.transAxes, va="top", fontsize=10)
             _labels(axis, "x", "")
 
