@@ -145,6 +145,7 @@ def made_up(folder: Path, loss: float, test: float, near: float, walk: float) ->
     for epochs, share in ((4, 0.1), (8, near)):
         save(
             folder / f"weights-he-{epochs}.npz",
+            training_eigenvalues=np.array([1.0, 0.5], dtype=complex),
             training_unit_fraction=share,
             walk_unit_fraction=walk,
         )

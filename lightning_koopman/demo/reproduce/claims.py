@@ -18,6 +18,7 @@ FAST, DROP = 5, 0.1  # epochs, and the share of the loss that may be left then
 MARGIN = 0.05  # of importance near 1 by which a training must exceed the random walk
 NEAR_ZERO, IMPORTANT = 0.5, 0.01  # modulus; share of the largest importance
 COMPARABLE = 0.01  # nats
+RISE = 1.01  # times a loss
 CLOSE = 2.0  # times ε
 ENOUGH = 1.2  # times the least error
 L2 = ("L2", LOSSES[-1])  # and the same, stopped early
@@ -92,6 +93,7 @@ def cluster(results: Results, figure: str) -> Claim:
     start, epochs = SPECTRA[figure], results.plan.weight_epochs
     found = [results.spectrum("weights", start, each) for each in epochs]
     ours, walk = ([float(each[f"{kind}_unit_fraction"]) for each in found] for kind in ("training", "walk"))
+    near = [int((np.abs(each["training_eigenvalues"] - 1) < 0.05).sum()) for each in found]
     grows = ours[-1] > ours[0]
     apart = ours[-1] > walk[-1] + MARGIN
     return Claim(
@@ -99,7 +101,7 @@ def cluster(results: Results, figure: str) -> Claim:
         "The more snapshots of the weights are taken, the more important eigenvalues appear and cluster around 1.",
         f"Within 0.05 of 1 lie {', '.join(f'{each:.0%}' for each in ours)} of the importance after "
         f"{', '.join(map(str, epochs))} epochs; of a random walk with the same step lengths "
-        f"{', '.join(f'{each:.0%}' for each in walk)}.",
+        f"{', '.join(f'{each:.0%}' for each in walk)}. The number of eigenvalues there: {', '.join(map(str, near))}.",
         judge([grows, apart]),
         f"the share grows, and ends {MARGIN:g} above the random walk's",
     )
@@ -160,8 +162,8 @@ def diverges(results: Results, figure: str) -> Claim:
         f"The test loss is {middle[TEST]:.3g} after {half} epochs and {end[TEST]:.3g} after {len(curves)} (least: "
         f"{curves[:, TEST].min():.3g}); the training loss {middle[TRAIN]:.3g} and {end[TRAIN]:.3g}, the test accuracy "
         f"{middle[ACCURACY]:.1%} and {end[ACCURACY]:.1%}.",
-        judge([bool(end[TEST] > middle[TEST]), bool(end[TRAIN] > middle[TRAIN])]),
-        "test loss and training loss are higher after twice the epochs",
+        judge([bool(end[column] > RISE * middle[column]) for column in (TEST, TRAIN)]),
+        f"test loss and training loss are more than {RISE - 1:.0%} higher after twice the epochs",
     )
 
 
@@ -170,14 +172,18 @@ def prunes(results: Results, figure: str) -> Claim:
     algorithm, which = PRUNINGS[figure]
     point = results.plan.prune_at[which]
     end = point + results.plan.further
-    parts, words = [], []
+    parts: dict[str, list[bool]] = {method: [] for method in results.methods(figure)}
+    words = []
     for start in PRUNED:
         whole = results.curves(start)
         reference = whole[min(end, len(whole)) - 1]
-        mine, magnitude, drawn = (
-            results.branch(start, point, method)["curves"][-1] for method in results.methods(figure)
-        )
-        parts += [abs(mine[TRAIN] - reference[TRAIN]) < COMPARABLE, mine[TEST] <= reference[TEST]]
+        ends = {method: results.branch(start, point, method)["curves"][-1] for method in parts}
+        for method, each in ends.items():
+            parts[method] += [
+                bool(abs(each[TRAIN] - reference[TRAIN]) < COMPARABLE),
+                bool(each[TEST] <= reference[TEST]),
+            ]
+        mine, magnitude, drawn = ends.values()
         words.append(
             f"{NAMES[start]}: training loss {mine[TRAIN]:.2g} (unpruned {reference[TRAIN]:.2g}), test loss "
             f"{mine[TEST]:.3g} (unpruned {reference[TEST]:.3g}, magnitude {magnitude[TEST]:.3g}, random mask "
@@ -188,8 +194,9 @@ def prunes(results: Results, figure: str) -> Claim:
         figure,
         f"With 75 % of the weights pruned by Algorithm {algorithm} after {(100, 500)[which]} epochs the network is "
         "comparable on the training set and maintains or beats the unpruned one on the test set.",
-        f"Pruned after {point} epochs, {results.plan.further} epochs later. {'; '.join(words)}.",
-        judge(parts),
+        f"Pruned after {point} epochs, {results.plan.further} epochs later. {'; '.join(words)}. By the same rule it "
+        f"{judge(parts['magnitude'])} for magnitude pruning and {judge(parts['random'])} for a random mask.",
+        judge(parts[f"algorithm {algorithm}"]),
         f"training losses differ by less than {COMPARABLE:g} nats, and the test loss is no higher, for both starts",
     )
 
@@ -266,14 +273,13 @@ def layers(results: Results) -> Claim:
 
 def accurate(results: Results) -> Claim:
     """Section 11, Table 1."""
-    counts = [
-        int((results.table[f"{method}_error"] < CLOSE * results.table["epsilon"]).sum()) for method in ("fft", "dmd")
-    ]
+    close = [results.table[f"{method}_error"] < CLOSE * results.table["epsilon"] for method in ("fft", "dmd")]
+    counts = [int(each.sum()) for each in close]
     return Claim(
         "T1",
         "With that number of layers the error of every model is comparable to ε.",
         f"It is below {CLOSE:g} ε for {counts[0]} of 16 functions by the Fourier transform and {counts[1]} by DMD; "
         "sin(200πx) has ten samples a period, and DMD takes the cubic for a trend (in the paper too).",
-        judge([count == len(TABLE) for count in counts]),
-        f"all errors are below {CLOSE:g} ε",
+        HOLDS if min(counts) == len(TABLE) else PART if min(counts) > len(TABLE) / 2 else FAILS,
+        f"all errors are below {CLOSE:g} ε, by both methods; in part if most are",
     )

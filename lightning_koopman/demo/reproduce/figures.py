@@ -84,7 +84,7 @@ def _spectra(results: Results, figure: str) -> Iterator[Panel]:
             axis.plot(epochs, curves[first:, TRAIN], color=TRAINING, linewidth=1.4, label="training")
             axis.plot(epochs, curves[first:, TEST], color=WALK, linewidth=1.4, label="test")
             axis.set_yscale("log")
-            axis.legend(fontsize=9, frameon=False)
+            axis.legend(fontsize=9, framealpha=0.8, edgecolor="none")
             _labels(axis, "epoch", "cross-entropy")
 
         return draw
@@ -159,7 +159,7 @@ def _prunings(results: Results, figure: str) -> Iterator[Panel]:
                 axis.plot(point + np.arange(1, len(curve) + 1), curve, line, color=color, linewidth=1.4, label=label)
             axis.axvline(point, color=MUTED, linewidth=0.8, linestyle=":")
             axis.set_yscale("log")
-            axis.legend(fontsize=9, frameon=False)
+            axis.legend(fontsize=9, framealpha=0.8, edgecolor="none")
             _labels(axis, "epoch", "cross-entropy")
 
         return draw
