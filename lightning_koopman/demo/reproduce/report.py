@@ -42,7 +42,8 @@ th:first-child, td:first-child { text-align: left } td.differs { font-weight: 60
 @media (max-width: 40rem) { ol.overview li { grid-template-columns: auto 1fr } ol.overview li span:last-child {
   grid-column: 1 / -1 } h1 { font-size: 1.4rem } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt } h2 { break-after: avoid }
-  .claim, .panels img, tr { break-inside: avoid } .panels { grid-template-columns: repeat(auto-fit, minmax(4.2cm, 1fr)) }
+  .claim, .panels img, tr { break-inside: avoid }
+  .panels { grid-template-columns: repeat(auto-fit, minmax(4.2cm, 1fr)) }
   .scroll { overflow: visible } table { font-size: 7pt } th, td { padding: .1rem .25rem; white-space: normal }
   a { color: inherit; text-decoration: none } }
 """
