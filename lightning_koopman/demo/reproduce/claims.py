@@ -18,6 +18,8 @@ FAST, DROP = 5, 0.1  # epochs, and the share of the loss that may be left then
 MARGIN = 0.05  # of importance near 1 by which a training must exceed the random walk
 NEAR_ZERO, IMPORTANT = 0.5, 0.01  # modulus; share of the largest importance
 COMPARABLE = 0.01  # nats
+LOST = 0.002  # of the accuracy
+POOR, FLAT = 0.5, 0.5  # times the average's error; of the clean signal's standard deviation
 RISE = 1.01  # times a loss
 CLOSE = 2.0  # times ε
 ENOUGH = 1.2  # times the least error
@@ -94,16 +96,16 @@ def cluster(results: Results, figure: str) -> Claim:
     found = [results.spectrum("weights", start, each) for each in epochs]
     ours, walk = ([float(each[f"{kind}_unit_fraction"]) for each in found] for kind in ("training", "walk"))
     near = [int((np.abs(each["training_eigenvalues"] - 1) < 0.05).sum()) for each in found]
-    grows = ours[-1] > ours[0]
+    grows = ours[-1] > ours[0] + MARGIN
     apart = ours[-1] > walk[-1] + MARGIN
     return Claim(
         figure,
         "The more snapshots of the weights are taken, the more important eigenvalues appear and cluster around 1.",
-        f"Within 0.05 of 1 lie {', '.join(f'{each:.0%}' for each in ours)} of the importance after "
+        f"Within 0.05 of 1 lie {', '.join(f'{each:.1%}' for each in ours)} of the importance after "
         f"{', '.join(map(str, epochs))} epochs; of a random walk with the same step lengths "
-        f"{', '.join(f'{each:.0%}' for each in walk)}. The number of eigenvalues there: {', '.join(map(str, near))}.",
+        f"{', '.join(f'{each:.1%}' for each in walk)}. The number of eigenvalues there: {', '.join(map(str, near))}.",
         judge([grows, apart]),
-        f"the share grows, and ends {MARGIN:g} above the random walk's",
+        f"the share grows by {MARGIN:g}, and ends as much above the random walk's",
     )
 
 
@@ -112,21 +114,25 @@ def loss_cluster(results: Results, figure: str) -> Claim:
     start, epochs = SPECTRA[figure], results.plan.loss_epochs
     first, last = (results.spectrum("loss", start, each) for each in (epochs[0], epochs[-1]))
 
-    def share(found: dict[str, np.ndarray]) -> float:
-        inner = np.abs(found["training_eigenvalues"]) < NEAR_ZERO
-        return float(found["training_importance"][inner].sum() / found["training_importance"].sum())
+    def share(kind: str) -> float:
+        inner = np.abs(first[f"{kind}_eigenvalues"]) < NEAR_ZERO
+        return float(first[f"{kind}_importance"][inner].sum() / first[f"{kind}_importance"].sum())
 
-    large = last["training_importance"] > IMPORTANT * last["training_importance"].max()
-    nearest = float(np.abs(last["training_eigenvalues"][large] - 1).min())
+    def nearest(kind: str) -> float:
+        large = last[f"{kind}_importance"] > IMPORTANT * last[f"{kind}_importance"].max()
+        return float(np.abs(last[f"{kind}_eigenvalues"][large] - 1).min())
+
+    apart = share("training") > share("walk") + MARGIN
     return Claim(
         figure,
         "Eigenvalues of the training loss cluster close to 0; as more snapshots are taken, important ones show up "
         "close to 1.",
-        f"Moduli below {NEAR_ZERO} have {share(first):.0%} of the importance after {epochs[0]} epochs; after "
-        f"{epochs[-1]} the important eigenvalue nearest to 1 is {nearest:.3f} away from it.",
-        judge([share(first) > 0.5, nearest < 0.05]),
-        f"moduli below {NEAR_ZERO} have more than half of the importance at first; in the end one with "
-        f"{IMPORTANT:.0%} of the largest importance lies within 0.05 of 1",
+        f"Moduli below {NEAR_ZERO} have {share('training'):.0%} of the importance after {epochs[0]} epochs; after "
+        f"{epochs[-1]} the important eigenvalue nearest to 1 is {nearest('training'):.3f} away from it. Of a random "
+        f"walk with the same step lengths: {share('walk'):.0%}, and {nearest('walk'):.3f}.",
+        judge([share("training") > 0.5, nearest("training") < 0.05, apart]),
+        f"moduli below {NEAR_ZERO} have more than half of the importance at first, and {MARGIN:g} more than the random "
+        f"walk's; in the end one with {IMPORTANT:.0%} of the largest importance lies within 0.05 of 1",
     )
 
 
@@ -135,19 +141,18 @@ def memorises(results: Results, figure: str) -> Claim:
     curves = results.curves(SPECTRA[figure])
     least, end = float(curves[:, TEST].min()), float(curves[-1, TEST])
     rises = end > 1.2 * least
-    parts, more = [rises], ""
     try:
         normal = results.curves("normal")[len(curves) - 1]
     except FileNotFoundError:
-        pass
+        below, more = False, " The run from standard normal weights, of Figure S3, is not there to compare with."
     else:
-        parts.append(end < float(normal[TEST]))
+        below = end < float(normal[TEST])
         more = f" From standard normal weights it is {normal[TEST]:.3g} (accuracy {normal[ACCURACY]:.1%})."
     return Claim(
         figure,
         "The training set is learned by heart: the test loss rises, but ends lower than from standard normal weights.",
         f"The test loss falls to {least:.3g} and ends at {end:.3g} (accuracy {curves[-1, ACCURACY]:.1%}).{more}",
-        judge(parts),
+        judge([rises, below]),
         "it ends 20 % above its minimum, and below that from standard normal weights",
     )
 
@@ -173,7 +178,7 @@ def prunes(results: Results, figure: str) -> Claim:
     point = results.plan.prune_at[which]
     end = point + results.plan.further
     parts: dict[str, list[bool]] = {method: [] for method in results.methods(figure)}
-    words = []
+    words, agreements = [], []
     for start in PRUNED:
         whole = results.curves(start)
         reference = whole[min(end, len(whole)) - 1]
@@ -182,8 +187,11 @@ def prunes(results: Results, figure: str) -> Claim:
             parts[method] += [
                 bool(abs(each[TRAIN] - reference[TRAIN]) < COMPARABLE),
                 bool(each[TEST] <= reference[TEST]),
+                bool(each[ACCURACY] >= reference[ACCURACY] - LOST),
             ]
         mine, magnitude, drawn = ends.values()
+        branch = results.branch(start, point, f"algorithm {algorithm}")
+        agreements.append(f"{float(branch['magnitude_agreement']):.1%} ({NAMES[start]})")
         words.append(
             f"{NAMES[start]}: training loss {mine[TRAIN]:.2g} (unpruned {reference[TRAIN]:.2g}), test loss "
             f"{mine[TEST]:.3g} (unpruned {reference[TEST]:.3g}, magnitude {magnitude[TEST]:.3g}, random mask "
@@ -195,9 +203,12 @@ def prunes(results: Results, figure: str) -> Claim:
         f"With 75 % of the weights pruned by Algorithm {algorithm} after {(100, 500)[which]} epochs the network is "
         "comparable on the training set and maintains or beats the unpruned one on the test set.",
         f"Pruned after {point} epochs, {results.plan.further} epochs later. {'; '.join(words)}. By the same rule it "
-        f"{judge(parts['magnitude'])} for magnitude pruning and {judge(parts['random'])} for a random mask.",
+        f"{judge(parts['magnitude'])} for magnitude pruning and {judge(parts['random'])} for a random mask, which both "
+        f"keep the weights they leave. The masks agree with magnitude's on {' and '.join(agreements)} of the weights "
+        f"(all {int(branch['snapshots'])} snapshots, the mode nearest 1 and those ranked above it).",
         judge(parts[f"algorithm {algorithm}"]),
-        f"training losses differ by less than {COMPARABLE:g} nats, and the test loss is no higher, for both starts",
+        f"training losses differ by less than {COMPARABLE:g} nats, the test loss is no higher, and the test accuracy "
+        f"at most {LOST:.1%} lower, for both starts",
     )
 
 
@@ -217,13 +228,16 @@ def heuristic(results: Results, figure: str) -> Claim:
 def average(results: Results, figure: str) -> Claim:
     """Section 6."""
     errors, stopped = (mean_errors(results, loss) for loss in L2)
+    spreads = [results.spread("L2", noise) for noise in NOISES]
     return Claim(
         figure,
         "The L2 loss reconstructs the clean signal poorly at every noise level: basically its average.",
         f"Its error against the clean signal is {listed(errors)} at noise {', '.join(map(str, NOISES))}; the average "
-        f"itself has {results.mean_error:.2f}, L2 that is stopped early {listed(stopped)}.",
-        judge([0.8 * results.mean_error < each < 1.25 * results.mean_error for each in errors]),
-        "its error is within a quarter of the average's, at every noise level",
+        f"itself has {results.mean_error:.2f}, L2 that is stopped early {listed(stopped)}. The fits vary by "
+        f"{listed(spreads)} times the clean signal's standard deviation, where an average would not vary at all.",
+        judge([min(errors) > POOR * results.mean_error, max(spreads) < FLAT]),
+        f"at every noise level its error is more than {POOR:g} times the average's, and the fit varies by less than "
+        f"{FLAT:g} times the clean signal's standard deviation",
     )
 
 

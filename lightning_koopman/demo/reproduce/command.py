@@ -42,6 +42,11 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main(arguments: Sequence[str] | None = None) -> Path:
     """Run what is missing and write the report; returns its path."""
     options = parse(arguments)
@@ -54,11 +59,16 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     if needed[0]:
         load(plan.dataset, root=options.data, n_train=1)  # missing data are told before any work, or fetched once
     missing = tasks(plan, options.data, folder, device, needed)
-    jobs = options.jobs or (1 if device == "cuda" else len(os.sched_getaffinity(0)))
+    jobs = options.jobs or (1 if device == "cuda" else cores())
     print(f"{len(missing)} trainings to go, {jobs} at a time; results in {folder}", flush=True)
     run_all(missing, jobs)
 
-    results = Results(plan, folder, figures, table_1=bool(options.table) or not chosen)
+    complete = tuple(
+        figure for figure in FIGURES if not tasks(plan, options.data, folder, device, wanted(plan, (figure,)))
+    )  # what was run before is shown too
+    results = Results(
+        plan, folder, complete, table_1=bool(options.table) or not chosen or (folder / "table-1.npz").exists()
+    )
     found = claims(results)
     pictures = {figure: panels(results, figure) for figure in found}
     (folder / "figures").mkdir(exist_ok=True)
@@ -68,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     for name, picture in gallery(pictures).items():
         (folder / f"gallery-{name}.png").write_bytes(picture)
     images = "all" if plan.n_images is None else f"{plan.n_images:,}"
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{len(os.sched_getaffinity(0))} CPU cores"
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{cores()} CPU cores"
     about = (
         f"Scale “{plan.name}”: {images} images of {plan.dataset}, {plan.epochs} epochs (paper: 60,000 and 1000);",
         f"pruned after {plan.prune_at[0]} and {plan.prune_at[1]} epochs (paper: 100 and 500); signals",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from lightning_koopman.callbacks.pruning import KoopmanPruner
 from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
 from lightning_koopman.demo.reproduce.plan import SPARSITY, Branch, Plan
-from lightning_koopman.demo.reproduce.storage import read, save
+from lightning_koopman.demo.reproduce.storage import save
 from lightning_koopman.masks import MaskSet, prunable_parameters
 from lightning_koopman.spectrum import Spectrum
 
 BATCH, EVERY = 64, 10  # images; epochs between checkpoints
+PAPERS: dict[str, Any] = {"window": None, "rule": "paper"}  # all snapshots, the one mode at 1 and those above it
 Progress = Callable[[int], None]
 
 
@@ -148,13 +150,22 @@ def fit(
     module = model if device == "cpu" else torch.compile(model)  # one graph a step where that pays
     batches = DeviceBatches(train, BATCH, lambda: trainer.current_epoch), DeviceBatches(test, 1000)
     trainer.fit(module, *batches, ckpt_path=last if last.exists() else start_from)  # type: ignore[arg-type]
-    return folder / "done.ckpt"
+    done = folder / "done.ckpt"
+    if not done.exists():  # cut off between the two checkpoints of the last epoch
+        shutil.copyfile(last, done)
+    return done
+
+
+def curves_of(checkpoint: Path) -> Any:
+    """The curves that a checkpoint holds: (epochs, 3)."""
+    return np.array(torch.load(checkpoint, map_location="cpu", weights_only=False)["callbacks"]["Curves"]["rows"])
 
 
 def train(plan: Plan, start: str, root: Path | None, folder: Path, device: str, reached: Progress) -> None:
     """A whole training, with its spectra and a checkpoint at each pruning point."""
-    done = None
-    for epochs in sorted({*plan.prune_at, plan.epochs_of(start)}):  # legs: each keeps its own snapshots
+    done, before, shown, pruned = None, 0, max(*plan.weight_epochs, *plan.loss_epochs), max(plan.prune_at)
+    for epochs in sorted({*plan.prune_at, max(shown, pruned), plan.epochs_of(start)}):  # legs keep their own snapshots
+        begins, before = before, epochs
         leg = folder / f"trained-{start}-{epochs}"
         if (leg / "done.ckpt").exists():
             done = leg / "done.ckpt"
@@ -164,13 +175,13 @@ def train(plan: Plan, start: str, root: Path | None, folder: Path, device: str, 
         weights = KoopmanSpectrumMonitor(window=plan.weight_epochs[-1] + 1, dirpath=leg)
         loss = KoopmanSpectrumMonitor("train_loss", window=plan.loss_epochs[-1], dirpath=leg, prefix="koopman_loss")
         curves = Curves(reached)
-        shown = {f"weights-{start}": (weights, plan.weight_epochs), f"loss-{start}": (loss, plan.loss_epochs)}
-        waiting = KoopmanPruner(SPARSITY, settled_change=1e-12, dirpath=leg)  # its state is for the branches
-        done = fit(
-            model, plan, root, leg, device, epochs, [weights, loss, waiting, curves, Spectra(folder, shown)], done
-        )
-        save(folder / f"curves-{start}-{epochs}.npz", curves=np.array(curves.rows))
-    save(folder / f"trained-{start}.npz", curves=read(folder / f"curves-{start}-{plan.epochs_of(start)}.npz")["curves"])
+        kept = {f"weights-{start}": (weights, plan.weight_epochs), f"loss-{start}": (loss, plan.loss_epochs)}
+        waiting = KoopmanPruner(SPARSITY, settled_change=1e-12, dirpath=leg, **PAPERS)  # its state is for the branches
+        watching: list[Callback] = [weights, loss] if begins < shown else []  # each analysis takes its time
+        watching += [waiting] if begins < pruned else []
+        done = fit(model, plan, root, leg, device, epochs, [*watching, curves, Spectra(folder, kept)], done)
+    assert done is not None
+    save(folder / f"trained-{start}.npz", curves=curves_of(done))
 
 
 def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: str, reached: Progress) -> None:
@@ -178,7 +189,7 @@ def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: s
     pl.seed_everything(0, verbose=False)
     model, place = PaperCNN(branch.start), folder / branch.name
     drawn = torch.Generator().manual_seed(0)
-    options: dict[str, Any] = {"sparsity": SPARSITY, "epoch": branch.point, "dirpath": place}
+    options: dict[str, Any] = {"sparsity": SPARSITY, "epoch": branch.point, "dirpath": place, **PAPERS}
     acting: Callback
     if branch.method == "algorithm 1":
         acting = KoopmanPruner(survivors="reconstruction", **options)
@@ -190,9 +201,9 @@ def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: s
         acting = Masked(lambda weight: torch.rand(weight.shape, generator=drawn).to(weight.device), branch.point)
     curves = Curves(lambda epochs: reached(epochs - branch.point))
     origin = folder / f"trained-{branch.start}-{branch.point}" / "done.ckpt"
-    fit(model, plan, root, place, device, branch.point + plan.further, [acting, curves], origin)
+    done = fit(model, plan, root, place, device, branch.point + plan.further, [acting, curves], origin)
     weights = list(prunable_parameters(model).values())
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     history = acting.history if isinstance(acting, KoopmanPruner) else []
-    agreement = history[0]["magnitude_agreement"] if history else np.nan
-    save(folder / f"{branch.name}.npz", curves=np.array(curves.rows), zeros=zeros, agreement=agreement)
+    about = {name: history[0][name] if history else np.nan for name in ("magnitude_agreement", "modes", "snapshots")}
+    save(folder / f"{branch.name}.npz", curves=curves_of(done), zeros=zeros, **about)

@@ -63,6 +63,12 @@ class Results:
         """Errors and fit of a training on a noisy signal."""
         return read(self.folder / f"{Noisy(loss, noise, seed).name}.npz")
 
+    def spread(self, loss: str, noise: float) -> float:
+        """Standard deviation of the fits, in that of the clean signal; mean over the seeds."""
+        return float(np.mean([self.noisy(loss, noise, seed)["fit"].std() for seed in range(self.plan.seeds)])) / (
+            self.mean_error
+        )
+
     def noisy_errors(self, loss: str, noise: float) -> Array:
         """Error against the clean signal at the end, a seed each."""
         stopped = loss == LOSSES[-1]
@@ -106,14 +112,15 @@ class Results:
             )
             paths.append(write(target / "pruning.csv", ("start", "pruned_after", "method", *CURVE), rows))
         if noisy:
-            found = (
-                (loss, noise, seed, (index + 1) * EVERY, float(error))
+            rows = (
+                (loss, noise, seed, (index + 1) * EVERY, float(error), float(held))
                 for loss in LOSSES[:-1]
                 for noise in NOISES
                 for seed in range(self.plan.seeds)
-                for index, error in enumerate(self.noisy(loss, noise, seed)["errors"])
+                for found in [self.noisy(loss, noise, seed)]
+                for index, (error, held) in enumerate(zip(found["errors"], found["held"], strict=True))
             )
-            paths.append(write(target / "noise.csv", ("loss", "noise", "seed", "epoch", "rmse"), found))
+            paths.append(write(target / "noise.csv", ("loss", "noise", "seed", "epoch", "rmse", "held_out_loss"), rows))
         if self.table_1:
             columns = ("epsilon", "fft_layers", "fft_error", "dmd_layers", "dmd_error")
             papers = [tuple(getattr(row, name) for name in columns) for row in TABLE]

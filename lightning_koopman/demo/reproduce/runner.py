@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import os
 import queue
+import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,17 @@ def work(task: Task, channel: Any) -> None:
     reporter(task.epochs)
 
 
+def end_with_parent() -> None:
+    """A killed parent must not leave workers that write where its successor does."""
+
+    def watch() -> None:
+        if (parent := multiprocessing.parent_process()) is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def run_all(found: list[Task], jobs: int) -> None:
     """Run the tasks, each after the one it needs."""
     if not found:
@@ -90,9 +104,11 @@ def run_all(found: list[Task], jobs: int) -> None:
     costs = {task.name: task.cost for task in found}
     waiting, running = list(found), dict[Future[None], str]()
     context = multiprocessing.get_context("spawn")
+    manager = SyncManager(ctx=context)
+    manager.start(initializer=end_with_parent)
     with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(jobs, mp_context=context) as pool,
+        manager,
+        ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool,
         tqdm(
             total=sum(task.epochs * task.cost for task in found),
             unit="epoch",
@@ -109,6 +125,9 @@ def run_all(found: list[Task], jobs: int) -> None:
                 waiting.remove(task)
             done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:
+                if future.exception() is not None:
+                    for child in multiprocessing.active_children():  # the others go on next time
+                        child.terminate()
                 future.result()
                 bar.set_postfix_str(running.pop(future))
             while True:
