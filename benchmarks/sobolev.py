@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.training import run_all
 from lightning_koopman import SobolevLoss, shrink_noise, sobolev_scales, suggest_scales
+from lightning_koopman.demo.reproduce.noise import chirp
 from lightning_koopman.demo.reproduce.storage import save as save_arrays
 from lightning_koopman.demo.sine import HIDDEN, LAYERS, sine_network
 from lightning_koopman.losses.modes import SobolevNorm
@@ -57,10 +58,6 @@ class Problem:
         clean = self.signal(points)
         deviation = noise * np.ptp(self.signal(self.grid()), axis=0)
         return points, clean + deviation * rng.standard_normal(clean.shape), self.n_samples * 3 // 4
-
-
-def chirp(x: Array) -> Array:
-    return x + np.sin(2 * np.pi * x**4)
 
 
 def doppler(x: Array) -> Array:

@@ -3,6 +3,7 @@ r"""How many layers a function needs: one for each octave of its spectrum (paper
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -139,10 +140,7 @@ def estimate_depth(
         DepthEstimate(n_layers=2, scales=[0.1667, 0.01667], method='dmd')
     """
     points, samples = as_samples(x, y, FEWEST)
-    if method not in THRESHOLDS:
-        raise ValueError(f"method must be one of {tuple(THRESHOLDS)}, got {method!r}.")
-    if not (is_number(decay) and decay > 1):
-        raise ValueError(f"decay must be a number > 1, got {decay!r}: it is the ratio of the scales of two layers.")
+    check_rule(method, decay)
     share = THRESHOLDS[method] if threshold is None else threshold
     if not (is_number(share) and 0 < share < 1):
         raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}: it is relative to the largest size.")
@@ -171,6 +169,14 @@ def estimate_depth(
     notes = _inputs(points, grid) + (_jumps(line) if line is not None and not taper and method != "dmd" else [])
     extent = float(np.ptp(points, axis=0).max())
     return _layers(lines, method, float(decay), float(share), max_frequency, extent, notes, np.ndim(y) == 1)
+
+
+def check_rule(method: object, decay: Any) -> None:
+    """Raise ValueError unless the method is known and the decay a number > 1."""
+    if method not in THRESHOLDS:
+        raise ValueError(f"method must be one of {tuple(THRESHOLDS)}, got {method!r}.")
+    if not (is_number(decay) and decay > 1):
+        raise ValueError(f"decay must be a number > 1, got {decay!r}: it is the ratio of the scales of two layers.")
 
 
 def _layers(

@@ -31,6 +31,7 @@ DMD_TOL = 1e-12
 FULL = 0.9  # of the rank that the samples allow
 NEAR = 0.9  # of the highest mode that the samples tell
 ROUNDING = 1e-12  # of the samples' size
+DENSER = "frequencies up to the highest that the samples tell count: sample more densely."
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def fourier_lines(grid: Grid, *, taper: bool) -> Lines:
         first=own <= conjugate,
         alone=own == conjugate,
         extreme=extreme,
-        note="frequencies up to the highest that the samples tell count: sample more densely.",
+        note=DENSER,
     )
 
 
@@ -151,7 +152,7 @@ def dmd_lines(values: Array, step: float) -> Lines:
         largest=np.where(largest > least, largest, 0.0),
         candidates=np.ones(len(upper), dtype=bool),
         extreme=2 * step * frequencies > NEAR,
-        note="frequencies up to the highest that the samples tell count: sample more densely.",
+        note=DENSER,
         full_rank=spectrum.rank > FULL * min(delays * values.shape[1], n - delays),
     )
 

@@ -16,8 +16,8 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from lightning_koopman.depth.estimate import (
     FEWEST,
     MOST_INPUTS,
-    THRESHOLDS,
     DepthEstimate,
+    check_rule,
     estimate_depth,
 )
 from lightning_koopman.depth.frequencies import ROUNDING
@@ -242,10 +242,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
                 raise ValueError(f"scales must decrease from layer to layer, got {self.scales!r}: sort them.")
             if self.n_layers not in (None, len(scales)):
                 raise ValueError(f"n_layers={self.n_layers!r}, but scales are {len(scales)}: leave one of them out.")
-        if self.method not in THRESHOLDS:
-            raise ValueError(f"method must be one of {tuple(THRESHOLDS)}, got {self.method!r}.")
-        if not (is_number(self.decay) and self.decay > 1):
-            raise ValueError(f"decay must be a number > 1, got {self.decay!r}.")
+        check_rule(self.method, self.decay)
         if not (is_number(self.epsilon) and self.epsilon >= 0):
             raise ValueError(f"epsilon must be a number ≥ 0, relative to the range of y, got {self.epsilon!r}.")
         positive: dict[str, Any] = {"C": self.C, "tol": self.tol, "cache_size": self.cache_size}

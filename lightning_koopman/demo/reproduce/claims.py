@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lightning_koopman.demo.reproduce.plan import LOSSES, NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA
+from lightning_koopman.demo.reproduce.plan import LOSSES, NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA, methods_of
 from lightning_koopman.demo.reproduce.results import ACCURACY, TEST, TRAIN, Results
 from lightning_koopman.demo.table1 import TABLE
 
@@ -177,7 +177,7 @@ def prunes(results: Results, figure: str) -> Claim:
     algorithm, which = PRUNINGS[figure]
     point = results.plan.prune_at[which]
     end = point + results.plan.further
-    parts: dict[str, list[bool]] = {method: [] for method in results.methods(figure)}
+    parts: dict[str, list[bool]] = {method: [] for method in methods_of(figure)}
     words, agreements = [], []
     for start in PRUNED:
         whole = results.curves(start)

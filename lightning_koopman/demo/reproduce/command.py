@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     (folder / "figures").mkdir(exist_ok=True)
     for each in pictures.values():
         for panel in each:
-            (folder / "figures" / f"{panel.name}.svg").write_bytes(panel.render())
+            (folder / "figures" / f"{panel.name}.svg").write_bytes(panel.svg)
     for name, picture in gallery(pictures).items():
         (folder / f"gallery-{name}.png").write_bytes(picture)
     images = "all" if plan.n_images is None else f"{plan.n_images:,}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from lightning_koopman.demo.reproduce.depth import FREQUENCY, PRODUCTS
 from lightning_koopman.demo.reproduce.noise import DOMAIN, chirp, draw, grid
-from lightning_koopman.demo.reproduce.plan import NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA
+from lightning_koopman.demo.reproduce.plan import NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA, methods_of
 from lightning_koopman.demo.reproduce.results import TEST, TRAIN, Results
 from lightning_koopman.demo.table1 import TABLE
 from lightning_koopman.plots import INK, MUTED, TRAINING, WALK
@@ -39,8 +40,9 @@ class Panel:
     group: str
     square: bool = False
 
-    def render(self, kind: str = "svg", dpi: int = 130) -> bytes:
-        """The picture in that format."""
+    @cached_property
+    def svg(self) -> bytes:
+        """The picture, drawn once."""
         import matplotlib
         from matplotlib.figure import Figure
 
@@ -49,7 +51,7 @@ class Panel:
             axis = figure.subplots()
             self.fill(axis)
             target = io.BytesIO()
-            figure.savefig(target, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
+            figure.savefig(target, format="svg", dpi=130, metadata={"Date": None})
         return target.getvalue()
 
     def fill(self, axis: Any) -> None:
@@ -153,7 +155,7 @@ def _prunings(results: Results, figure: str) -> Iterator[Panel]:
         def draw(axis: Any) -> None:
             whole = results.curves(start)[:end, column]
             axis.plot(np.arange(1, len(whole) + 1), whole, color=TRAINING, linewidth=1.4, label="unpruned")
-            for method in results.methods(figure)[::-1]:
+            for method in methods_of(figure)[::-1]:
                 color, line, label = styles[method]
                 curve = results.branch(start, point, method)["curves"][point:, column]
                 axis.plot(point + np.arange(1, len(curve) + 1), curve, line, color=color, linewidth=1.4, label=label)

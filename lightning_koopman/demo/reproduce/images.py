@@ -94,7 +94,6 @@ def spectrum_arrays(kind: str, spectrum: Spectrum) -> dict[str, Any]:
         f"{kind}_residuals": spectrum.residuals,
         f"{kind}_importance": spectrum.importance,
         f"{kind}_unit_fraction": spectrum.unit_fraction(),
-        f"{kind}_rank": spectrum.rank,
     }
 
 

@@ -71,9 +71,6 @@ class Branch:
         return f"pruned-{self.start}-{self.point}-{self.method.replace(' ', '-')}"
 
 
-METHODS = ("algorithm 1", "algorithm 2", "magnitude", "random")
-
-
 @dataclass(frozen=True)
 class Noisy:
     """A training on a noisy signal."""
@@ -88,22 +85,20 @@ class Noisy:
         return f"noisy-{self.loss.replace(', ', '-').replace(' ', '-')}-{self.noise}-{self.seed}"
 
 
+def methods_of(figure: str) -> tuple[str, ...]:
+    """The methods that a pruning figure shows: an algorithm of the paper, and the baselines."""
+    return (f"algorithm {PRUNINGS[figure][0]}", "magnitude", "random")
+
+
 def wanted(plan: Plan, figures: tuple[str, ...]) -> tuple[list[str], list[Branch], list[Noisy]]:
     """Trainings, pruned ones and those on noisy signals that the figures need."""
-    points: dict[int, set[str]] = {
-        plan.prune_at[PRUNINGS[figure][1]]: set() for figure in figures if figure in PRUNINGS
+    pruned = {
+        (plan.prune_at[PRUNINGS[figure][1]], method)
+        for figure in figures
+        if figure in PRUNINGS
+        for method in methods_of(figure)
     }
-    for figure in figures:
-        if figure in PRUNINGS:
-            algorithm, which = PRUNINGS[figure]
-            points[plan.prune_at[which]] |= {f"algorithm {algorithm}", "magnitude", "random"}
-    branches = [
-        Branch(start, point, method)
-        for point in sorted(points)
-        for method in METHODS
-        if method in points[point]
-        for start in PRUNED
-    ]
+    branches = [Branch(start, point, method) for point, method in sorted(pruned) for start in PRUNED]
     starts = {SPECTRA[figure] for figure in figures if figure in SPECTRA} | {branch.start for branch in branches}
     noisy = [Noisy(loss, noise, seed) for seed in range(plan.seeds) for noise in NOISES for loss in LOSSES[:-1]]
     return [start for start in STARTS[::-1] if start in starts], branches, noisy if "5" in figures else []

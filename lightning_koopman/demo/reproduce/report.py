@@ -141,7 +141,7 @@ def section(results: Results, figure: str, found: Sequence[Claim], pictures: Seq
 
 def image(panel: Panel) -> str:
     """A panel within the page."""
-    data = base64.b64encode(panel.render()).decode()
+    data = base64.b64encode(panel.svg).decode()
     return f"<img alt='{html.escape(panel.title)}' src='data:image/svg+xml;base64,{data}'>"
 
 

@@ -1,4 +1,4 @@
-"""What the runs left on disk, read once, and as tidy tables."""
+"""What the runs left on disk, and as tidy tables."""
 
 from __future__ import annotations
 
@@ -17,10 +17,7 @@ from lightning_koopman.demo.reproduce.noise import EVERY, chirp, grid
 from lightning_koopman.demo.reproduce.plan import (
     FIGURES,
     LOSSES,
-    METHODS,
     NOISES,
-    PRUNED,
-    PRUNINGS,
     SPECTRA,
     Branch,
     Noisy,
@@ -54,10 +51,6 @@ class Results:
     def branch(self, start: str, point: int, method: str) -> Arrays:
         """Curves, share of zeros and agreement with magnitude of a pruned training."""
         return read(self.folder / f"{Branch(start, point, method).name}.npz")
-
-    def methods(self, figure: str) -> tuple[str, ...]:
-        """The methods that a pruning figure shows."""
-        return (f"algorithm {PRUNINGS[figure][0]}", "magnitude", "random")
 
     def noisy(self, loss: str, noise: float, seed: int) -> Arrays:
         """Errors and fit of a training on a noisy signal."""
@@ -159,6 +152,3 @@ def write(path: Path, header: Sequence[str], rows: Any) -> Path:
         for row in rows:
             writer.writerow([f"{each:.6g}" if isinstance(each, float) else each for each in row])
     return path
-
-
-__all__ = ["ACCURACY", "METHODS", "PRUNED", "TEST", "TRAIN", "Results"]
