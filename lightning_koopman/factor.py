@@ -12,7 +12,7 @@ factor then gives back the factor of the snapshots.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -64,28 +64,6 @@ def increment_gram(snapshots: Tensor) -> Array:
         for increments in _increment_chunks(snapshots):
             upper = dsyrk(1.0, increments.numpy().T, beta=1.0, c=upper, trans=1, overwrite_c=1)
     return upper + np.triu(upper, 1).T
-
-
-def border_products(segments: Iterable[Tensor]) -> Array:
-    """Inner products of the first and of the last increment with every increment, in one pass over the snapshots.
-
-    They are the rows of the increment Gram matrix that change when a snapshot is appended and the oldest has left.  The
-    products with the snapshots are accumulated in float64 and then differenced: that loses log10(‖w‖/‖e‖) of its 16
-    digits, as many as storing the snapshots in float32 has already taken from its 7.
-
-    Args:
-        segments: CPU float32 or float64 tensors (rows_i, n) whose concatenation is the snapshots in order of time.
-
-    Returns:
-        Float64 array (2, time).
-    """
-    parts = list(segments)
-    rows = sum(part.shape[0] for part in parts)
-    products = torch.zeros(2, rows, dtype=torch.float64)
-    for snapshots in wide_chunks(parts, CHUNKS // 2):
-        increment = snapshots[-1] - snapshots[-2] if rows > 1 else snapshots[0]
-        products.addmm_(torch.stack([snapshots[0], increment]), snapshots.T)
-    return np.diff(products.numpy(), prepend=0.0)
 
 
 def _increment_chunks(snapshots: Tensor, widest: int = CHUNK) -> Iterator[Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman.parameters import match_names
+from lightning_koopman.shards import Chunk, clean_name
 
 Scheme = Callable[[nn.Module], Any] | str | None
 
@@ -41,7 +43,7 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
         ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be initialised.
     """
     owners = {
-        name: owner
+        clean_name(name): owner
         for name, owner in module.named_modules()
         if list(owner.parameters(recurse=False)) or hasattr(owner, "reset_running_stats")
     }
@@ -67,7 +69,13 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
     return chosen
 
 
-def reinitialize(modules: Sequence[nn.Module], scheme: Scheme = None, *, seed: int) -> None:
+def reinitialize(
+    modules: Sequence[nn.Module],
+    scheme: Scheme = None,
+    *,
+    seed: int,
+    chunks: Sequence[Mapping[str, Chunk]] | None = None,
+) -> None:
     """Draw the parameters of modules anew, reproducibly; the global random state stays as it was.
 
     Args:
@@ -76,6 +84,8 @@ def reinitialize(modules: Sequence[nn.Module], scheme: Scheme = None, *, seed: i
             matrices and kernels, with zero biases (modules without any, such as norms, and embeddings use their own);
             or a callable that is given each module.
         seed: Seed of the draw.
+        chunks: For each module, what this process holds of its parameters, by their names in the module.  Sharded ones
+            are drawn whole, a module at a time, and cut: every process draws the same, and what a single one would.
 
     Example:
         >>> import torch
@@ -92,11 +102,27 @@ def reinitialize(modules: Sequence[nn.Module], scheme: Scheme = None, *, seed: i
             torch.manual_seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             random.seed(seed)
-            for module in modules:
-                _draw(module, scheme)
+            for module, own in zip(modules, chunks or [{} for _ in modules], strict=True):
+                if all(chunk.whole for chunk in own.values()):
+                    _draw(module, scheme)
+                else:
+                    _draw_whole(module, scheme, own)
     finally:  # a callable of the user's may fail
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
+
+
+def _draw_whole(module: nn.Module, scheme: Scheme, chunks: Mapping[str, Chunk]) -> None:
+    """Draw what one module owns with whole parameters in place of sharded ones, and keep this process's part."""
+    twin: nn.Module = object.__new__(type(module))  # FSDP's layers cannot be copied
+    vars(twin).update({name: value for name, value in vars(module).items() if name not in chunks})
+    fresh = {name: torch.full(each.shape, math.nan).to(each.tensor) for name, each in chunks.items()}
+    twin._parameters = {name: nn.Parameter(value) for name, value in fresh.items()}
+    _draw(twin, scheme)
+    for name, chunk in chunks.items():
+        drawn = chunk.take(twin._parameters[name].detach())  # type: ignore[union-attr]
+        held = chunk.tensor.detach()
+        held.copy_(torch.where(torch.isnan(drawn), held, drawn))  # what a scheme leaves alone stays
 
 
 def _draw(module: nn.Module, scheme: Scheme) -> None:

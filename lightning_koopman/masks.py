@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -14,7 +14,10 @@ import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lightning_koopman.factor import Array
 from lightning_koopman.parameters import match_names, select_parameters
+from lightning_koopman.ranking import Ranked
+from lightning_koopman.shards import Chunk, Indices, Part, Shards, local_chunks, one_run
 
 SCOPES = ("global", "tensor")
 # of equal size: a float's bits ANDed with 0 or −1 give zero or itself, for NaN and infinity too
@@ -58,16 +61,20 @@ class MaskSet(Mapping[str, Tensor]):
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise ValueError(f"masks[{name!r}] must be boolean (True survives), got {mask.dtype}.")
-        self._masks = {name: mask.detach().cpu().clone() for name, mask in masks.items()}
+        self._shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        # a bit a weight: in a sharded run every process holds the masks of the whole network
+        self._bits = {name: np.packbits(mask.detach().cpu().numpy()) for name, mask in masks.items()}
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._masks[name]
+        shape = self._shapes[name]
+        flat = np.unpackbits(self._bits[name], count=math.prod(shape))
+        return torch.from_numpy(flat.view(np.bool_)).reshape(shape)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._masks)
+        return iter(self._shapes)
 
     def __len__(self) -> int:
-        return len(self._masks)
+        return len(self._shapes)
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} tensors, {self.pruned:,} of {self.numel:,} weights pruned, {self.sparsity:.2%})"
@@ -75,7 +82,7 @@ class MaskSet(Mapping[str, Tensor]):
     @cached_property
     def numel(self) -> int:
         """Number of weights in the masked tensors."""
-        return sum(mask.numel() for mask in self.values())
+        return sum(map(math.prod, self._shapes.values()))
 
     @cached_property
     def pruned(self) -> int:
@@ -99,6 +106,7 @@ class MaskSet(Mapping[str, Tensor]):
         scope: str = "global",
         within: MaskSet | None = None,
         allow_empty: bool = False,
+        shards: Shards | None = None,
     ) -> MaskSet:
         """Prune the weights whose score is smallest in magnitude (paper, Algorithms 1 and 2).
 
@@ -113,6 +121,8 @@ class MaskSet(Mapping[str, Tensor]):
             within: Masks of earlier rounds: what they prune stays pruned, also where it is more than the share, or has
                 no scores any more.
             allow_empty: Whether a tensor may lose all its weights.
+            shards: Where several processes train the network: the scores are then flat, each process's own part, and
+                all processes have to call this together.  The masks are those of the whole network, equal in all.
 
         Raises:
             ValueError: If not exactly one of ``sparsity`` and ``threshold`` is given, one is out of range, a score is
@@ -121,23 +131,29 @@ class MaskSet(Mapping[str, Tensor]):
         check_amount(sparsity, threshold, scope)
         if not scores:
             raise ValueError("scores must not be empty: give a tensor by parameter name.")
+        parts = shards or {name: Part(*_everything(score)) for name, score in scores.items()}
         earlier: Mapping[str, Tensor] = within or {}
-        sizes = {name: score.detach().abs().reshape(-1).cpu() for name, score in scores.items()}
-        for name, size in sizes.items():
-            if not torch.isfinite(size).all():
+        sizes = {name: score.detach().reshape(-1).abs() for name, score in scores.items()}
+        finite = np.array([float(not torch.isfinite(size).all()) for size in sizes.values()])
+        all_sum = _alone if shards is None else shards.processes.all_sum
+        for name, count in zip(sizes, all_sum(finite), strict=True):
+            if count:
                 raise ValueError(f"scores[{name!r}] holds NaN or infinite values: they give no order.")
-            if name in earlier:
-                sizes[name] = size.masked_fill(~earlier[name].reshape(-1), -1.0)
+        before = {name: _own_part(earlier[name], parts[name]) if name in earlier else None for name in sizes}
         if threshold is not None:
-            kept = {name: size >= threshold for name, size in sizes.items()}
-        elif scope == "global":
-            together = _keep_largest(torch.cat(list(sizes.values())), sparsity or 0.0)
-            parts = torch.split(together, [size.numel() for size in sizes.values()])
-            kept = dict(zip(sizes, parts, strict=True))
+            kept = {name: size.cpu() >= threshold for name, size in sizes.items()}
         else:
-            kept = {name: _keep_largest(size, sparsity or 0.0) for name, size in sizes.items()}
-        kept = {name: mask & earlier[name].reshape(-1) if name in earlier else mask for name, mask in kept.items()}
-        empty = [name for name, mask in kept.items() if mask.numel() and not mask.any()]
+            kept = {}
+            for names in [list(sizes)] if scope == "global" else [[name] for name in sizes]:
+                kept |= _keep_largest(
+                    {name: (sizes[name], parts[name], before[name]) for name in names}, sparsity or 0.0, all_sum
+                )
+        for name, mask in kept.items():
+            known = before[name]
+            if known is not None:
+                mask &= known
+        left = all_sum(np.array([float(mask.sum()) for mask in kept.values()]))
+        empty = [name for name, count in zip(kept, left, strict=True) if not count and parts[name].chunk.numel]
         if empty and not allow_empty:
             asked = f"sparsity={sparsity}" if threshold is None else f"threshold={threshold}"
             spread = sparsity is not None and scope == "global"
@@ -146,7 +162,10 @@ class MaskSet(Mapping[str, Tensor]):
                 f"{asked} prunes all weights of {', '.join(map(repr, empty[:4]))}{', …' if len(empty) > 4 else ''}: "
                 f"nothing would pass through. Take a smaller one, leave them out, {itself}or set allow_empty=True."
             )
-        masks = {name: mask.reshape(scores[name].shape) for name, mask in kept.items()}
+        if shards is None:
+            masks = {name: mask.reshape(scores[name].shape) for name, mask in kept.items()}
+        else:
+            masks = {name: shards.assemble(name, mask) for name, mask in kept.items()}
         return cls({**{name: mask for name, mask in earlier.items() if name not in masks}, **masks})
 
     @classmethod
@@ -174,8 +193,8 @@ class MaskSet(Mapping[str, Tensor]):
         Raises:
             ValueError: If a parameter is missing or has another shape; nothing is changed then.
         """
-        for parameter, bits in self._matched(module).values():
-            _clear(parameter, bits)
+        for chunk, bits in self._matched(module).values():
+            _clear(chunk.tensor, bits)
 
     def pin(self, module: nn.Module, *optimizers: torch.optim.Optimizer) -> Pin:
         """Keep the pruned weights at zero while the network is trained.
@@ -202,17 +221,15 @@ class MaskSet(Mapping[str, Tensor]):
                 )
         return Pin(self._matched(module), optimizers)
 
-    def _matched(self, module: nn.Module) -> dict[str, tuple[nn.Parameter, Tensor]]:
-        """Parameters with their masks as bits, on the parameters' devices."""
-        named = dict(module.named_parameters(remove_duplicate=False))
-        for name, mask in self.items():
+    def _matched(self, module: nn.Module) -> dict[str, tuple[Chunk, Tensor]]:
+        """What this process holds of the parameters, with their masks as bits, on the parameters' devices."""
+        named = local_chunks(module, remove_duplicate=False)
+        for name, shape in self._shapes.items():
             if name not in named:
                 raise ValueError(f"the module has no parameter {name!r} that the masks could apply to.")
-            if named[name].shape != mask.shape:
-                raise ValueError(
-                    f"the mask of {name!r} has shape {tuple(mask.shape)}, but the parameter {tuple(named[name].shape)}."
-                )
-        return {name: (named[name], _bits(mask, named[name])) for name, mask in self.items()}
+            if named[name].shape != shape:
+                raise ValueError(f"the mask of {name!r} has shape {shape}, but the parameter {named[name].shape}.")
+        return {name: (named[name], _bits(named[name].take(mask), named[name].tensor)) for name, mask in self.items()}
 
     # -- telling ------------------------------------------------------------------------------------------------------
 
@@ -271,21 +288,21 @@ class Pin:
 
     def __init__(
         self,
-        matched: Mapping[str, tuple[nn.Parameter, Tensor]],
+        matched: Mapping[str, tuple[Chunk, Tensor]],
         optimizers: Sequence[torch.optim.Optimizer],
     ) -> None:
-        self._matched = list({id(parameter): (parameter, bits) for parameter, bits in matched.values()}.values())
+        self._matched = list({id(chunk.parameter): (chunk, bits) for chunk, bits in matched.values()}.values())
         self._optimizers = [id(optimizer) for optimizer in optimizers]
         self._handles: list[RemovableHandle] = []
-        for parameter, bits in self._matched:
-            _clear(parameter, bits)
-            if parameter.grad is not None:
-                _GradientMask(bits)(parameter)
+        for chunk, bits in self._matched:
+            _clear(chunk.tensor, bits)
+            parameter = chunk.parameter
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # it may be thawed later, and takes no hook before
             hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in PyTorch
-            self._handles.append(hook(_GradientMask(bits)))
+            self._handles.append(hook(_GradientMask(chunk, bits)))
             parameter.requires_grad_(not frozen)
+        self.clear_gradients()
         for optimizer in optimizers:
             self._forget_pruned(optimizer)
             self._handles.append(optimizer.register_step_post_hook(self._after_step))
@@ -304,14 +321,19 @@ class Pin:
 
     def clear(self) -> None:
         """Set the pruned weights to zero again, in case something else wrote over them."""
-        for parameter, bits in self._matched:
-            _clear(parameter, bits)
+        for chunk, bits in self._matched:
+            _clear(chunk.tensor, bits)
+
+    def clear_gradients(self) -> None:
+        """Set the pruned weights' gradients to zero, where they come without a hook being called, as under FSDP."""
+        for chunk, bits in self._matched:
+            _GradientMask(chunk, bits)(chunk.parameter)
 
     def holds(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
         """Whether it holds the parameters that the module and the optimizers have now."""
-        own = {id(parameter) for parameter in module.parameters()}
+        own = {id(chunk.parameter) for chunk in local_chunks(module).values()}
         return self._optimizers == [id(optimizer) for optimizer in optimizers] and all(
-            id(parameter) in own for parameter, _ in self._matched
+            id(chunk.parameter) in own for chunk, _ in self._matched
         )
 
     def _after_step(self, *_: Any) -> None:
@@ -321,34 +343,36 @@ class Pin:
         """Clear what the optimizer remembers of pruned weights: momentum would move them."""
         if isinstance(optimizer, torch.optim.LBFGS):
             optimizer.state.clear()  # its memory is flat, and of a path that has ended
-        for parameter, bits in self._matched:
-            for value in optimizer.state.get(parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.is_floating_point():
-                    _clear(value, _bits(bits != 0, value))
+        for chunk, bits in self._matched:
+            for value in optimizer.state.get(chunk.parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == chunk.parameter.shape and value.is_floating_point():
+                    held = chunk.like(value)
+                    if held is not None:
+                        _clear(held, _bits(bits != 0, held))
 
 
 class _GradientMask:
     """Called with a parameter whenever its gradient has been accumulated."""
 
-    def __init__(self, bits: Tensor) -> None:
-        self.bits = bits
+    def __init__(self, chunk: Chunk, bits: Tensor) -> None:
+        self.chunk, self.bits = chunk, bits
 
     def __call__(self, parameter: Tensor) -> None:
         gradient = parameter.grad
-        if gradient is None:
-            return
-        bits = self.bits if gradient.dtype == parameter.dtype else _bits(self.bits != 0, gradient)
-        if gradient.is_sparse:  # of an embedding: some rows
+        if gradient is not None and gradient.is_sparse:  # of an embedding: some rows
             rows = gradient.coalesce()
             parameter.grad = rows
-            _clear(rows._values(), bits[rows._indices()[0]])
-        else:
-            _clear(gradient, bits)
+            values = rows._values()
+            _clear(values, _bits(self.bits != 0, values)[rows._indices()[0]])
+            return
+        held = self.chunk.like(gradient)
+        if held is not None:
+            _clear(held, self.bits if held.dtype == self.chunk.tensor.dtype else _bits(self.bits != 0, held))
 
 
 def _clear(values: Tensor, bits: Tensor) -> None:
     """Set to zero, in place, where the bits are zero; integers need no gradient mode."""
-    values.detach().view(bits.dtype).bitwise_and_(bits)
+    values.detach().view(bits.dtype).bitwise_and_(bits.reshape(values.shape))
 
 
 def takes_hooks(optimizer: object) -> bool:
@@ -361,16 +385,35 @@ def _bits(mask: Tensor, like: Tensor) -> Tensor:
     return -mask.to(device=like.device).to(BITS[like.dtype.itemsize])
 
 
-def _keep_largest(sizes: Tensor, sparsity: float) -> Tensor:
-    """Boolean (n,): all but the share of the smallest sizes; among equal ones the first are pruned."""
-    count = round(sparsity * sizes.numel())
-    if count == 0:
-        return torch.ones_like(sizes, dtype=torch.bool)
-    bound = torch.kthvalue(sizes, count).values
-    kept = sizes >= bound
-    spare = count - (sizes.numel() - int(kept.sum()))
-    kept[torch.nonzero(sizes == bound).reshape(-1)[:spare]] = False
-    return kept
+def _keep_largest(
+    given: Mapping[str, tuple[Tensor, Part, Tensor | None]], sparsity: float, all_sum: Callable[[Array], Array]
+) -> dict[str, Tensor]:
+    """Boolean tensors by name: all but the share of the smallest sizes; among equal ones the first are pruned."""
+    places, at = [], 0
+    for _, part, _ in given.values():
+        places.append(lambda local, part=part, at=at: part.places(local) + at)
+        at += part.chunk.numel
+    sizes, _, before = zip(*given.values(), strict=True)
+    ranked = Ranked(sizes, places, before)
+    return dict(zip(given, ranked.kept(round(sparsity * at), all_sum), strict=True))
+
+
+def _own_part(mask: Tensor, part: Part) -> Tensor:
+    """The part of a mask that counts as this process's own, flat."""
+    flat = mask.reshape(-1)
+    runs = zip(part.starts.tolist(), part.lengths.tolist(), strict=True)
+    return torch.cat([flat[:0], *(flat[start : start + length] for start, length in runs)])
+
+
+def _everything(score: Tensor) -> tuple[Chunk, int, int, Indices, Indices]:
+    """What makes a part of a whole tensor."""
+    runs = one_run(0, score.numel())
+    return Chunk(nn.Parameter(torch.empty(0)), score, tuple(score.shape), *runs), 0, score.numel(), *runs
+
+
+def _alone(values: Array) -> Array:
+    """The sum over one process."""
+    return values
 
 
 def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:
@@ -412,7 +455,7 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
 
     Raises:
         ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy, complex,
-            sharded, frozen, or one that others are computed from.
+            frozen, or one that others are computed from.
 
     Example:
         >>> from torch import nn
@@ -420,15 +463,16 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
         >>> list(prunable_parameters(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))))
         ['0.weight', '2.weight']
     """
-    named = dict(module.named_parameters(remove_duplicate=False))
+    chunks = local_chunks(module, remove_duplicate=False)
+    named = {name: chunk.parameter for name, chunk in chunks.items()}
     first = {id(parameter): name for name, parameter in reversed(named.items())}
     derived = _underlying(module)
     if patterns is None:
         norms = {id(each) for part in module.modules() if isinstance(part, NORMS) for each in part.parameters()}
         chosen = [
             name
-            for name, parameter in named.items()
-            if parameter.requires_grad and parameter.ndim >= 2 and id(parameter) not in norms | derived
+            for name, chunk in chunks.items()
+            if chunk.parameter.requires_grad and len(chunk.shape) >= 2 and id(chunk.parameter) not in norms | derived
         ]
         if not chosen:
             raise ValueError(

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
+
+from lightning_koopman.shards import local_chunks
 
 
 def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """Parameters of a module by name; shared ones appear once.
 
     Args:
-        module: Any module.
+        module: Any module; under FSDP the outermost wrapped one.
         patterns: Shell-style patterns over the names of ``module.named_parameters()``, such as ``"encoder.*"`` or
             ``["*.weight", "!head.*"]``; one that begins with ``!`` excludes.  Default: all that require a gradient.
 
@@ -22,8 +23,8 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
         Names and parameters, in the module's order.
 
     Raises:
-        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter cannot be observed (lazy,
-            complex or sharded).
+        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter cannot be observed (lazy
+            or complex).
 
     Example:
         >>> from torch import nn
@@ -32,7 +33,7 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
         >>> list(select_parameters(network, ["*.weight", "!0.*"]))
         ['2.weight']
     """
-    named = dict(module.named_parameters())
+    named = {name: chunk.parameter for name, chunk in local_chunks(module).items()}
     if patterns is None:
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         if not chosen:
@@ -85,22 +86,12 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
     return chosen
 
 
-def flatten(parameters: Mapping[str, Tensor]) -> Tensor:
-    """One float32 vector (n,) on the CPU of all given tensors, in order; at most one transfer from each device."""
-    pieces = [parameter.detach().reshape(-1).to(torch.float32) for parameter in parameters.values()]
-    if len({piece.device for piece in pieces}) > 1:
-        pieces = [piece.cpu() for piece in pieces]
-    return torch.cat(pieces).cpu()
-
-
 def _check_observable(name: str, parameter: nn.Parameter) -> None:
     problem = None
     if isinstance(parameter, UninitializedParameter):
         problem = "is a lazy parameter without a shape yet: run one batch through the module before fitting"
     elif parameter.is_complex():
         problem = "is complex, which is not supported: exclude it with a '!' pattern"
-    elif hasattr(parameter, "device_mesh"):
-        problem = "is sharded over processes (a DTensor), which is not supported yet: use a replicated strategy"
     if problem:
         raise ValueError(f"parameter {name!r} {problem}.")
 

@@ -66,11 +66,36 @@ def persistent_weights(
         >>> [round(value, 3) + 0.0 for value in kept.values.tolist()], kept.n_modes
         ([1.0, 0.0], 1)
     """
+    weights, chosen = persistent_combination(trajectory, last=last, radius=radius, rule=rule, tol=tol)
+    return PersistentWeights(trajectory.combine(weights), chosen.spectrum, chosen.modes)
+
+
+@dataclass(frozen=True, eq=False)
+class PersistentModes:
+    """The modes that stay: ``modes``, boolean array (k,), of a ``spectrum``."""
+
+    spectrum: Spectrum
+    modes: Mask
+
+
+def persistent_combination(
+    trajectory: Trajectory,
+    *,
+    last: int | None = None,
+    radius: float = 0.05,
+    rule: str = "cluster",
+    tol: float = 1e-3,
+) -> tuple[Array, PersistentModes]:
+    """How the snapshots combine to what :func:`persistent_weights` gives, from its arguments.
+
+    Returns:
+        Array (time,) for :meth:`Trajectory.combine`, and the modes.
+    """
     spectrum = trajectory.spectrum(last=last, tol=tol, refine=False)
     modes = spectrum.persistent(radius, rule=rule)
     weights = np.zeros(len(trajectory))
     weights[len(trajectory) - spectrum.n_snapshots :] = spectrum.combination(spectrum.n_snapshots - 1, modes=modes)[0]
-    return PersistentWeights(trajectory.combine(weights), spectrum, modes)
+    return weights, PersistentModes(spectrum, modes)
 
 
 def relative_changes(factor: Array, horizon: int, *, tol: float = 1e-3) -> tuple[float, float]:

@@ -32,6 +32,8 @@ class Spectrum:
         rank: Number k of pairs, the numerical rank of the scaled snapshots.
         n_snapshots: Number of snapshots the spectrum was computed from.
         delays: Number of snapshots in one delay-embedded snapshot (1: no embedding).
+        sketch_errors: Array (k,), ≥ 0: standard error of each eigenvalue where it was computed from sketches of the
+            snapshots, else None.
 
     Example:
         >>> import numpy as np
@@ -53,6 +55,7 @@ class Spectrum:
     rank: int
     n_snapshots: int
     delays: int = 1
+    sketch_errors: Real | None = None
     mode_weights: Complex = field(kw_only=True)
     """Complex array (n_snapshots − delays, k): unit modes as combinations of the (embedded) snapshots but the last."""
     rayleigh: Real = field(kw_only=True)

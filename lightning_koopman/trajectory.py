@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
-import weakref
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +12,21 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from lightning_koopman.border import border_products
 from lightning_koopman.dmd import check_options, decompose
-from lightning_koopman.factor import (
-    CHUNKS,
-    Array,
-    border_products,
-    factor_from_increment_gram,
-    merge_oldest,
-    wide_chunks,
-)
+from lightning_koopman.factor import CHUNKS, Array, factor_from_increment_gram, merge_oldest, wide_chunks
+from lightning_koopman.sketch import Sketch, with_sketch_errors
 from lightning_koopman.spectrum import Spectrum
+from lightning_koopman.store import DTYPES, STORAGES, RowStore
 
-GROWTH = 32  # rows added at a time while there is no capacity; pages are committed only when written
-STORAGES = ("ram", "disk")
-DTYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
+SKETCH = 4093  # a prime, so that no regular layout of the weights falls into few buckets
+TALLY = 3  # numbers beside the products in a border: those of a snapshot, and two halves of its fingerprint
+HALF = 2**32
+PIECE = 2**24  # numbers copied at a time, so that no more of a mapped row than that is in memory
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
+
+AllSum = Callable[[Array], Array]
+ReadRow = Callable[[int, Tensor], bool]
 
 
 class Trajectory:
@@ -37,12 +34,24 @@ class Trajectory:
 
     Appending costs one pass over the stored snapshots; a spectrum then costs only O(time³), whatever n is.
 
+    A state that is spread over processes or machines is recorded in parts: each process keeps a trajectory of what it
+    holds.  With ``all_sum`` they share one Gram matrix, and all give the spectrum of the whole; without it they are
+    joined later by :meth:`merge`.
+
     Args:
-        n: Numbers in one snapshot, ≥ 1.
+        n: Numbers in one snapshot, ≥ 1; of what this process holds of it, ≥ 0.
         capacity: Snapshots to keep, ≥ 2; the oldest leaves when a new one finds no room (default: keep all).
-        storage: ``"ram"``, or ``"disk"`` for a memory-mapped file.
+        storage: ``"ram"``; ``"disk"`` for a memory-mapped file, of which a few hundred MB are in memory at a time; or
+            ``"sketch"`` to keep ``sketch`` random combinations of each snapshot only: the spectrum is then an estimate
+            with a standard error, and there are no modes.
         path: File for ``storage="disk"`` (default: a temporary file, deleted with the trajectory).
-        dtype: ``torch.float32``, or ``torch.float64`` for a few numbers of full precision, such as a loss.
+        dtype: ``torch.float32``; ``torch.float64`` for a few numbers of full precision, such as a loss; or
+            ``torch.bfloat16`` to keep the increments at half the size, each corrected by what the ones before it have
+            missed, so that errors do not add up.
+        sketch: Numbers kept of a snapshot with ``storage="sketch"``, ≥ 2; best a prime.
+        offset: Index of this process's first number in the whole state, for sketches, ≥ 0.
+        all_sum: Function that sums a small float64 array over all processes that hold parts, and gives each of them the
+            same sum.  Every process then has to append at the same times.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -65,9 +74,13 @@ class Trajectory:
         storage: str = "ram",
         path: str | Path | None = None,
         dtype: torch.dtype = torch.float32,
+        sketch: int = SKETCH,
+        offset: int = 0,
+        all_sum: AllSum | None = None,
     ) -> None:
-        if n < 1:
-            raise ValueError(f"n must be at least 1, got {n}: a snapshot holds one number or more.")
+        least = 1 if all_sum is None else 0
+        if n < least:
+            raise ValueError(f"n must be at least {least}, got {n}: a snapshot holds one number or more.")
         if capacity is not None and capacity < 2:
             raise ValueError(f"capacity must be at least 2, got {capacity}: pass None to keep all snapshots.")
         if storage not in STORAGES:
@@ -75,19 +88,31 @@ class Trajectory:
         if path is not None and storage != "disk":
             raise ValueError(f"path={str(path)!r} goes with storage='disk', got storage={storage!r}.")
         if dtype not in DTYPES:
-            raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}.")
+            raise ValueError(f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}.")
+        if sketch < 2:
+            raise ValueError(f"sketch must be at least 2, got {sketch}: it is the numbers kept of a snapshot.")
+        if offset < 0:
+            raise ValueError(f"offset must be at least 0, got {offset}: it is the index of the first number.")
+        if storage == "sketch" and dtype != torch.float32:
+            raise ValueError(f"dtype={dtype} goes with stored snapshots: a sketch is always float64.")
         self.n, self.capacity, self.storage, self.dtype = n, capacity, storage, dtype
-        if storage == "disk" and path is None:
-            folder = tempfile.mkdtemp(prefix="koopman-")
-            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-            path = Path(folder) / "snapshots.bin"
-        self._path = None if path is None else Path(path).absolute()
-        self._blocks: list[Tensor] = []
-        self._block_rows = GROWTH if capacity is None else capacity
+        self.offset, self.all_sum = offset, all_sum
+        self.total = 0
+        self._sketch = Sketch(sketch) if storage == "sketch" else None
+        # one more than is kept: a snapshot is written before it is known whether it will do
+        slots = None if capacity is None else capacity + 1
+        kept = (n, dtype) if self._sketch is None else (sketch, torch.float64)
+        given = None if path is None else Path(path)
+        self._store = RowStore(*kept, slots, path=given, temporary=storage == "disk" and path is None)
+        # increments lie on top of the oldest snapshot; the newest one is known up to what the last of them missed
+        self._base = torch.zeros(n) if dtype == torch.bfloat16 else None
+        self._newest = torch.zeros(n) if dtype == torch.bfloat16 else None
+        self._message: Array | None = None  # what is staged, where that is no row
         self._gram: Array = np.zeros((0, 0))
         self._first = 0  # number of snapshots that have left: the oldest one kept has this index
-        self._saved: dict[int, int] = {}  # checksum of each snapshot already in the file `_saved_path`
+        self._fingerprints: list[int] = []
         self._saved_path: Path | None = None
+        self._saved: set[int] = set()  # indices of the snapshots already in that file
 
     def __len__(self) -> int:
         return len(self._gram)
@@ -98,38 +123,133 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Bytes of the snapshots held."""
-        return len(self) * self._row_bytes
+        around = 0 if self._base is None else 8 * self.n
+        return len(self) * self._store.row_bytes + around
 
-    def append(self, snapshot: Tensor | npt.ArrayLike) -> None:
+    # -- recording ----------------------------------------------------------------------------------------------------
+
+    def append(self, snapshot: Tensor | npt.ArrayLike | Sequence[Tensor]) -> None:
         """Record the next snapshot.
 
         Args:
-            snapshot: Tensor or array (n,) of finite numbers, copied.
+            snapshot: Tensor or array (n,) of finite numbers, or a list of tensors that make it up in order; copied.
 
         Raises:
-            ValueError: If the shape is not (n,) or a number is not finite; the trajectory is then unchanged.
+            ValueError: If the shape is not (n,) or a number is not finite, in any process; the trajectory is then
+                unchanged.
         """
-        row = torch.as_tensor(snapshot).detach()
-        if row.shape != (self.n,):
-            raise ValueError(f"snapshot must have shape ({self.n},), got {tuple(row.shape)}.")
-        row = row.to(device="cpu", dtype=self.dtype)
-        if not is_finite(row):
+        self.stage(snapshot)
+        border = self.border()
+        if not self.commit(border if self.all_sum is None else self.all_sum(border)):
             raise ValueError("snapshot holds NaN or infinite values: it was not recorded.")
+
+    def stage(
+        self, snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], *, offsets: Sequence[int] | None = None
+    ) -> None:
+        """First part of :meth:`append`: copy a snapshot to where it will be kept, without recording it yet."""
+        parts = _parts(snapshot)
+        count = sum(part.numel() for part in parts)
+        if count != self.n or (not isinstance(snapshot, (list, tuple)) and parts[0].ndim != 1):
+            shown = tuple(parts[0].shape) if len(parts) == 1 else (count,)
+            raise ValueError(f"snapshot must have shape ({self.n},), got {shown}.")
+        if self._sketch is not None:
+            self._message = self._sketched(parts, offsets, self._sketch)
+            return
+        row, start = self._store.row(self._first + len(self)), 0
+        for part in parts:
+            for piece in _pieces(part.reshape(-1)):
+                self._write(row, start, piece)
+                start += piece.numel()
+
+    def border(self) -> Array:
+        """Second part of :meth:`append`, the expensive one: what the staged snapshot adds, from this process's part."""
+        if self._message is not None:
+            return self._message
+        index = self._first + len(self)
+        tally = [self.n, *divmod(self._fingerprint(index), HALF)]
+        return np.concatenate([self._products().ravel(), tally])
+
+    def commit(self, border: Array) -> bool:
+        """Last part of :meth:`append`: take the staged snapshot in, given the sum of :meth:`border` over all parts.
+
+        Returns:
+            Whether its numbers were finite; else nothing has changed.
+        """
+        index = self._first + len(self)
+        if self._message is not None:  # the sum of all sketches: the rest of the work is small
+            self._message = None
+            self._store.row(index).copy_(torch.from_numpy(border[1:]))
+            border = np.concatenate([self._products().ravel(), border[:1], divmod(self._fingerprint(index), HALF)])
+        products, (size, high, low) = border[:-TALLY].reshape(2, -1), border[-TALLY:]
+        if not np.isfinite(products).all():  # every NaN of a snapshot ends up in the products
+            return False
+        if self._base is not None:
+            assert self._newest is not None
+            if len(self):
+                self._newest += self._store.row(index)
+            else:
+                self._newest.copy_(self._base)
+            self._store.release()
         if len(self) == self.capacity:
             self._drop_oldest(1)
-        index = self._first + len(self)
-        self._row(index).copy_(row)
-        first, last = border_products(self._segments(self._first, index + 1))
+        first, last = products
         gram = np.empty((len(last), len(last)))
         gram[:-1, :-1] = self._gram
         # the oldest row anew too: merging what left into it would cancel digits where the trajectory started far off
         gram[0] = gram[:, 0] = first
         gram[-1] = gram[:, -1] = last
-        self._gram = gram
+        self._gram, self.total = gram, int(size)
+        self._fingerprints.append((int(high) * HALF + int(low)) % 2**64)
+        return True
+
+    def _sketched(self, parts: Sequence[Tensor], offsets: Sequence[int] | None, sketch: Sketch) -> Array:
+        """How many numbers there are, and the sketch of them."""
+        found, offset = torch.zeros(sketch.k, dtype=torch.float64), self.offset
+        for index, part in enumerate(parts):
+            offset = offset if offsets is None else offsets[index]
+            found += sketch.project(part.reshape(-1).cpu(), offset=offset)
+            offset += part.numel()
+        return np.append(float(self.n), found.numpy())
+
+    def _write(self, row: Tensor, start: int, piece: Tensor) -> None:
+        """Write a piece of a snapshot into the row it is staged in."""
+        where = slice(start, start + piece.numel())
+        if self._base is None or self._newest is None:
+            row[where].copy_(piece)
+        elif len(self):
+            row[where].copy_(piece.to(device="cpu", dtype=torch.float32) - self._newest[where])
+        else:
+            self._base[where].copy_(piece)
+        self._store.release(where.start, where.stop)
+
+    def _products(self) -> Array:
+        """Inner products of oldest snapshot and newest increment with every increment, the staged one included."""
+        full = len(self) == self.capacity
+        oldest, stop = self._first + full, self._first + len(self) + 1
+        step = self._store.row(oldest) if full and self._base is not None else None
+        rows = self._store.segments(oldest if self._base is None else oldest + 1, stop)
+        slab, release = self._store.slab(stop - oldest), self._store.release
+        return border_products(rows, base=self._base, step=step, slab=slab, release=release)
+
+    def _fingerprint(self, index: int) -> int:
+        """Sum of the bits of a stored row, or of the base where the row is the first: those of parts add up."""
+        row = self._store.row(index) if self._base is None or index > self._first else self._base
+        sum_, start = 0, 0
+        for piece in _pieces(row):
+            sum_ += int(piece.view(BITS[piece.dtype]).sum(dtype=torch.int64))
+            self._store.release(start, start + piece.numel())
+            start += piece.numel()
+        return sum_ % 2**64
+
+    # -- what is known ------------------------------------------------------------------------------------------------
 
     def snapshots(self) -> Tensor:
         """Copy of the snapshots held, tensor (time, n), oldest first."""
-        return torch.cat(list(self._segments(self._first, self._first + len(self))) or [torch.empty(0, self.n)])
+        self._check_rows("snapshots")
+        if not len(self):
+            return torch.empty(0, self.n, dtype=self.dtype)
+        rows = torch.cat([segment.to(self._wide) for segment in self._segments()])
+        return rows if self._base is None else torch.cumsum(rows, dim=0)
 
     def last(self) -> Tensor:
         """Copy of the newest snapshot, tensor (n,).
@@ -137,9 +257,11 @@ class Trajectory:
         Raises:
             IndexError: If nothing has been recorded.
         """
+        self._check_rows("last")
         if not len(self):
             raise IndexError("the trajectory is empty: append a snapshot first.")
-        return self._row(self._first + len(self) - 1).clone()
+        newest = self._store.row(self._first + len(self) - 1) if self._newest is None else self._newest
+        return newest.clone()
 
     def step_norms(self) -> Array:
         """Euclidean norms (time − 1,) of the steps between successive snapshots."""
@@ -176,6 +298,9 @@ class Trajectory:
             delays: Snapshots in one delay-embedded snapshot, ≥ 1.
             refine: Compute refined Ritz pairs.
 
+        Returns:
+            The spectrum; with ``storage="sketch"`` its ``sketch_errors`` are set.
+
         Raises:
             ValueError: If there are fewer than ``delays + 1`` snapshots, or an option is out of its range.
         """
@@ -186,7 +311,11 @@ class Trajectory:
                 f"the spectrum needs at least {delays + 1} snapshots with delays={delays}, but only {held} are held: "
                 "append more first."
             )
-        return decompose(self.factor(last=last), tol=tol, max_rank=max_rank, delays=delays, refine=refine)
+        root = self.factor(last=last)
+        found = decompose(root, tol=tol, max_rank=max_rank, delays=delays, refine=refine)
+        if self._sketch is None:
+            return found
+        return with_sketch_errors(found, root, self._sketch.k, tol=tol, max_rank=max_rank)
 
     def combine(self, weights: npt.ArrayLike) -> Tensor:
         """Combinations of the snapshots held, in one pass: ``weights @ snapshots``.
@@ -197,30 +326,144 @@ class Trajectory:
             weights: Real array (s, time), or (time,) for one combination.
 
         Returns:
-            Tensor (s, n) or (n,) of the trajectory's dtype, accumulated in float64.
+            Tensor (s, n) or (n,), float64 for float64 snapshots, else float32; accumulated in float64.
 
         Raises:
-            ValueError: If the weights' last dimension is not the number of snapshots held.
+            ValueError: If the weights' last dimension is not the number of snapshots held, or only sketches are held.
         """
+        self._check_rows("combine")
         matrix = torch.as_tensor(np.asarray(weights, dtype=np.float64))
         if matrix.shape[-1] != len(self) or matrix.ndim not in (1, 2):
             raise ValueError(
                 f"weights must have shape (s, {len(self)}) or ({len(self)},), one weight a snapshot; "
                 f"got {tuple(matrix.shape)}."
             )
-        segments = list(self._segments(self._first, self._first + len(self)))
         rows = matrix.reshape(-1, len(self))
-        combined = torch.empty(rows.shape[0], self.n, dtype=self.dtype)
+        if self._base is not None:  # an increment is part of all later snapshots
+            rows = rows.flip(1).cumsum(1).flip(1)
+        combined = torch.empty(rows.shape[0], self.n, dtype=self._wide)
         start = 0
-        for chunk in wide_chunks(segments, CHUNKS):
+        for chunk in wide_chunks(self._segments(), CHUNKS):
             combined[:, start : start + chunk.shape[1]] = rows @ chunk
             start += chunk.shape[1]
+            self._store.release(start - chunk.shape[1], start)
         return combined[0] if matrix.ndim == 1 else combined
+
+    def _check_rows(self, method: str) -> None:
+        if self._sketch is not None:
+            raise ValueError(
+                f"storage='sketch' keeps {self._sketch.k} combinations of each snapshot, from which `{method}` cannot "
+                "give them back: take storage='ram' or 'disk'."
+            )
+
+    @property
+    def _wide(self) -> torch.dtype:
+        """Dtype of whole snapshots."""
+        return torch.float32 if self.dtype == torch.bfloat16 else self.dtype
+
+    def _segments(self) -> list[Tensor]:
+        """What is stored of the snapshots held, oldest first: themselves, or the oldest and the increments after it."""
+        stop = self._first + len(self)
+        if self._base is None:
+            return self._store.segments(self._first, stop)
+        return [self._base[None], *self._store.segments(self._first + 1, stop)]
+
+    def _drop_oldest(self, count: int) -> None:
+        self._gram = merge_oldest(self._gram, count)
+        del self._fingerprints[:count]
+        for _ in range(count):
+            self._first += 1
+            if self._base is not None:
+                self._base += self._store.row(self._first)
+
+    # -- joining ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def merge(
+        cls, parts: Sequence[Trajectory], *, storage: str | None = None, path: str | Path | None = None
+    ) -> Trajectory:
+        """Join trajectories of the parts of one state, recorded at the same times by processes or machines.
+
+        Args:
+            parts: The trajectories, in the order of the numbers in the state.  Where they hold different times, those
+                that all hold are kept; times are counted from each trajectory's first snapshot.
+            storage: ``"ram"`` or ``"disk"`` (default: as the first part); sketches stay sketches.
+            path: As for the constructor.
+
+        Returns:
+            A trajectory of all numbers, as if it had been recorded in one place.
+
+        Raises:
+            ValueError: If there are no parts, they are of different kinds, were recorded with ``all_sum``, or have no
+                time in common.
+
+        Example:
+            >>> import numpy as np
+            >>> from lightning_koopman import Trajectory
+            >>> left, right = Trajectory(2), Trajectory(3)
+            >>> for t in range(20):
+            ...     left.append(np.full(2, 0.3**t))
+            ...     right.append(np.array([1.0, 2.0, 0.8**t]))
+            >>> Trajectory.merge([left, right]).spectrum().eigenvalues.real.round(3).tolist()
+            [1.0, 0.8, 0.3]
+        """
+        parts = list(parts)
+        if not parts:
+            raise ValueError("parts must not be empty: give the trajectories to join.")
+        if any(part.all_sum is not None for part in parts):
+            raise ValueError("parts were recorded with all_sum: each already gives the spectrum of the whole.")
+        kinds = {(part.dtype, part.capacity, None if part._sketch is None else part._sketch.k) for part in parts}
+        if len(kinds) > 1:
+            raise ValueError(f"parts must have the same dtype, capacity and sketch, got {sorted(map(str, kinds))}.")
+        first = max(part._first for part in parts)
+        stop = min(part._first + len(part) for part in parts)
+        if stop <= first:
+            raise ValueError("parts have no time in common: record the same epochs in all of them.")
+        lead, sketch = parts[0], parts[0]._sketch
+        n = sum(part.n for part in parts)
+        kept: dict[str, Any] = {"storage": storage or lead.storage, "path": path}
+        if sketch is not None:
+            kept = {"storage": "sketch", "sketch": sketch.k}
+        whole = cls(n, capacity=lead.capacity, dtype=lead.dtype, offset=lead.offset, **kept)
+        for index in range(first, stop):
+            if sketch is not None:
+                summed = sum(part._store.row(index) for part in parts)
+                whole._message = np.append(float(n), np.asarray(summed))
+                whole.commit(whole._message)
+                continue
+            row, at = whole._store.row(index - first), 0
+            for part in parts:
+                row[at : at + part.n].copy_(part._store.row(index))
+                at += part.n
+        if sketch is not None:
+            return whole
+        grams = [merge_oldest(part._gram, first - part._first)[: stop - first, : stop - first] for part in parts]
+        whole._gram, whole.total = np.sum(grams, axis=0), n
+        whole._refresh(lambda base: base.copy_(torch.cat([part._snapshot_before(first) for part in parts])))
+        return whole
+
+    def _snapshot_before(self, index: int) -> Tensor:
+        """The oldest snapshot of those from an index on, for increments that lie on top of it."""
+        assert self._base is not None
+        base = self._base.clone()
+        for row in range(self._first + 1, index + 1):
+            base += self._store.row(row)
+        return base
+
+    def _refresh(self, read_base: Callable[[Tensor], object]) -> None:
+        """Set what follows from the rows and, under increments, from the oldest snapshot, which is read first."""
+        if self._base is not None and self._newest is not None:
+            read_base(self._base)
+            self._newest.copy_(self._snapshot_before(self._first + len(self) - 1))
+        self._fingerprints = [self._fingerprint(self._first + at) for at in range(len(self))]
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> dict[str, Any]:
         """Write the snapshots to a sidecar file and return the small rest of the state.
 
-        Only snapshots that are not yet in the file are written.
+        Only snapshots that are not yet in the file are written.  Increments in bfloat16 lie on top of the oldest
+        snapshot; that goes to a file of its own, of which those of the last two calls are kept.
 
         Args:
             path: The file; its folder must exist.
@@ -229,36 +472,63 @@ class Trajectory:
             Tensors and numbers that :meth:`load` takes, safe for ``torch.load(weights_only=True)``.
 
         Raises:
-            OSError: If the file cannot be written.
+            OSError: If a file cannot be written.
         """
         target = Path(path).absolute()
         if target != self._saved_path or not target.exists():
-            self._saved, self._saved_path = {}, target
+            self._saved, self._saved_path = set(), target
+            for old in target.parent.glob(f"{target.name}.base-*"):  # of another trajectory
+                old.unlink(missing_ok=True)
         indices = range(self._first, self._first + len(self))
-        in_place = target == self._path
-        if not in_place:
+        if target != self._store.path:
             with open(target, "r+b" if target.exists() else "w+b") as file:
                 for index in indices:
                     if index not in self._saved:
-                        data = _bytes(self._row(index))
-                        file.seek(self._slot(index) * len(data))
-                        file.write(data)
-        for index in indices:
-            if index not in self._saved:
-                self._saved[index] = zlib.crc32(_bytes(self._row(index)))
-        self._saved = {index: self._saved[index] for index in indices}
+                        file.seek(self._store.slot(index) * self._store.row_bytes)
+                        for piece in _pieces(self._store.row(index)):
+                            file.write(_bytes(piece))
+                        self._store.release()
+        if self._base is not None and len(self):
+            self._save_base(target)
+        self._saved = set(indices)
+        prints = [mark - 2**64 if mark >= 2**63 else mark for mark in self._fingerprints]
         return {
             "n": self.n,
+            "total": self.total,
             "capacity": self.capacity,
-            "double": self.dtype == torch.float64,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "sketch": 0 if self._sketch is None else self._sketch.k,
             "first": self._first,
             "gram": torch.from_numpy(self._gram.copy()),
-            "checksums": torch.tensor([self._saved[index] for index in indices], dtype=torch.int64),
+            "fingerprints": torch.tensor(prints, dtype=torch.int64),
         }
+
+    def _save_base(self, target: Path) -> None:
+        assert self._base is not None
+        mine = base_path(target, self._first)
+        if not mine.exists():
+            scratch = mine.with_suffix(".part")
+            with open(scratch, "wb") as file:
+                for piece in _pieces(self._base):
+                    file.write(_bytes(piece))
+            scratch.replace(mine)  # whole or not at all
+        known = sorted(target.parent.glob(f"{target.name}.base-*"), key=lambda each: each.stat().st_mtime)
+        for old in known[:-2]:
+            if old != mine:
+                old.unlink(missing_ok=True)
 
     @classmethod
     def load(
-        cls, state: dict[str, Any], sidecar: str | Path, *, storage: str = "ram", path: str | Path | None = None
+        cls,
+        state: dict[str, Any],
+        sidecar: str | Path,
+        *,
+        storage: str = "ram",
+        path: str | Path | None = None,
+        offset: int = 0,
+        all_sum: AllSum | None = None,
+        n: int | None = None,
+        read: ReadRow | None = None,
     ) -> Trajectory:
         """Trajectory from :meth:`save`'s state and its sidecar file: the same spectrum, to the last bit.
 
@@ -266,80 +536,64 @@ class Trajectory:
         intact, and may be shorter or empty.
 
         Args:
-            state: What :meth:`save` returned.
+            state: What :meth:`save` returned; in any process, where several saved their parts.
             sidecar: The file that it wrote.
-            storage: As for the constructor.
+            storage: As for the constructor; a sketch stays one.
             path: As for the constructor.
+            offset: As for the constructor.
+            all_sum: As for the constructor.
+            n: Numbers that this process holds, if that is not what the state says.
+            read: Fills a tensor with this process's part of the row in a slot of the ring, or of the oldest snapshot
+                for an index of −1, and tells whether it could; in place of reading ``sidecar``.
 
         Raises:
             OSError: If the file cannot be read.
         """
+        kept: dict[str, Any] = {"storage": storage, "path": path}
+        if state["sketch"]:
+            kept = {"storage": "sketch", "sketch": int(state["sketch"])}
         trajectory = cls(
-            int(state["n"]),
+            int(state["n"]) if n is None else n,
             capacity=state["capacity"],
-            storage=storage,
-            path=path,
-            dtype=torch.float64 if state["double"] else torch.float32,
+            dtype=getattr(torch, state["dtype"]),
+            offset=offset,
+            all_sum=all_sum,
+            **kept,
         )
-        checksums, first = state["checksums"].tolist(), int(state["first"])
+        first, held = int(state["first"]), len(state["fingerprints"])
         trajectory._first, trajectory._gram = first, state["gram"].numpy().copy()
+        trajectory.total = int(state["total"])
         source = Path(sidecar).absolute()
-        size = trajectory._row_bytes
+        get = read or _reader(source, trajectory._store, first)
+        expected = [int(mark) % 2**64 for mark in state["fingerprints"]]
+        based = trajectory._base is None or (held > 0 and get(-1, trajectory._base))
+        marks = np.full((2, held), np.nan)  # a sum with NaN is NaN: what one process lost, all leave out
+        if based and trajectory._base is not None:  # written whole or not at all
+            marks[:, :1], expected[0] = 0.0, 0
+        for at in range(trajectory._base is not None, held if based else 0):
+            row = trajectory._store.row(first + at)
+            in_place = source == trajectory._store.path
+            if in_place or get(trajectory._store.slot(first + at), row):
+                marks[:, at] = divmod(trajectory._fingerprint(first + at), HALF)
+        if all_sum is not None:  # sketches are the same everywhere: only what is missing counts
+            marks = all_sum(marks) if trajectory._sketch is None else marks + all_sum(marks * 0)
         intact = 0
-        with open(source, "rb") as file:
-            for index in reversed(range(first, first + len(checksums))):
-                file.seek(trajectory._slot(index) * size)
-                data = bytearray(file.read(size))
-                if len(data) < size or zlib.crc32(data) != checksums[index - first]:
-                    break
-                row = trajectory._row(index)
-                if source != trajectory._path:  # else the storage is the sidecar itself
-                    row.copy_(torch.frombuffer(data, dtype=trajectory.dtype))
-                intact += 1
-        if intact == 0:
+        while intact < held and _whole(marks[:, held - 1 - intact]) == expected[held - 1 - intact]:
+            intact += 1
+        if intact == 0 or (trajectory._base is not None and intact < held):
             trajectory._gram, trajectory._first = np.zeros((0, 0)), 0
-        elif intact < len(checksums):
-            trajectory._drop_oldest(len(checksums) - intact)
+            return trajectory
+        trajectory._fingerprints = expected
+        if intact < held:
+            trajectory._drop_oldest(held - intact)
+        if trajectory._newest is not None:
+            trajectory._newest.copy_(trajectory._snapshot_before(first + held - 1))
         return trajectory
 
-    @property
-    def _row_bytes(self) -> int:
-        return self.n * (8 if self.dtype == torch.float64 else 4)
 
-    def _drop_oldest(self, count: int) -> None:
-        self._gram = merge_oldest(self._gram, count)
-        self._first += count
-
-    def _slot(self, index: int) -> int:
-        return index if self.capacity is None else index % self.capacity
-
-    def _row(self, index: int) -> Tensor:
-        """The stored row of a snapshot, as a view; storage grows as needed."""
-        block, row = divmod(self._slot(index), self._block_rows)
-        while block >= len(self._blocks):
-            self._blocks.append(self._new_block())
-        return self._blocks[block][row]
-
-    def _new_block(self) -> Tensor:
-        shape = (self._block_rows, self.n)
-        if self._path is None:
-            return torch.empty(shape, dtype=self.dtype)
-        size = self._block_rows * self._row_bytes
-        offset = len(self._blocks) * size
-        with open(self._path, "r+b" if self._path.exists() else "w+b") as file:
-            file.truncate(max(offset + size, file.seek(0, 2)))
-            if hasattr(os, "posix_fallocate"):  # a full disk is then an error here, not a crash at the first write
-                os.posix_fallocate(file.fileno(), offset, size)
-        mapped = np.memmap(self._path, dtype=DTYPES[self.dtype], mode="r+", offset=offset, shape=shape)
-        return torch.from_numpy(mapped)
-
-    def _segments(self, start: int, stop: int) -> Iterator[Tensor]:
-        """Views (rows, n) of the snapshots with indices start … stop − 1, in order of time."""
-        while start < stop:
-            block, row = divmod(self._slot(start), self._block_rows)
-            rows = min(self._block_rows - row, stop - start)
-            yield self._blocks[block][row : row + rows]
-            start += rows
+def base_path(sidecar: Path, first: int) -> Path:
+    """File of the oldest snapshot, on top of which the increments in a sidecar lie."""
+    return sidecar.with_name(f"{sidecar.name}.base-{first}")
 
 
 def is_finite(values: Tensor) -> bool:
@@ -347,6 +601,49 @@ def is_finite(values: Tensor) -> bool:
     return bool(torch.isfinite(values.sum(dtype=torch.float64)))
 
 
+def read_into(path: Path, start: int, out: Tensor) -> bool:
+    """Fill a tensor from a file, from a byte on; returns whether the file has so much."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            for piece in _pieces(out):
+                view = _bytes(piece)
+                if file.readinto(view) < len(view):
+                    return False
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _reader(sidecar: Path, store: RowStore, first: int) -> ReadRow:
+    if not sidecar.exists():
+        raise FileNotFoundError(f"there is no sidecar {os.fspath(sidecar)!r}.")
+
+    def read(slot: int, out: Tensor) -> bool:
+        if slot < 0:
+            return read_into(base_path(sidecar, first), 0, out)
+        return read_into(sidecar, slot * store.row_bytes, out)
+
+    return read
+
+
+def _whole(halves: Array) -> int:
+    """A fingerprint from the sums of its upper and lower half; −1 where a part of it is missing."""
+    return -1 if np.isnan(halves).any() else (int(halves[0]) * HALF + int(halves[1])) % 2**64
+
+
+def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor]) -> list[Tensor]:
+    """A snapshot as the tensors that make it up."""
+    if isinstance(snapshot, (list, tuple)) and snapshot and all(isinstance(part, Tensor) for part in snapshot):
+        return [part.detach() for part in snapshot]
+    return [torch.as_tensor(snapshot).detach()]
+
+
+def _pieces(row: Tensor) -> Iterator[Tensor]:
+    for start in range(0, row.numel(), PIECE):
+        yield row[start : start + PIECE]
+
+
 def _bytes(row: Tensor) -> memoryview:
-    view: Any = row.numpy()
+    view: Any = row.view(BITS[row.dtype]).numpy()
     return memoryview(view).cast("B")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from scipy.optimize import linear_sum_assignment
 
 
@@ -45,3 +46,8 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Largest distance of matched eigenvalues."""
     i, j = match(np.asarray(ours), np.asarray(theirs))
     return float(np.abs(np.asarray(ours)[i] - np.asarray(theirs)[j]).max())
+
+
+def vector(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One flat copy (n,) of all given tensors."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])

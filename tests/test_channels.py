@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from problems import vector
 from torch import nn
 
 from lightning_koopman import (
@@ -19,7 +20,6 @@ from lightning_koopman import (
     remove_channels,
     resize_like,
 )
-from lightning_koopman.parameters import flatten
 
 pytest.importorskip("torch_pruning")
 
@@ -88,10 +88,10 @@ def test_the_channels_of_least_reconstructed_weight_are_removed(fit, root):
 
     class Watch(root.Callback):
         def on_train_start(self, trainer, pl_module):
-            snapshots.append(flatten(dict(pl_module.named_parameters())))
+            snapshots.append(vector(dict(pl_module.named_parameters())))
 
         def on_train_epoch_end(self, trainer, pl_module):
-            snapshots.append(flatten(dict(pl_module.named_parameters())))
+            snapshots.append(vector(dict(pl_module.named_parameters())))
             before.append(copy.deepcopy(pl_module.network))
 
     pruner = KoopmanPruner(0.5, epoch=6, structured=True, parameters=["*", "!*outer*"])

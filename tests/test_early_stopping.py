@@ -291,7 +291,7 @@ def test_it_does_not_stop_where_the_schedule_goes_on(fit, classifier, tmp_path, 
     assert stop.would_stop_epoch is None or stop.would_stop_epoch > change
     if name != "warm-up":
         assert Hold.SCHEDULE.value in held(stop)[:change]
-        monkeypatch.setattr(module, "planned_rates", lambda _: [])
+        monkeypatch.setattr(module, "planned_rates", lambda *_: [])
         assert run("unguarded").would_stop_epoch < change  # the test can fail
 
 

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_koopman.border import border_products
 from lightning_koopman.factor import (
-    border_products,
     factor,
     factor_from_increment_gram,
     hankel,

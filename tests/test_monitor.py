@@ -410,12 +410,16 @@ def test_modules_built_in_configure_model_are_checked_too(trainer, regression):
         trainer(callbacks=KoopmanSpectrumMonitor(parameters="conv*")).fit(Late())
 
 
-def test_sharded_strategies_are_refused_before_training(root, regression):
-    # Lightning itself refuses FSDP on the CPU, so the trainer is a stand-in; the strategy is real
+def test_deepspeed_is_refused_before_training(root, trainer, regression):
+    class DeepSpeedStrategy(root.strategies.SingleDeviceStrategy):  # the package itself is not at hand
+        pass
+
     monitor = KoopmanSpectrumMonitor()
-    fit = SimpleNamespace(callbacks=[monitor], fast_dev_run=False, strategy=root.strategies.FSDPStrategy())
-    with pytest.raises(ValueError, match="strategy FSDPStrategy shards the weights"):
-        monitor.setup(fit, regression(), "fit")
+    with pytest.raises(ValueError, match=r"DeepSpeedStrategy keeps the weights in partitions of its own.*FSDP2"):
+        trainer(callbacks=monitor, strategy=DeepSpeedStrategy("cpu"), accelerator="auto").fit(regression())
+    observed = KoopmanSpectrumMonitor("train_loss")  # what needs no weights works
+    trainer(callbacks=observed, strategy=DeepSpeedStrategy("cpu"), accelerator="auto").fit(regression())
+    assert len(observed.recorder) == 6
 
 
 # -- bad input: known only in the middle of a run ---------------------------------------------------------------------

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from lightning_koopman import select_parameters
-from lightning_koopman.parameters import flatten
 
 
 @pytest.fixture
@@ -51,19 +50,3 @@ def test_bad_selections_are_named(network):
         select_parameters(nn.LazyLinear(3))
     with pytest.raises(ValueError, match="complex"):
         select_parameters(nn.Linear(3, 3, dtype=torch.complex64))
-
-
-def test_flatten_is_the_concatenation(network):
-    chosen = select_parameters(network)
-    flat = flatten(chosen)
-    assert flat.dtype == torch.float32
-    assert torch.equal(flat, nn.utils.parameters_to_vector(chosen.values()))
-    network[3].weight.data.add_(1.0)
-    assert not torch.equal(flat, flatten(chosen))  # a copy, not a view
-
-
-def test_a_single_parameter_is_copied_too():
-    layer = nn.Linear(2, 1, bias=False)
-    flat = flatten(select_parameters(layer))
-    layer.weight.data.zero_()
-    assert flat.abs().sum() > 0

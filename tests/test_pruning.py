@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from problems import vector
 from torch import nn
 
 from lightning_koopman import (
@@ -20,7 +21,6 @@ from lightning_koopman import (
     persistent_weights,
     select_parameters,
 )
-from lightning_koopman.parameters import flatten
 
 WEIGHTS = ("network.1.weight", "network.5.weight")  # of the classifier
 
@@ -37,7 +37,7 @@ def watch(root):
             return {name: value.detach().clone() for name, value in module.named_parameters()}
 
         def on_train_start(self, trainer, pl_module):
-            self.snapshots.append(flatten(select_parameters(pl_module)))
+            self.snapshots.append(vector(select_parameters(pl_module)))
 
         def on_train_epoch_start(self, trainer, pl_module):
             self.at_start[trainer.current_epoch] = self.note(pl_module)
@@ -49,7 +49,7 @@ def watch(root):
                 self.checked += 1
 
         def on_train_epoch_end(self, trainer, pl_module):
-            self.snapshots.append(flatten(select_parameters(pl_module)))
+            self.snapshots.append(vector(select_parameters(pl_module)))
 
     return Watch
 
@@ -128,7 +128,7 @@ def test_with_patterns_only_their_modules_are_drawn_anew(fit):
     pruner = KoopmanPruner(0.5, epoch=4, survivors="reinit", parameters="network.5.*weight")
     _, watcher = fit(pruner, epochs=5)
     before, now = watcher.snapshots[4], watcher.at_start[4]
-    kept = flatten({name: value for name, value in now.items() if not name.startswith("network.5")})
+    kept = vector({name: value for name, value in now.items() if not name.startswith("network.5")})
     assert torch.equal(kept, before[: kept.numel()])
     assert list(pruner.masks) == ["network.5.weight"]
 
@@ -409,7 +409,7 @@ def test_other_callbacks_begin_a_new_trajectory(fit):
     _, watcher = fit(pruner, monitor, stop, epochs=7)
     assert monitor.recorder.epochs == [4, 5, 6, 7]
     first = monitor.trajectory.snapshots()[0]
-    assert torch.equal(first, flatten(watcher.at_start[4]))
+    assert torch.equal(first, vector(watcher.at_start[4]))
     assert pruner.recorder is monitor.recorder
 
 
@@ -593,12 +593,12 @@ def test_bad_settings_are_refused_before_training(fit, options, message):
     assert pruner.history == []
 
 
-def test_sharded_strategies_are_refused(fit, root):
-    class FSDPStrategy(root.strategies.SingleDeviceStrategy):
+def test_deepspeed_is_refused(fit, root):
+    class DeepSpeedStrategy(root.strategies.SingleDeviceStrategy):
         pass
 
-    with pytest.raises(ValueError, match="shards the weights"):
-        fit(KoopmanPruner(0.5, epoch=3), strategy=FSDPStrategy("cpu"), accelerator="auto")
+    with pytest.raises(ValueError, match="partitions of its own"):
+        fit(KoopmanPruner(0.5, epoch=3), strategy=DeepSpeedStrategy("cpu"), accelerator="auto")
 
 
 def test_two_of_them_prune_at_once(fit):

@@ -134,9 +134,9 @@ def test_an_older_state_recovers_what_the_ring_still_holds(tmp_path):
     for snapshot in snapshots[12:15]:
         trajectory.append(snapshot)
     trajectory.save(tmp_path / "rows.bin")
-    loaded = Trajectory.load(early, tmp_path / "rows.bin")  # 3 of its 8 snapshots are overwritten
-    assert torch.equal(loaded.snapshots(), torch.from_numpy(snapshots[7:12]))
-    assert distance(loaded.spectrum().eigenvalues, dmd_rrr(snapshots[7:12]).eigenvalues) < 1e-8
+    loaded = Trajectory.load(early, tmp_path / "rows.bin")  # 2 of its 8 snapshots are overwritten
+    assert torch.equal(loaded.snapshots(), torch.from_numpy(snapshots[6:12]))
+    assert distance(loaded.spectrum().eigenvalues, dmd_rrr(snapshots[6:12]).eigenvalues) < 1e-8
 
 
 def test_a_damaged_sidecar_is_noticed(tmp_path):
@@ -162,7 +162,7 @@ def test_double_precision_for_a_few_numbers():
         ({"n": 3, "capacity": 1}, "capacity must be at least 2"),
         ({"n": 3, "storage": "tape"}, "storage must be one of"),
         ({"n": 3, "path": "x"}, "goes with storage='disk'"),
-        ({"n": 3, "dtype": torch.bfloat16}, "dtype must be"),
+        ({"n": 3, "dtype": torch.float16}, "dtype must be"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

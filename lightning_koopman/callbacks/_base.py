@@ -16,21 +16,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from lightning_koopman.callbacks._loss import LossMeter
-from lightning_koopman.callbacks._recorder import Recorder, SnapshotSettings
+from lightning_koopman.callbacks._recorder import Recorder, Snapshot, SnapshotSettings
 from lightning_koopman.callbacks._roots import LightningCallback
 from lightning_koopman.callbacks._schedule import current_rates
-from lightning_koopman.parameters import as_patterns, flatten, select_parameters
-from lightning_koopman.trajectory import STORAGES, is_finite
+from lightning_koopman.initialization import Scheme, reinitialize
+from lightning_koopman.parameters import as_patterns, select_parameters
+from lightning_koopman.processes import Processes, ProcessLostError
+from lightning_koopman.shards import Chunk, Shards, clean_name, local_chunks
+from lightning_koopman.store import STORAGES
+from lightning_koopman.trajectory import SKETCH
 
 if TYPE_CHECKING:  # never at run time: the user may use the other import root
     import pytorch_lightning as pl
 
 WEIGHTS, TRAIN_LOSS = "weights", "train_loss"
 HISTORY = "history.csv"
-SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+KINDS = ("float32", "bfloat16")  # of stored snapshots
 
 
 class KoopmanWarning(UserWarning):
@@ -50,9 +53,13 @@ class TrajectoryCallback(LightningCallback):
         observable: ``"weights"``, ``"train_loss"`` (epoch mean of what ``training_step`` returns) or the name of a
             logged metric.
         parameters: Name patterns of the parameters in the weights' trajectory.
-        every_n_epochs: Epochs between two snapshots, ≥ 1.
+        every_n_epochs: Epochs between two snapshots, ≥ 1; or
+        every_n_steps: Optimizer steps between two snapshots, ≥ 1.  So many steps then take the place of an epoch.
         window: Snapshots kept and analysed, ≥ 3, or None for all.
-        storage: ``"ram"``, or ``"disk"`` for a memory-mapped file in the folder below.
+        storage: ``"ram"``, ``"disk"`` for a memory-mapped file in the folder below, or ``"sketch"``.
+        dtype: ``"float32"`` or ``"bfloat16"``: of what is stored.
+        sketch: Numbers in a sketch.
+        background: Whether the work on a snapshot is done while training goes on.
         dirpath: Folder below which everything is written to disk (default: the run's log folder).
     """
 
@@ -69,8 +76,12 @@ class TrajectoryCallback(LightningCallback):
         observable: str = WEIGHTS,
         parameters: str | Sequence[str] | None = None,
         every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
         window: int | None,
         storage: str = "ram",
+        dtype: str = "float32",
+        sketch: int = SKETCH,
+        background: bool = False,
         dirpath: str | os.PathLike[str] | None,
     ) -> None:
         super().__init__()
@@ -81,6 +92,12 @@ class TrajectoryCallback(LightningCallback):
         if parameters is not None and observable != WEIGHTS:
             raise ValueError(f"parameters goes with observable='weights', got observable={observable!r}: drop it.")
         check_count("every_n_epochs", every_n_epochs, 1)
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps, 1)
+            if every_n_epochs != 1:
+                raise ValueError(
+                    f"every_n_epochs={every_n_epochs} and every_n_steps={every_n_steps} exclude each other: give one."
+                )
         if window is not None and (not _is_integer(window) or window < 3):
             raise ValueError(f"window must be at least 3 snapshots and whole, got {window}: pass None to keep all.")
         if dirpath is not None and "://" in os.fspath(dirpath):
@@ -89,7 +106,17 @@ class TrajectoryCallback(LightningCallback):
             )
         if storage not in STORAGES:
             raise ValueError(f"storage must be one of {list(STORAGES)}, got {storage!r}.")
-        self.settings = SnapshotSettings(observable, as_patterns(parameters), every_n_epochs, window, storage)
+        if dtype not in KINDS:
+            raise ValueError(f"dtype must be one of {list(KINDS)}, got {dtype!r}.")
+        check_count("sketch", sketch, 2)
+        if dtype != "float32" and (storage == "sketch" or observable != WEIGHTS):
+            raise ValueError(f"dtype={dtype!r} is for stored weights, got storage={storage!r}, {observable=}: drop it.")
+        if storage == "sketch" and observable != WEIGHTS:
+            raise ValueError(f"storage='sketch' goes with observable='weights', got {observable!r}: drop it.")
+        self.settings = SnapshotSettings(
+            observable, as_patterns(parameters), every_n_epochs, every_n_steps, window, storage, dtype, sketch
+        )
+        self._background = background and observable == WEIGHTS
         self.dirpath = None if dirpath is None else Path(dirpath)
         self._own_recorder = Recorder(self.settings)
         self.recorder = self._own_recorder  # or that of another callback, if it records what this one needs
@@ -104,6 +131,11 @@ class TrajectoryCallback(LightningCallback):
         self._record_seconds = 0.0
         self._warned: set[str] = set()
         self._names: tuple[str, ...] = ()
+        self._processes = Processes()
+        self._shards: Shards | None = None  # where this process's part of the weights lies
+        self._zero = True  # the process that logs, decides and writes
+        self._rounds = 0  # completed epochs, or groups of so many steps
+        self._begins = False  # the next batch is the first of a group
         self._base: Path | None = None
         self._seen: object = None  # the observed metric as it was when the epoch began: what is logged anew differs
         self._validated: float | None = None  # the observed metric as the last validation logged it, until recorded
@@ -116,10 +148,11 @@ class TrajectoryCallback(LightningCallback):
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._pending, self._anew, self.rates = None, True, []
+        self._pending, self._anew, self.rates, self._shards = None, True, [], None
         if stage != "fit":
             return
         self._active = not trainer.fast_dev_run  # type: ignore[attr-defined]
+        self._zero = trainer.is_global_zero
         self._warned.clear()
         self._seen, self._validated, self._has_validated = None, None, False
         self._share_recorder(trainer)
@@ -131,33 +164,45 @@ class TrajectoryCallback(LightningCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # not earlier: layers may be built in `setup` or `configure_model`, which come after our own `setup`
         if self._active and self.settings.observable == WEIGHTS:
-            self._names = tuple(self._check_parameters(trainer, pl_module))
+            self._check_parameters(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._active:
             return
         self._losses.restore(0.0, 0)
         self._alone = len(self._sharing(trainer)) == 1
-        resumed = self._resumed = self._restore(trainer)
-        epoch, recorder = trainer.current_epoch, self.recorder
-        self._anew = not resumed and (epoch == 0 or trainer.ckpt_path is not None)
+        resumed = self._resumed = self._restore(trainer, pl_module)
+        epoch, recorder = self._completed(trainer), self.recorder
+        self._rounds, self._begins = epoch, not self._within(trainer)
+        self._anew = not resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
         if self._anew:
             self.history = []
             if not recorder.restored:
                 recorder.interrupt()  # the callback may have served another fit
-        if trainer.is_global_zero:
+        if self._zero:
             self._write_history(anew=True)
-        if not self._keeps_weights(trainer, epoch):
+        if not self._keeps_weights(epoch) or self._within(trainer):
             return
         with self._guard("recording the initial weights"):
-            values = self._read_weights(pl_module)
-            recorded = recorder.epochs[-1:] == [epoch]
+            snapshot = self._read_weights(trainer, pl_module)
             # a resumed epoch may have begun, so its weights differ; otherwise this is a further fit from other weights
-            if recorded and not resumed and not torch.equal(values, recorder.last()):
+            if recorder.holds(epoch) and not resumed and not recorder.repeats(snapshot):
                 recorder.interrupt()
-            self._append(epoch, values)
+            self._take(epoch, snapshot, background=False)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.settings.every_n_steps is None:
+            self.on_round_start(trainer, pl_module)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.settings.every_n_steps is not None and self._begins:
+            self._begins = False
+            self.on_round_start(trainer, pl_module)
+
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before the first batch of an epoch, or of ``every_n_steps`` steps."""
         self._seen = trainer.callback_metrics.get(self._watched)
         self.rates = current_rates(trainer)
         self._losses.restore(0.0, 0)  # what a checkpoint after an epoch's last batch left
@@ -169,6 +214,15 @@ class TrajectoryCallback(LightningCallback):
             self._losses.add(outputs)
         except Exception as error:
             self._warn("loss", f"averaging the training loss failed, training goes on without it: {error!r}")
+        self.after_batch(trainer, pl_module, batch, batch_idx)
+        if self.settings.every_n_steps is not None and self._active:
+            completed = self._completed(trainer)
+            if completed > self._rounds:
+                self._begins = True
+                self.on_round_end(trainer, pl_module, completed)
+
+    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called after each batch, before anything is decided."""
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._active and not trainer.sanity_checking:
@@ -178,22 +232,24 @@ class TrajectoryCallback(LightningCallback):
                 self._validated = self._validated if value is None else value
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._active:
-            return
-        epoch = trainer.current_epoch + 1
+        if self._active and self.settings.every_n_steps is None:
+            self.on_round_end(trainer, pl_module, trainer.current_epoch + 1)
+
+    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        """Called after the last batch of an epoch, or of so many steps, with the number of those completed."""
+        self._rounds = epoch
         self.train_loss = self._mean_train_loss(trainer)
         self.rates = self.rates or current_rates(trainer)  # a resumed epoch does not begin
         if not self._due_at(epoch):
             return
-        started, self.finite = time.perf_counter(), True
+        started = time.perf_counter()
         with self._guard("recording a snapshot"):
             self._record(trainer, pl_module, epoch)
         self._record_seconds = time.perf_counter() - started
-        recorded = self.recorder.epochs[-1:] == [epoch]
-        self.on_snapshot(trainer, pl_module, epoch, recorded)
+        self.on_snapshot(trainer, pl_module, epoch, self.recorder.holds(epoch))
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        """Called on all ranks after each epoch with a snapshot due; the trajectory exists on global rank zero only."""
+        """Called on all ranks after each epoch with a snapshot due; each of them holds its part of the trajectory."""
 
     def weights_replaced(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called when the weights were not trained but set, before anything records them."""
@@ -202,50 +258,88 @@ class TrajectoryCallback(LightningCallback):
         """Begin a new trajectory from the present weights, which were not trained from those recorded last."""
         self.rates = current_rates(trainer)
         self.recorder.interrupt()
-        if self._active and self._keeps_weights(trainer, trainer.current_epoch):
+        if self._active and self._keeps_weights(self._rounds):
             with self._guard("recording the weights anew"):
-                self._append(trainer.current_epoch, self._read_weights(pl_module))
+                self._take(self._rounds, self._read_weights(trainer, pl_module), background=False)
+
+    def _completed(self, trainer: pl.Trainer) -> int:
+        """Completed epochs, or groups of ``every_n_steps`` steps."""
+        every = self.settings.every_n_steps
+        return trainer.current_epoch if every is None else trainer.global_step // every
+
+    def _when(self, epoch: int) -> str:
+        """A time, for messages."""
+        every = self.settings.every_n_steps
+        return f"epoch {epoch}" if every is None else f"step {epoch * every}"
+
+    def _span(self, epochs: int) -> str:
+        """A length of time, for messages."""
+        every = self.settings.every_n_steps
+        return f"{epochs} epochs" if every is None else f"{epochs * every} steps"
+
+    def _within(self, trainer: pl.Trainer) -> bool:
+        """Whether a group of steps has begun."""
+        every = self.settings.every_n_steps
+        return every is not None and trainer.global_step % every > 0
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _record(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        observable = self.settings.observable
-        if not trainer.is_global_zero:
+        if self.settings.observable == WEIGHTS:
+            self._take(epoch, self._read_weights(trainer, pl_module), background=self._background)
             return
-        if observable == WEIGHTS:
-            self._append(epoch, self._read_weights(pl_module))
-            return
-        value = self._scalar(trainer)
+        value = self._scalar(trainer) if self._zero else None
         if value is not None:
-            self._append(epoch, torch.tensor([value], dtype=torch.float64))
+            self._take(epoch, Snapshot([torch.tensor([value], dtype=torch.float64)]), background=False)
 
     def _scalar(self, trainer: pl.Trainer) -> float | None:
         """The epoch's value of the watched loss or metric, if there is one."""
         use_loss = self._watched == TRAIN_LOSS and self.train_loss is not None
         return self.train_loss if use_loss else self._metric(trainer)
 
-    def _append(self, epoch: int, values: Tensor) -> None:
-        self.finite = is_finite(values)
-        if not self.finite:
-            self.recorder.interrupt()
-            self._warn(
-                "finite",
-                f"the observable {self.settings.observable!r} holds NaN or infinite values after epoch {epoch}: it is "
-                "not recorded, and a new trajectory starts once it is finite again.",
-            )
-            return
-        trajectory = self.recorder.trajectory
-        if trajectory is not None and trajectory.n != values.numel() and not self.recorder.interrupted:
+    def _take(self, epoch: int, snapshot: Snapshot, *, background: bool) -> None:
+        """Record a snapshot, and take it in at once unless the work is done in the background."""
+        self._take_in()
+        trajectory, recorder = self.recorder.trajectory, self.recorder
+        if trajectory is not None and trajectory.n != snapshot.numel and not recorder.interrupted:
             self._warn(
                 "count",
-                f"the number of observed weights changed from {trajectory.n} to {values.numel()} at epoch {epoch}: "
+                f"the number of observed weights changed from {trajectory.n} to {snapshot.numel} at epoch {epoch}: "
                 "a new trajectory starts here.",
             )
-        self.recorder.record(epoch, values)
+        recorder.record(epoch, snapshot, background=background)
+        if not background:
+            self._take_in()
 
-    def _keeps_weights(self, trainer: pl.Trainer, epoch: int) -> bool:
-        """Whether this process records the weights after so many completed epochs."""
-        return self.settings.observable == WEIGHTS and trainer.is_global_zero and self._due_at(epoch)
+    def _take_in(self) -> None:
+        """Take in what was recorded last; on all ranks."""
+        if not self.recorder.busy:
+            return
+        self.finite = True
+        self.finite = self.recorder.finish()
+        if not self.finite:
+            self._warn(
+                "finite",
+                f"the observable {self.settings.observable!r} holds NaN or infinite values after epoch {self._rounds}: "
+                "it is not recorded, and a new trajectory starts once it is finite again.",
+            )
+
+    def _log(self, trainer: pl.Trainer, pl_module: pl.LightningModule, scalars: Mapping[str, float]) -> None:
+        """Log scalars for stock callbacks and loggers; on all ranks."""
+        named = {f"{self.prefix}/{name}": value for name, value in scalars.items()}
+        if self.settings.every_n_steps is None:
+            for name, value in named.items():
+                pl_module.log(name, value, batch_size=1, sync_dist=trainer.world_size > 1)
+            return
+        # what is logged within an epoch reaches loggers only every `log_every_n_steps` steps
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in named.items()})
+        for logger in trainer.loggers if named else ():
+            with self._guard("logging"):
+                logger.log_metrics(named, step=trainer.global_step)
+
+    def _keeps_weights(self, epoch: int) -> bool:
+        """Whether the weights are recorded after so many completed epochs."""
+        return self.settings.observable == WEIGHTS and self._due_at(epoch)
 
     def _due_at(self, epoch: int) -> bool:
         """Whether a snapshot is to be taken after so many completed epochs."""
@@ -256,11 +350,18 @@ class TrajectoryCallback(LightningCallback):
         """Whether this callback needs no more snapshots."""
         return False
 
-    def _read_weights(self, pl_module: pl.LightningModule) -> Tensor:
-        named = dict(pl_module.named_parameters())
-        if not all(name in named for name in self._names):  # layers were replaced since training began
-            self._names = tuple(select_parameters(pl_module, self.settings.parameters))
-        return flatten({name: named[name] for name in self._names})
+    def _read_weights(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:
+        return Snapshot.of(self._own_parts(trainer, pl_module))
+
+    def _own_parts(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Shards:
+        """This process's part of the observed weights as they are now."""
+        root = outermost(trainer, pl_module)
+        chunks = local_chunks(root)
+        if not all(name in chunks for name in self._names):  # layers were replaced since training began
+            self._names = tuple(select_parameters(root, self.settings.parameters))
+        held = {name: chunks[name] for name in self._names}
+        self._shards = Shards(held, self._processes, like=self._shards)
+        return self._shards
 
     def _metric(self, trainer: pl.Trainer) -> float | None:
         """The observed metric as logged in this epoch, or by a validation since the last snapshot."""
@@ -307,60 +408,74 @@ class TrajectoryCallback(LightningCallback):
                 )
 
     def _check_strategy(self, trainer: pl.Trainer) -> None:
-        names = {base.__name__ for base in type(trainer.strategy).__mro__}
-        if self.settings.observable == WEIGHTS and names & set(SHARDED):
+        name = type(trainer.strategy).__name__
+        deep = any(base.__name__ == "DeepSpeedStrategy" for base in type(trainer.strategy).__mro__)
+        self._processes = Processes() if deep else Processes.of_run()
+        alone = self._processes.size != trainer.world_size
+        if self.settings.observable == WEIGHTS and (deep or alone):
+            why = "keeps the weights in partitions of its own" if deep else "does not use torch.distributed"
             raise ValueError(
-                f"strategy {type(trainer.strategy).__name__} shards the weights, which is not supported yet: use a "
-                f"replicated strategy such as 'ddp'{', or observable=' + repr(TRAIN_LOSS) if self.storable else ''}."
+                f"strategy {name} {why}, where they cannot be observed: use 'ddp', FSDPStrategy or "
+                f"ModelParallelStrategy (FSDP2){', or observable=' + repr(TRAIN_LOSS) if self.storable else ''}."
             )
 
-    def _check_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[str]:
-        chosen = select_parameters(pl_module, self.settings.parameters)
+    def _check_parameters(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        chosen = select_parameters(outermost(trainer, pl_module), self.settings.parameters)
+        self._names = tuple(chosen)
         halves = [name for name, parameter in chosen.items() if parameter.dtype.itemsize < 4]
-        if halves and trainer.is_global_zero:
+        if halves:
             self._warn(
                 "half",
                 f"{len(halves)} observed parameters such as {halves[0]!r} are stored in {chosen[halves[0]].dtype}, "
                 "which rounds late updates away and fakes eigenvalues at 1: train with precision='bf16-mixed' or 32.",
             )
-        rows = self.settings.window
-        if rows is None and trainer.max_epochs is not None and trainer.max_epochs > 0:
-            rows = trainer.max_epochs // self.settings.every_n_epochs + 1
-        needed = 4 * sum(parameter.numel() for parameter in chosen.values()) * (rows or 0)
-        in_memory = self.settings.storage == "ram"
-        if trainer.is_global_zero and self._directory is not None:
-            free = _available_memory() if in_memory else shutil.disk_usage(self._directory).free
-            if free is not None and needed > free:
-                raise ValueError(
-                    f"window={self.settings.window} keeps {rows} snapshots of {needed / (rows or 1) / 2**30:.2f} GiB, "
-                    f"{needed / 2**30:.1f} GiB in all, but {free / 2**30:.1f} GiB of "
-                    f"{'memory' if in_memory else 'disk'} are free: {self._mend(in_memory)}."
-                )
-        return list(chosen)
+        shards = self._own_parts(trainer, pl_module)
+        problem = self._too_large(trainer, shards.numel)
+        if not shards.processes.all_agree(problem is None):
+            raise ValueError(problem or "another process has no room for its snapshots: see its error.")
+
+    def _too_large(self, trainer: pl.Trainer, numel: int) -> str | None:
+        """Why the snapshots of so many weights cannot be kept here, or None."""
+        rows, settings = self.settings.window, self.settings
+        if settings.storage == "sketch" or self._directory is None:
+            return None
+        if (
+            rows is None
+            and settings.every_n_steps is None
+            and trainer.max_epochs is not None
+            and trainer.max_epochs > 0
+        ):
+            rows = trainer.max_epochs // settings.every_n_epochs + 1
+        each = numel * (4 if settings.dtype == "float32" else 2)
+        # one more is written before the oldest goes; processes of one machine share what it has
+        needed = each * (rows + 1 if rows else 0) * trainer.num_devices
+        in_memory = settings.storage == "ram"
+        free = _available_memory() if in_memory else shutil.disk_usage(self._directory).free
+        if free is None or needed <= free:
+            return None
+        return (
+            f"window={settings.window} keeps {rows} snapshots of {each * trainer.num_devices / 2**30:.2f} GiB on this "
+            f"machine, {needed / 2**30:.1f} GiB in all, but {free / 2**30:.1f} GiB of "
+            f"{'memory' if in_memory else 'disk'} are free: {self._mend(in_memory)}."
+        )
 
     def _mend(self, in_memory: bool) -> str:
         """What the user can do where memory, or the disk, is too small for the snapshots."""
         return "free some"
 
     def _resolve_directory(self, trainer: pl.Trainer) -> None:
-        """Make the output folder and prove that it can be written, before any work starts."""
+        """Make the output folder and prove that it can be written, before any work starts; the same on all ranks."""
         parent = self.dirpath if self.dirpath is not None else trainer.log_dir or trainer.default_root_dir
-        if not trainer.is_global_zero:
-            return
         # a remote log folder cannot be mapped: write below the working directory
         base = (Path() if "://" in str(parent) else Path(parent)).absolute() / self.folder
         goes_on = trainer.current_epoch > 0 and base == self._base and self._directory is not None
         self._base = base
         directory = self._directory if goes_on and self._directory is not None else _unused(base)
-        probe = directory / f".probe-{uuid.uuid4().hex}"
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe.touch()
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(
-                f"dirpath={str(parent)!r} cannot be written ({error.strerror}): pass another `dirpath`."
-            ) from error
+        if self._zero:
+            problem = _cannot_write(directory)
+        directory, problem = trainer.strategy.broadcast((directory, problem if self._zero else None))
+        if problem is not None:
+            raise ValueError(f"dirpath={str(parent)!r} cannot be written ({problem}): pass another `dirpath`.")
         self._directory = directory
 
     def _share_recorder(self, trainer: pl.Trainer) -> None:
@@ -407,19 +522,20 @@ class TrajectoryCallback(LightningCallback):
         state |= {"validated": self._validated, "has_validated": self._has_validated}
         state["history"] = {key: [row[key] for row in self.history] for key in self.columns}
         with self._guard("saving the snapshots beside the checkpoint"):
+            self._take_in()
             state["recorder"] = self.recorder.save()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pending = state_dict
 
-    def _restore(self, trainer: pl.Trainer) -> bool:
+    def _restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Go on where the checkpoint left off, if there is one; a lost sidecar costs the window, nothing else."""
         state, self._pending = self._pending, None
         if state is None:
             sharing = self._sharing(trainer)  # if one of them has a state, nothing is lost; else the first one tells
             known = sharing[0] is not self or any(other._pending is not None for other in sharing)
-            if trainer.ckpt_path is not None and trainer.is_global_zero and not known:
+            if trainer.ckpt_path is not None and not known:
                 self._warn(
                     "resume",
                     f"the checkpoint {str(trainer.ckpt_path)!r} holds no snapshots for this callback with these "
@@ -427,19 +543,21 @@ class TrajectoryCallback(LightningCallback):
                 )
             return False
         self._validated, self._has_validated = state["validated"], bool(state["has_validated"])
-        if not trainer.is_global_zero:
+        if self._zero:
+            self._losses.restore(float(state["loss_total"]), int(state["loss_count"]))
+            with self._guard("restoring the history"):
+                self._restore_state(state)
+        saved = state.get("recorder")
+        if self.recorder.restored:  # another callback that shares the recorder was first
             return True
-        self._losses.restore(float(state["loss_total"]), int(state["loss_count"]))
+        self.recorder.clear()
+        weights = self.settings.observable == WEIGHTS
+        if not saved or not (weights or self._zero):
+            return True
         with self._guard("restoring the snapshots"):
-            self._restore_state(state)
-            saved = state.get("recorder")
-            if self.recorder.restored:  # another callback that shares the recorder was first
-                return True
-            self.recorder.clear()
-            if not saved:
-                return True
+            shards = self._own_parts(trainer, pl_module) if weights else None
             sidecar = self._find_sidecar(Path(saved["sidecar"]), trainer.ckpt_path)
-            lost = len(saved["epochs"]) if sidecar is None else self.recorder.load(saved, sidecar)
+            lost = self.recorder.load(saved, sidecar, shards)
             self.recorder.restored = True
             if lost and len(self.recorder) < self.enough:
                 self._warn(
@@ -470,11 +588,14 @@ class TrajectoryCallback(LightningCallback):
         """Turn any failure of ours into one warning: the user's training goes on."""
         try:
             yield
+        except ProcessLostError:
+            raise
         except Exception as error:
-            self._warn(doing, f"{doing} failed, training goes on without it: {type(error).__name__}: {error}")
+            told = f"{doing} failed, training goes on without it: {type(error).__name__}: {error}"
+            self._warn(doing, told, everywhere=True)
 
-    def _warn(self, topic: str, message: str) -> None:
-        if topic not in self._warned:
+    def _warn(self, topic: str, message: str, *, everywhere: bool = False) -> None:
+        if topic not in self._warned and (self._zero or everywhere):
             self._warned.add(topic)
             warnings.warn(f"{type(self).__name__}: {message}", KoopmanWarning, stacklevel=2)
 
@@ -489,6 +610,43 @@ def start_segments(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 def _koopman_callbacks(trainer: pl.Trainer) -> list[TrajectoryCallback]:
     return [each for each in trainer.callbacks if isinstance(each, TrajectoryCallback)]  # type: ignore[attr-defined]
+
+
+def outermost(trainer: pl.Trainer, pl_module: pl.LightningModule) -> torch.nn.Module:
+    """The module, or FSDP's wrapper around it, which alone knows of all parameters."""
+    wrapped = trainer.strategy.model
+    kinds = {base.__name__ for base in type(wrapped).__mro__}
+    return wrapped if wrapped is not None and "FullyShardedDataParallel" in kinds else pl_module
+
+
+def draw_anew(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str], scheme: Scheme, seed: int
+) -> None:
+    """Draw the parameters of some modules anew, the same in all processes."""
+    chunks = local_chunks(outermost(trainer, pl_module))
+    owned: dict[str, dict[str, Chunk]] = {}
+    for name, chunk in chunks.items():
+        owner, _, leaf = name.rpartition(".")
+        owned.setdefault(owner, {})[leaf] = chunk
+    # the innermost of those that wrappers give the same name
+    modules = {clean_name(name): module for name, module in pl_module.named_modules()}
+    reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=[owned.get(name, {}) for name in names])
+    if trainer.world_size > 1:  # other kinds of processors may draw otherwise
+        whole = [chunk.tensor.detach() for chunk in chunks.values() if chunk.whole]
+        for tensor in (*whole, *pl_module.buffers()):
+            torch.distributed.broadcast(tensor, src=0)
+
+
+def _cannot_write(directory: Path) -> str | None:
+    """Make a folder; returns why files cannot be written to it, or None."""
+    probe = directory / f".probe-{uuid.uuid4().hex}"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        return error.strerror
+    return None
 
 
 def _unused(directory: Path) -> Path:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.callbacks._base import TrajectoryCallback, check_positive
+from lightning_koopman.callbacks._base import TrajectoryCallback, check_positive, outermost
 from lightning_koopman.callbacks._rehearsal import can_rehearse, quiet_copy, rehearsal
 from lightning_koopman.convergence import Chance
+from lightning_koopman.shards import local_chunks
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -68,7 +69,7 @@ class ChanceProbe:
             self.finish()
             return
         if self._copy is None:
-            self._copy, self._biases = _constant(module)
+            self._copy, self._biases = _constant(module, outermost(trainer, module))
         network = self._copy
         with rehearsal(trainer, module, batch, batch_idx) as loss:
             if self._tuned:
@@ -161,13 +162,11 @@ class ChanceCallback(TrajectoryCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._measures:
             self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._measures:
             with self._guard("measuring the loss at chance"):
                 self._probe.observe(trainer, pl_module, self._batch, batch_idx)
@@ -195,17 +194,20 @@ class ChanceCallback(TrajectoryCallback):
             self.chance = Chance(*state["chance"])
 
 
-def _constant(module: pl.LightningModule) -> tuple[pl.LightningModule, list[nn.Parameter]]:
+def _constant(module: pl.LightningModule, root: nn.Module) -> tuple[pl.LightningModule, list[nn.Parameter]]:
     """Copy of a module with all trainable weights zero, without memory for the large ones, and its biases."""
     memo: dict[int, Any] = {}
     biases = []
-    for parameter in module.parameters():
+    for name, chunk in local_chunks(root).items():
+        parameter, shape = chunk.parameter, chunk.shape
         twin = parameter  # frozen ones may make the targets
-        if parameter.requires_grad and parameter.ndim == 1:
-            twin = nn.Parameter(torch.zeros_like(parameter))
+        if not parameter.requires_grad and not chunk.whole:
+            raise ValueError(f"the frozen parameter {name!r} is sharded, so that a copy of the module cannot use it")
+        if parameter.requires_grad and len(shape) == 1:
+            twin = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
             biases.append(twin)
         elif parameter.requires_grad:
             zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
-            twin = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
+            twin = nn.Parameter(zero.expand(shape), requires_grad=False)
         memo[id(parameter)] = twin
     return quiet_copy(module, memo), biases

@@ -16,10 +16,12 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_koopman.callbacks._loss import batch_loss
+from lightning_koopman.shards import is_kind
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # to other processes: they cannot be copied
 LARGE = 2**26  # bytes of a tensor on the module above which copies share it
 
 
@@ -40,11 +42,15 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
         large = isinstance(value, Tensor) and value.numel() * value.element_size() > LARGE
         if large or isinstance(value, (Dataset, DataLoader)):
             known[id(value)] = value
-    for part in module.modules():  # what a forward pass left there cannot be copied with its graph
-        left = [value for value in vars(part).values() if isinstance(value, Tensor) and value.grad_fn is not None]
-        known |= {id(value): value.detach() for value in left}
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # left by a forward pass, with its graph
+                known[id(value)] = value.detach()
+            elif type(value).__name__ in CONNECTIONS:
+                known[id(value)] = value
     known[id(module.trainer)] = module.trainer
-    network = copy.deepcopy(module, known)
+    _copy_without_fsdp(module, known)
+    network: pl.LightningModule = copy.deepcopy(module, known)
     for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
         del vars(network)[name]  # such as the compiled steps, which belong to the original
     network.trainer = module.trainer
@@ -54,6 +60,28 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
     silent["lr_schedulers"] = lambda _: _still(module.lr_schedulers())
     network.__class__ = type(type(network).__name__, (type(network),), silent)
     return network
+
+
+def _copy_without_fsdp(module: nn.Module, known: dict[int, Any]) -> None:
+    """Put copies of sharded layers into a memo as the ordinary layers that they are; FSDP's own cannot be copied."""
+    for part in reversed(list(module.modules())):  # children first
+        if is_kind(part, "FullyShardedDataParallel"):
+            known[id(part)] = copy.deepcopy(part._fsdp_wrapped_module, known)
+        elif is_kind(part, "FSDPModule"):
+            twin: Any = object.__new__(type(part).__bases__[1])
+            known[id(part)] = twin
+            state = {key: value for key, value in vars(part).items() if not key.startswith("__composable_api")}
+            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                state[hooks] = type(state[hooks])(
+                    (key, hook) for key, hook in state[hooks].items() if not _is_of_torch(hook)
+                )
+            vars(twin).update(copy.deepcopy(state, known))
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether a hook was set by torch.distributed."""
+    owner = type(getattr(hook, "__self__", None)).__module__
+    return owner.startswith("torch.distributed") or getattr(hook, "__module__", "").startswith("torch.distributed")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import warnings
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,11 +24,15 @@ def current_rates(trainer: pl.Trainer) -> list[float]:
     return [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
 
-def planned_rates(trainer: pl.Trainer) -> list[list[float]]:
+def planned_rates(trainer: pl.Trainer, every_n_steps: int | None = None) -> list[list[float]]:
     """Learning rates at the starts of the epochs to come, (epochs, groups), read at the end of an epoch.
 
     Copies of the schedulers are stepped ahead.  The plan of a ``ReduceLROnPlateau`` is its next reduction, unless it
     has reached its minimum.
+
+    Args:
+        trainer: The run.
+        every_n_steps: Steps that take the place of an epoch, after the last of which it is read.
     """
     configs = trainer.lr_scheduler_configs
     if not configs:
@@ -36,12 +41,6 @@ def planned_rates(trainer: pl.Trainer) -> list[list[float]]:
     # functions of a schedule may be methods of the module, which is not to be copied with them
     kept = {id(owner): owner for owner in (trainer, trainer.lightning_module)}
     schedulers = [copy.deepcopy(config.scheduler, {**stand_ins, **kept}) for config in configs]
-    now = trainer.current_epoch
-    last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else now + FAR
-    batches = int(trainer.num_training_batches) if trainer.num_training_batches < float("inf") else 1
-    every = trainer.accumulate_grad_batches
-    taken = [batch for batch in range(1, batches + 1) if batch % every == 0 or batch == batches]
-    left = MOST_STEPS if trainer.max_steps < 0 else min(MOST_STEPS, trainer.max_steps - trainer.global_step)
     for scheduler in schedulers:
         if isinstance(scheduler, ReduceLROnPlateau):
             _reduce(scheduler)
@@ -49,23 +48,43 @@ def planned_rates(trainer: pl.Trainer) -> list[list[float]]:
     # a schedule may end before the epochs do; its advice on the order of steps does not concern a rehearsal
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")
-        for epoch in range(now + 1, last):
+        for due in _times(trainer, every_n_steps):
             planned.append([float(group["lr"]) for stand_in in stand_ins.values() for group in stand_in.param_groups])
-            left -= len(taken)
-            if left < 0:
-                break
             for config, scheduler in zip(configs, schedulers, strict=True):
-                at = taken if config.interval == "step" else [epoch + 1]
-                due = sum(index % config.frequency == 0 for index in at)
+                count = sum(time % config.frequency == 0 for time in due[config.interval])
                 if not isinstance(scheduler, ReduceLROnPlateau):
-                    for _ in range(due):
+                    for _ in range(count):
                         scheduler.step()
     return planned
 
 
-def warming_up(trainer: pl.Trainer, past: list[float]) -> bool:
+def _times(trainer: pl.Trainer, every_n_steps: int | None) -> Iterator[dict[str, Sequence[int]]]:
+    """For each epoch to come: the batches and the epochs at whose ends schedulers are stepped, as Lightning counts."""
+    now = trainer.current_epoch
+    last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else now + FAR
+    batches = int(trainer.num_training_batches) if trainer.num_training_batches < float("inf") else 1
+    every = trainer.accumulate_grad_batches
+    taken = [batch for batch in range(1, batches + 1) if batch % every == 0 or batch == batches]
+    left = MOST_STEPS if trainer.max_steps < 0 else min(MOST_STEPS, trainer.max_steps - trainer.global_step)
+    if every_n_steps is None:
+        for epoch in range(now + 1, last):
+            yield {"step": taken, "epoch": [epoch + 1]}
+            left -= len(taken)
+            if left < 0:
+                return
+        return
+    per_epoch = len(taken) if trainer.num_training_batches < float("inf") else MOST_STEPS
+    done = trainer.global_step
+    left = min(left, last * per_epoch - done)
+    for start in range(done, done + left, every_n_steps):
+        steps = range(start, start + every_n_steps)
+        ends = [step // per_epoch + 1 for step in steps if (step + 1) % per_epoch == 0]
+        yield {"step": [taken[step % len(taken)] for step in steps], "epoch": ends}
+
+
+def warming_up(trainer: pl.Trainer, past: list[float], every_n_steps: int | None = None) -> bool:
     """Whether the learning rate is planned to rise far above the highest so far."""
-    planned = max((max(rates) for rates in planned_rates(trainer)), default=0.0)
+    planned = max((max(rates) for rates in planned_rates(trainer, every_n_steps)), default=0.0)
     return planned > WARMING_UP * max(past, default=0.0)
 
 

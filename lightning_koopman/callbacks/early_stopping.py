@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 SPARE = 2  # snapshots, so that a checkpoint older than the file of snapshots by so many epochs loses none it needs
 MODES = ("stop", "report")
 LOGGED = ("predicted_change", "actual_change", "predicted_then", "weights_unit_fraction")
-COLUMNS = ("epoch", "value", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
+COLUMNS = ("epoch", "step", "value", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
 class EarlyStopOnUnitEigenvalues(ChanceCallback):
@@ -73,6 +73,8 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
             unknown (a metric, manual optimization), relative to the range of the values so far.
         patience: Epochs running for which all must agree, ≥ 1.
         min_epochs: Epochs that are trained in any case, ≥ 0; the Trainer's ``min_epochs`` is kept as well.
+        every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
+            epochs.
         mode: ``"stop"``, or ``"report"`` to train on and only say when it would have stopped.
         parameters: Shell-style patterns of the names of the weights to observe (default: all that require a gradient).
         chance_loss: The loss at chance, > 0, in place of the measurement.
@@ -119,6 +121,7 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         tolerance: float = 1.5e-3,
         patience: int = 2,
         min_epochs: int = 0,
+        every_n_steps: int | None = None,
         mode: str = "stop",
         parameters: str | Sequence[str] | None = None,
         chance_loss: float | None = None,
@@ -136,6 +139,7 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         super().__init__(
             chance_loss,
             parameters=parameters,
+            every_n_steps=every_n_steps,
             window=horizon + 1 + SPARE,
             dirpath=dirpath,
         )
@@ -166,6 +170,7 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         return self._generate_state_key(
             observable=self.observable,
             parameters=self.settings.parameters,
+            every_n_steps=self.settings.every_n_steps,
             horizon=self.rule.horizon,
             prefix=self.prefix,
         )
@@ -191,24 +196,24 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         if self._needs_chance:
             self._agree_on_chance(trainer)
         value = self._scalar(trainer)
-        if trainer.is_global_zero and value is not None:
+        if self._zero and value is not None:
             with self._guard("judging convergence"):
                 met = self._judge(trainer, epoch, value, recorded)
                 logged = {name: self.history[-1][name] for name in LOGGED}
-        for name, number in (trainer.strategy.broadcast(logged) or {}).items():
-            if not math.isnan(number):
-                pl_module.log(f"{self.prefix}/{name}", number, batch_size=1, sync_dist=trainer.world_size > 1)
+        known = trainer.strategy.broadcast(logged) or {}
+        self._log(trainer, pl_module, {name: value for name, value in known.items() if not math.isnan(value)})
         if trainer.strategy.reduce_boolean_decision(met, all=False):
             self._conclude(trainer, epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = {row["epoch"]: row["value"] for row in self.history}
-        if self._active and self.mode == "report" and self.would_stop_epoch in values:
+        met = self.would_stop_epoch
+        if self._active and self.mode == "report" and met is not None and met in values:
             last = self.history[-1]
             rank_zero_info(
-                f"{type(self).__name__}: stopping after epoch {self.would_stop_epoch} would have saved "
-                f"{last['epoch'] - self.would_stop_epoch} epochs, in which {self.observable} changed by "
-                f"{last['value'] - values[self.would_stop_epoch]:+.2g}."
+                f"{type(self).__name__}: stopping after {self._when(met)} would have saved "
+                f"{self._span(last['epoch'] - met)}, in which {self.observable} changed by "
+                f"{last['value'] - values[met]:+.2g}."
             )
 
     def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -234,6 +239,7 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         self.history.append(
             {
                 "epoch": epoch,
+                "step": trainer.global_step,
                 "value": value,
                 "predicted_change": verdict.forecast.change,
                 "actual_change": math.nan if then is None else value - then["value"],
@@ -254,25 +260,26 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         """Whether the schedule speaks against stopping; one that cannot be read ahead does not."""
         planned: list[list[float]] = []
         with self._guard("reading the learning rates ahead"):
-            planned = planned_rates(trainer)
+            planned = planned_rates(trainer, self.settings.every_n_steps)
         tolerance = self.rule.tolerance * verdict.scale
         past = [*self._rates[self._segment :], self.rates]
         return rate_will_matter(past, planned, values, span=self.rule.horizon, tolerance=tolerance)
 
     def _conclude(self, trainer: pl.Trainer, epoch: int) -> None:
-        too_early = epoch < max(self.min_epochs, trainer.min_epochs or 0)
+        trained = trainer.current_epoch + (self.settings.every_n_steps is None)
+        too_early = epoch < self.min_epochs or trained < (trainer.min_epochs or 0)
         if too_early or trainer.global_step < (trainer.min_steps or 0):
             return
         stops = self.mode == "stop"
         if stops or self.would_stop_epoch is None:
             self.would_stop_epoch = epoch
-            if trainer.is_global_zero:
+            if self._zero:
                 row = self.history[-1]
                 self.message = (
-                    f"{type(self).__name__}: {'stopped' if stops else 'would have stopped'} after epoch {epoch}: "
+                    f"{type(self).__name__}: {'stopped' if stops else 'would have stopped'} after {self._when(epoch)}: "
                     f"{row['weights_unit_fraction']:.0%} of the weights' importance lies within {self.rule.radius:g} "
                     f"of eigenvalue 1, and {self.observable} = {row['value']:.3g} is predicted to change by "
-                    f"{row['predicted_change']:+.1g} over the next {self.rule.horizon} epochs, at most "
+                    f"{row['predicted_change']:+.1g} over the next {self._span(self.rule.horizon)}, at most "
                     f"{row['bound']:.1g}: less than {self.rule.tolerance:g} of {row['scale']:.3g}, "
                     f"{'its range so far' if self.chance is None else 'the loss at chance'}."
                 )

@@ -7,16 +7,15 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_koopman.callbacks._averages import averaging_callbacks
-from lightning_koopman.callbacks._base import check_count, start_segments
+from lightning_koopman.callbacks._base import check_count, draw_anew, start_segments
 from lightning_koopman.callbacks._chance import ChanceCallback
 from lightning_koopman.callbacks._schedule import warming_up
 from lightning_koopman.convergence import RECENT, StoppingReason, bad_start
-from lightning_koopman.initialization import check_scheme, reinitialize, select_modules
+from lightning_koopman.initialization import check_scheme, select_modules
 from lightning_koopman.parameters import as_patterns
 
 if TYPE_CHECKING:
@@ -51,11 +50,12 @@ class RestartOnBadInitialization(ChanceCallback):
             (default: all that own a parameter which requires a gradient).
         seed: Seed of the first restart, ≥ 0; later ones count up.  The run's own random state is left alone.
         chance_loss: The loss at chance, > 0, in place of the measurement; manual optimization needs it.
+        every_n_steps: Optimizer steps that take the place of an epoch above, ≥ 1, for trainings of few, long epochs.
         dirpath: Local folder below which ``koopman_restart`` is made for the snapshots that checkpoints refer to
             (default: the run's log folder).
 
     Attributes:
-        restarts: List of dicts, one a restart: completed ``epoch`` and the ``reason`` in plain words.
+        restarts: List of dicts, one a restart: completed ``epoch`` and ``step``, and the ``reason`` in plain words.
         stopping_reason: :class:`StoppingReason`.
         message: Why it restarted or ended the training last, in plain words.
         stopped_epoch: Completed epochs when it ended the training, or None.
@@ -84,6 +84,7 @@ class RestartOnBadInitialization(ChanceCallback):
         modules: str | Sequence[str] | None = None,
         seed: int = 0,
         chance_loss: float | None = None,
+        every_n_steps: int | None = None,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
         check_count("check_epoch", check_epoch, 1)
@@ -92,6 +93,7 @@ class RestartOnBadInitialization(ChanceCallback):
         super().__init__(
             chance_loss,
             window=RECENT,
+            every_n_steps=every_n_steps,
             dirpath=dirpath,
         )
         check_scheme(scheme)
@@ -120,7 +122,7 @@ class RestartOnBadInitialization(ChanceCallback):
         super().on_fit_start(trainer, pl_module)
         if self._active:
             self._chosen = list(select_modules(pl_module, self.modules, self.scheme))
-            if not pl_module.automatic_optimization and self.chance_loss is None and trainer.is_global_zero:
+            if not pl_module.automatic_optimization and self.chance_loss is None:
                 self._warn(
                     "chance",
                     "the loss at chance cannot be measured under manual optimization, so only losses that are not "
@@ -132,14 +134,14 @@ class RestartOnBadInitialization(ChanceCallback):
         if not self._active:
             return
         if self._anew:
-            self._settled = trainer.current_epoch > 0  # resumed from a checkpoint that knows nothing of us
+            self._settled = self._rounds > 0  # resumed from a checkpoint that knows nothing of us
         if not self._resumed:
             self._due = None  # of an earlier fit
-            self._begin(trainer.current_epoch)
+            self._begin(self._rounds)
         self._share_state(trainer)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_round_start(trainer, pl_module)
         if self._active and self._due is not None:
             with self._guard("drawing the weights anew"):
                 self._restart(trainer, pl_module, self._due)
@@ -154,7 +156,7 @@ class RestartOnBadInitialization(ChanceCallback):
             return
         self._agree_on_chance(trainer)
         reason = None
-        if trainer.is_global_zero:
+        if self._zero:
             with self._guard("judging the start"):
                 reason = self._judge(trainer, epoch)
         reason, settled = trainer.strategy.broadcast((reason, self._settled))
@@ -193,7 +195,7 @@ class RestartOnBadInitialization(ChanceCallback):
         if self.chance is None:
             return None
         with self._guard("reading the learning rates ahead"):
-            if warming_up(trainer, self._start_rates):
+            if warming_up(trainer, self._start_rates, self.settings.every_n_steps):
                 return None
         trajectory = self.recorder.trajectory
         factor = trajectory.factor(last=RECENT) if trajectory is not None and len(trajectory) else None
@@ -210,19 +212,15 @@ class RestartOnBadInitialization(ChanceCallback):
             self.stopping_reason, self.stopped_epoch = StoppingReason.BAD_START, epoch
             self._settled = trainer.should_stop = True
             follow = f"training ends after {len(self.restarts)} restarts"
-        self.message = f"{type(self).__name__}: bad start, after epoch {epoch} {reason}; {follow}."
+        self.message = f"{type(self).__name__}: bad start, after {self._when(epoch)} {reason}; {follow}."
         rank_zero_info(self.message)
 
     def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
-        named = dict(pl_module.named_modules())
         seed = FAR_SEED + self.seed + len(self.restarts)
-        reinitialize([named[name] for name in self._chosen], self.scheme, seed=seed)
-        if trainer.world_size > 1:
-            for tensor in pl_module.state_dict().values():
-                torch.distributed.broadcast(tensor, src=0)
+        draw_anew(trainer, pl_module, self._chosen, self.scheme, seed)
         trainer.strategy.setup_optimizers(trainer)
-        self.restarts.append({"epoch": trainer.current_epoch, "reason": reason})
-        self._begin(trainer.current_epoch)
+        self.restarts.append({"epoch": self._rounds, "step": trainer.global_step, "reason": reason})
+        self._begin(self._rounds)
         for other in averaging_callbacks(trainer):
             self._warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
         start_segments(trainer, pl_module)

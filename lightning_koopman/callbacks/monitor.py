@@ -6,8 +6,10 @@ import math
 import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +20,7 @@ from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectru
 from lightning_koopman.spectrum import Spectrum
 from lightning_koopman.summary import summarize
 from lightning_koopman.surrogate import random_walk_spectrum
-from lightning_koopman.trajectory import Trajectory
+from lightning_koopman.trajectory import SKETCH, Trajectory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -32,7 +34,7 @@ NO_EVIDENCE = {
     "misfit": 1.0,
     "rank": 0.0,
 }
-COLUMNS = ("epoch", "n_snapshots", "train_loss", *NO_EVIDENCE, "seconds")
+COLUMNS = ("epoch", "step", "n_snapshots", "train_loss", *NO_EVIDENCE, "sketch_error", "seconds")
 
 
 class KoopmanSpectrumMonitor(TrajectoryCallback):
@@ -60,14 +62,23 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         observable: ``"weights"``; ``"train_loss"``, the epoch's mean of the loss that ``training_step`` returns; or the
             name of any logged metric.  Scalars are delay-embedded over half of the window.
         every_n_epochs: Epochs between two snapshots, ≥ 1.
+        every_n_steps: Instead, optimizer steps between two snapshots, ≥ 1, for trainings of few, long epochs: so many
+            steps then take the place of an epoch everywhere, the mean loss and the history's ``epoch`` included.
         window: Number of the newest snapshots to analyse, ≥ 3, or None for all since the start.  Memory is 4 bytes a
-            weight and snapshot.
+            weight and snapshot, divided by the number of processes.
         parameters: Shell-style patterns of the names of the parameters to observe, such as ``"encoder.*"`` or
             ``["*.weight", "!head.*"]`` (default: all that require a gradient when training starts).
         radius: Radius of the disc around 1 for the unit fraction, > 0.
         tol: Relative singular value below which directions count as zero, in [0, 1).
         max_residual: Largest residual of a trusted eigenvalue, > 0.
-        storage: ``"ram"``, or ``"disk"`` for a memory-mapped file, ``trajectory.bin`` in the folder below.
+        storage: ``"ram"``; ``"disk"`` for a memory-mapped file, ``trajectory.bin`` in the folder below, of which a few
+            hundred MB are in memory at a time; or ``"sketch"`` to keep a few thousand random combinations of each
+            snapshot, whatever its size: the history then has the standard error of the eigenvalues.
+        dtype: ``"float32"``, or ``"bfloat16"`` to keep increments at half the size; that moves
+            eigenvalues by about 1e-4.
+        sketch: Numbers kept of a snapshot with ``storage="sketch"``, ≥ 2, best a prime; the error falls as 1/√sketch.
+        background: Work on a snapshot while the next epoch is trained.  The run then waits only for a copy of the
+            weights, and what is logged belongs to the snapshot before; the history has each in its own row.
         log_figure: Draw the spectrum and the history when training ends; with a number k, also every k epochs.
             Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
         dirpath: Local folder below which a folder named like ``prefix`` is made for everything written to disk; where
@@ -111,12 +122,16 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         observable: str = WEIGHTS,
         *,
         every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
         window: int | None = 100,
         parameters: str | Sequence[str] | None = None,
         radius: float = 0.05,
         tol: float = 1e-3,
         max_residual: float = 3e-2,
         storage: str = "ram",
+        dtype: str = "float32",
+        sketch: int = SKETCH,
+        background: bool = False,
         log_figure: bool | int = False,
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
@@ -125,8 +140,12 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             observable=observable,
             parameters=parameters,
             every_n_epochs=every_n_epochs,
+            every_n_steps=every_n_steps,
             window=window,
             storage=storage,
+            dtype=dtype,
+            sketch=sketch,
+            background=background,
             dirpath=dirpath,
         )
         check_options(tol=tol, max_rank=None, delays=1)
@@ -140,6 +159,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         self.spectrum: Spectrum | None = None
         self.surrogate: Spectrum | None = None
         self.figure_paths: list[Path] = []
+        self._analysis: Future[dict[str, float] | None] | None = None
 
     @property
     def state_key(self) -> str:
@@ -148,7 +168,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             observable=settings.observable,
             parameters=settings.parameters,
             every_n_epochs=settings.every_n_epochs,
+            every_n_steps=settings.every_n_steps,
             window=settings.window,
+            kept=f"sketch-{settings.sketch}" if settings.storage == "sketch" else settings.dtype,
             prefix=self.prefix,
         )
 
@@ -176,34 +198,62 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        self._analysis = None
         if self._active and self._anew:
             self.spectrum, self.surrogate, self.figure_paths = None, None, []
         known = self._logged(self.history[-1]) if self.history and not self._anew else None
         self._publish(trainer, trainer.strategy.broadcast(known))
 
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        logged = None
-        if trainer.is_global_zero:
-            with self._guard("analysing the spectrum"):
-                logged = self._analyse(epoch, recorded)
+        now = epoch, trainer.global_step, self.train_loss, self._record_seconds
+        if self._background:
+            logged = self._finished_analysis()
+            self._analysis = self.recorder.submit(partial(self._analyse_guarded, *now)) if self._zero else None
+        else:
+            logged = self._analyse_guarded(*now) if self._zero else None
         logged = trainer.strategy.broadcast(logged)
         if logged is None:
             self._publish(trainer, None)
         else:
-            for name, value in logged.items():
-                pl_module.log(f"{self.prefix}/{name}", value, batch_size=1, sync_dist=trainer.world_size > 1)
-        if trainer.is_global_zero and self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
+            self._log(trainer, pl_module, logged)
+        if self._zero and self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
             self._draw(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._active and self.log_figure and trainer.is_global_zero:
+        if not self._active:
+            return
+        with self._guard("recording a snapshot"):
+            self._take_in()
+        if self._background:
+            logged = trainer.strategy.broadcast(self._finished_analysis())
+            if logged is not None:
+                self._publish(trainer, logged)
+        if self.log_figure and self._zero:
             self._draw(trainer)
+
+    def _finished_analysis(self) -> dict[str, float] | None:
+        """What the worker has found out about the last snapshot it was given."""
+        analysis, self._analysis = self._analysis, None
+        return None if analysis is None else analysis.result()
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._analysis is not None:
+            wait([self._analysis])  # its row belongs to the history
+        return super().state_dict()
 
     def _mend(self, in_memory: bool) -> str:
         other = "set storage='disk'" if in_memory else "pass another `dirpath`"
         return f"take a smaller window, observe fewer `parameters`, or {other}"
 
-    def _analyse(self, epoch: int, recorded: bool) -> dict[str, float] | None:
+    def _analyse_guarded(
+        self, epoch: int, step: int, loss: float | None, record_seconds: float
+    ) -> dict[str, float] | None:
+        found: list[dict[str, float] | None] = [None]
+        with self._guard("analysing the spectrum"):
+            found.append(self._analyse(epoch, step, loss, record_seconds))
+        return found[-1]
+
+    def _analyse(self, epoch: int, step: int, loss: float | None, record_seconds: float) -> dict[str, float] | None:
         """Spectrum and surrogate of the window, a row of the history, and the scalars to log."""
         started = time.perf_counter()
         trajectory = self.recorder.trajectory
@@ -216,17 +266,32 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
                 f"the observable {self.settings.observable!r} has not changed over the last {len(self.recorder)} "
                 "snapshots: its only eigenvalue is 1. Are these weights in the optimizer, at a learning rate > 0?",
             )
+        recorded = self.recorder.newest == epoch
+        error = math.nan
         if recorded and trajectory is not None and delays is not None and not (still and trajectory.start_norm() == 0):
             self.spectrum = trajectory.spectrum(tol=self.tol, delays=delays)
             self.surrogate = self._walk()
             scalars = self._scalars(self.spectrum, self.surrogate)
-        loss = math.nan if self.train_loss is None else self.train_loss
-        seconds = self._record_seconds + time.perf_counter() - started
+            error = self._sketch_error(self.spectrum)
         self.history.append(
-            {"epoch": epoch, "n_snapshots": len(self.recorder), "train_loss": loss, **scalars, "seconds": seconds}
+            {
+                "epoch": epoch,
+                "step": step,
+                "n_snapshots": len(self.recorder),
+                "train_loss": math.nan if loss is None else loss,
+                **scalars,
+                "sketch_error": error,
+                "seconds": record_seconds + time.perf_counter() - started,
+            }
         )
         self._write_history()
         return self._logged(scalars)
+
+    @staticmethod
+    def _sketch_error(spectrum: Spectrum) -> float:
+        """Mean standard error of the eigenvalues, weighted by importance, where they come from sketches."""
+        errors, importance = spectrum.sketch_errors, spectrum.importance
+        return math.nan if errors is None else float((errors * importance).sum() / importance.sum())
 
     def _logged(self, row: dict[str, float]) -> dict[str, float] | None:
         """The scalars of a row as they are logged, unknown ones replaced; None where nothing is known."""
@@ -246,7 +311,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         return random_walk_spectrum(
             self.trajectory.step_norms(),
             self.trajectory.start_norm(),
-            self.trajectory.n,
+            self.trajectory.total,
             tol=self.tol,
             delays=self.spectrum.delays,
             refine=refine,

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -17,28 +18,33 @@ from lightning_koopman.callbacks._base import (
     check_count,
     check_positive,
     checked_prefix,
+    draw_anew,
+    outermost,
     start_segments,
 )
 from lightning_koopman.callbacks._channels import ChannelRounds
 from lightning_koopman.callbacks._schedule import warming_up
-from lightning_koopman.initialization import check_scheme, reinitialize, select_modules
+from lightning_koopman.initialization import check_scheme, select_modules
 from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters, takes_hooks
 from lightning_koopman.optimizer_state import forget
 from lightning_koopman.parameters import as_patterns
-from lightning_koopman.persistence import persistent_weights, relative_changes
+from lightning_koopman.persistence import persistent_combination, relative_changes
 from lightning_koopman.removal import ChannelRemoval, changes_table
+from lightning_koopman.shards import Shards, clean_name, local_chunks
 from lightning_koopman.spectrum import PERSISTENT
 from lightning_koopman.structure import Structure
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
+Round = tuple[dict[str, Any], MaskSet | None, dict[str, Tensor]]  # a row, the masks, what survivors are set to
+
 SETTLED = "settled"
 HORIZON = 10  # epochs looked ahead and back to tell whether the weights have settled
 LEAST = 3  # snapshots of which a spectrum can be taken
 SURVIVORS = ("keep", "reconstruction", "reinit")
 COLUMNS = (
-    "epoch", "target", "sparsity", "pruned", "of", "parameters", "modes", "rank", "snapshots", "misfit",
+    "epoch", "step", "target", "sparsity", "pruned", "of", "parameters", "modes", "rank", "snapshots", "misfit",
     "magnitude_agreement",
 )  # fmt: skip
 
@@ -89,6 +95,8 @@ class KoopmanPruner(TrajectoryCallback):
             ``"orthogonal"``, or a callable that is given each module.  All trainable modules are drawn anew; with
             ``parameters`` given, those that own one of them.
         seed: Seed of that draw, ≥ 0; the run's own random state is left alone.
+        every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
+            epochs.
         dirpath: Local folder below which ``koopman_prune`` is made for the table and the snapshots that checkpoints
             refer to (default: the run's log folder).
         prefix: First part of the logged names and of that folder's; give two of them on one Trainer different ones.
@@ -146,6 +154,7 @@ class KoopmanPruner(TrajectoryCallback):
         allow_empty: bool = False,
         scheme: Callable[[nn.Module], Any] | str | None = None,
         seed: int = 0,
+        every_n_steps: int | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
     ) -> None:
@@ -176,6 +185,7 @@ class KoopmanPruner(TrajectoryCallback):
             raise ValueError(f"window must be at least {HORIZON + 1} with epoch='settled', got {window}.")
         super().__init__(
             window=window,
+            every_n_steps=every_n_steps,
             dirpath=dirpath,
         )
         self.sparsity, self.threshold, self.epoch, self.survivors = sparsity, threshold, epoch, survivors
@@ -187,6 +197,7 @@ class KoopmanPruner(TrajectoryCallback):
         self._channels = ChannelRounds(self.parameters, scope) if structured else None
         self._loading: Any = None
         self._pin: Pin | None = None
+        self._quiet = False  # gradients come without a hook being called
         self._unhooked = False  # an optimizer does not tell when it has stepped
         self._selected: list[str] = []
         self._redrawn: list[str] = []
@@ -244,7 +255,8 @@ class KoopmanPruner(TrajectoryCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._stop_loading()
-        chosen = prunable_parameters(pl_module, self.parameters)
+        root = outermost(trainer, pl_module)
+        chosen = prunable_parameters(root, self.parameters)
         if not self._active:
             return
         if self.parameters is None:  # others, such as a teacher's or an average's, are not trained
@@ -254,16 +266,17 @@ class KoopmanPruner(TrajectoryCallback):
             chosen = {name: each for name, each in chosen.items() if id(each) in stepped} or chosen
         self._selected = list(chosen)
         if self._channels is None and self.scope == "tensor" and self.sparsity is not None and not self.allow_empty:
-            for name, parameter in chosen.items():
-                if round(self.sparsity * parameter.numel()) == parameter.numel():
+            chunks = local_chunks(root)
+            for name in chosen:
+                if round(self.sparsity * chunks[name].numel) == chunks[name].numel:
                     raise ValueError(
-                        f"sparsity={self.sparsity} prunes all {parameter.numel()} weights of {name!r} "
+                        f"sparsity={self.sparsity} prunes all {chunks[name].numel} weights of {name!r} "
                         "(scope='tensor'): exclude it from `parameters` with '!', or set allow_empty=True."
                     )
         if self.survivors == "reinit":
             owned = {id(parameter) for parameter in chosen.values()}
             owners = [
-                name
+                clean_name(name)
                 for name, module in pl_module.named_modules()
                 if any(id(parameter) in owned for parameter in module.parameters(recurse=False))
             ]
@@ -275,53 +288,58 @@ class KoopmanPruner(TrajectoryCallback):
         super().on_train_start(trainer, pl_module)
         if self._active:
             self.weights_replaced(trainer, pl_module)
-            self._prepare(trainer, pl_module, trainer.current_epoch)
+            self._prepare(self._rounds)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_start(trainer, pl_module)
-        if self._pin is not None and not self._pin.holds(pl_module, self._stepping(trainer)):
+    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_round_start(trainer, pl_module)
+        if self._pin is not None and not self._pin.holds(outermost(trainer, pl_module), self._stepping(trainer)):
             self.weights_replaced(trainer, pl_module)
-        if self._channels is None and self._is_due(trainer):
+        if self._channels is None and self._is_due:
             self._prune(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if not self._active or self._finished:
             return
         if self._channels is not None and self._channels.refused is None:
             self._say_what_can_go(self._channels.try_out(trainer, pl_module, batch, batch_idx))
         # channels not before, as tracing takes a batch; masks only where a resumed epoch had begun already
-        if self._is_due(trainer):
+        if self._is_due:
             self._prune(trainer, pl_module, batch, batch_idx)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._pin is not None and self._quiet:
+            self._pin.clear_gradients()
+
+    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._pin is not None and self._unhooked:
             self._pin.clear()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_epoch_end(trainer, pl_module)
-        if self._active:
-            self._reapply()
-            pl_module.log(f"{self.prefix}/sparsity", self.achieved, batch_size=1, sync_dist=trainer.world_size > 1)
+    def on_round_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+        super().on_round_end(trainer, pl_module, epoch)
+        self._reapply()
+        self._log(trainer, pl_module, {"sparsity": self.achieved})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reapply()  # averages of the weights may have been written over them
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._reapply()
-        if self._active and self._attempted < self.rounds and trainer.is_global_zero:
-            why = f"round {self._attempted + 1} of {self.rounds} was due after epoch {self._next_due}"
-            if self._next_due is None:
+        if self._active and self._attempted < self.rounds:
+            due = self._next_due
+            why = "" if due is None else f"round {self._attempted + 1} of {self.rounds} was due after {self._when(due)}"
+            if due is None:
                 ahead, past = self._changes
                 why = (
-                    f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within {HORIZON} epochs, "
+                    f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within "
+                    f"{self._span(HORIZON)}, "
                     f"the last were {ahead:.1%} (predicted) and {past:.1%} (past)"
                 )
-            self._warn("unpruned", f"training ended after epoch {trainer.current_epoch} at {self.achieved:.0%}: {why}.")
+            self._warn("unpruned", f"training ended after {self._when(self._rounds)} at {self.achieved:.0%}: {why}.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._release()  # Lightning then leaves `teardown` out
@@ -334,12 +352,12 @@ class KoopmanPruner(TrajectoryCallback):
     def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         if self.epoch == SETTLED and self._settled_at is None:
             settled = False
-            if trainer.is_global_zero and recorded:
+            if self._zero and recorded:
                 with self._guard("telling whether the weights have settled"):
                     settled = self._has_settled(trainer)
             if trainer.strategy.broadcast(settled):
                 self._settled_at = epoch
-        self._prepare(trainer, pl_module, epoch)
+        self._prepare(epoch)
 
     @property
     def _next_due(self) -> int | None:
@@ -350,9 +368,10 @@ class KoopmanPruner(TrajectoryCallback):
             return self._last_round + self.round_epochs
         return self._settled_at if self.epoch == SETTLED else int(self.epoch)
 
-    def _is_due(self, trainer: pl.Trainer) -> bool:
+    @property
+    def _is_due(self) -> bool:
         due = self._next_due
-        return self._active and due is not None and trainer.current_epoch >= due
+        return self._active and due is not None and self._rounds >= due
 
     @property
     def _finished(self) -> bool:
@@ -371,48 +390,55 @@ class KoopmanPruner(TrajectoryCallback):
         if trajectory is None or len(trajectory) <= HORIZON:
             return False
         self._changes = relative_changes(trajectory.factor(last=HORIZON + 1), HORIZON)
-        return max(self._changes) <= self.settled_change and not warming_up(trainer, [self._highest_rate])
+        return max(self._changes) <= self.settled_change and not warming_up(
+            trainer, [self._highest_rate], self.settings.every_n_steps
+        )
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, batch_idx: int = 0) -> None:
-        """Prune once; rank zero, which holds the trajectory, decides and all ranks follow."""
-        plan: tuple[dict[str, Any] | None, dict[str, Any]] | None = None
-        if trainer.is_global_zero:
-            with self._guard(f"pruning (round {self._attempted + 1})"):
-                if self._channels is None:
-                    plan = self._mask(trainer, pl_module)
-                else:
-                    plan = None, self._remove(trainer, pl_module, self._channels, batch, batch_idx)
-        plan = trainer.strategy.broadcast(plan)
+        """Prune once; all ranks decide together, each about its own part of the weights."""
+        done = None
+        with self._guard(f"pruning (round {self._attempted + 1})"):
+            if self._channels is None:
+                done = self._mask(trainer, pl_module)
+            else:
+                done = self._remove(trainer, pl_module, self._channels, batch, batch_idx)
+        done = self._agreed(done)
         self._attempted += 1
-        self._last_round = trainer.current_epoch
-        if plan is None:
+        self._last_round = self._rounds
+        if done is None:
             return
-        state, row = plan
+        row, masks, values = done
         self.history.append(row)
-        self.masks = None if state is None else MaskSet.from_state_dict(state)
+        self.masks = masks
         if self.survivors == "reinit":
             with self._guard("drawing the survivors anew"):
                 self._redraw(trainer, pl_module)
-        if trainer.world_size > 1 and self.survivors != "keep":
-            for parameter in pl_module.parameters():
-                torch.distributed.broadcast(parameter.data, src=0)
-        if trainer.is_global_zero:
+        if values:
+            with self._guard("setting the survivors"):
+                self._set(self._own_parts(trainer, pl_module), values)
+        if self._zero:
             self._write_history()
             self._report(trainer)
         start_segments(trainer, pl_module)
         if self._finished and self._alone:
             self.recorder.clear()
 
+    def _agreed(self, done: Round | None) -> Round | None:
+        """What was found, if no process failed to find it."""
+        return done if self._processes.all_agree(done is not None) else None
+
     def _redraw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the survivors anew, or leave everything as it was where that fails."""
-        modules = dict(pl_module.named_modules())
-        redrawn = [modules[name] for name in self._redrawn]
-        before = {name: value.clone() for name, value in pl_module.state_dict().items() if isinstance(value, Tensor)}
+        held = [chunk.tensor.detach() for chunk in local_chunks(outermost(trainer, pl_module)).values()]
+        before = [(tensor, tensor.clone()) for tensor in (*held, *pl_module.buffers())]
         try:
-            reinitialize(redrawn, self.scheme, seed=self.seed + self._attempted)
+            draw_anew(trainer, pl_module, self._redrawn, self.scheme, self.seed + self._attempted)
         except Exception:
-            pl_module.load_state_dict(before, strict=False)
+            for tensor, value in before:
+                tensor.copy_(value)
             raise
+        modules = {clean_name(name): module for name, module in pl_module.named_modules()}
+        redrawn = [modules[name] for name in self._redrawn]
         forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
         for average in averages(trainer):  # what it holds was trained from other weights
             fresh = dict(pl_module.named_parameters())
@@ -431,24 +457,26 @@ class KoopmanPruner(TrajectoryCallback):
         assert self.sparsity is not None
         return self.sparsity * (1 - (1 - done) ** 3)
 
-    def _mask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Masks and a row of the history."""
-        named = dict(pl_module.named_parameters())
-        everything, about = self._decisive(named)
+    def _mask(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Round:
+        """Choose masks by what stays of the weights."""
+        shards = self._own_parts(trainer, pl_module)
+        everything, about = self._decisive({name: part.values for name, part in shards.items()})
         scores = {name: everything[name] for name in self._selected}
-        present = {name: named[name].detach() for name in self._selected}
+        some = Shards({name: shards.chunks[name] for name in self._selected}, shards.processes)
+        present = {name: some[name].values for name in self._selected}
         amount = {"sparsity" if self.threshold is None else "threshold": self._target}
 
         def choose(by: Mapping[str, Tensor], *, empty: bool) -> MaskSet:
-            return MaskSet.from_scores(by, scope=self.scope, within=self.masks, allow_empty=empty, **amount)
+            return MaskSet.from_scores(
+                by, scope=self.scope, within=self.masks, allow_empty=empty, shards=some,
+                sparsity=amount.get("sparsity"), threshold=amount.get("threshold"),
+            )  # fmt: skip
 
         masks = choose(scores, empty=self.allow_empty)
         agreement = masks.agreement(choose(present, empty=True))
-        total = sum(parameter.numel() for parameter in named.values())
+        total = sum(chunk.numel for chunk in local_chunks(outermost(trainer, pl_module)).values())
         row = self._row(trainer, masks.pruned, masks.numel, total - masks.pruned, about, agreement)
-        if self.survivors == "reconstruction":
-            self._set(present, scores)
-        return masks.state_dict(), row
+        return row, masks, scores if self.survivors == "reconstruction" else {}
 
     def _remove(
         self,
@@ -457,27 +485,30 @@ class KoopmanPruner(TrajectoryCallback):
         channels: ChannelRounds,
         batch: Any,
         batch_idx: int,
-    ) -> dict[str, Any]:
-        """Remove channels; returns a row of the history."""
-        named = dict(pl_module.named_parameters())
-        scores, about = self._decisive(named)
+    ) -> Round:
+        """Remove channels."""
+        shapes = {name: chunk.shape for name, chunk in local_chunks(pl_module).items()}
+        parts = self._own_parts(trainer, pl_module)
+        flat, about = self._decisive({name: part.values for name, part in parts.items()})
+        scores = {name: value.reshape(shapes[name]) for name, value in flat.items()}
         agreement = channels.remove(trainer, pl_module, batch, batch_idx, scores=scores, sparsity=self._target)
         removal = channels.last
         assert removal is not None
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(other, KoopmanPruner):
                 other._follow(removal)
+        values = {}
         if self.survivors == "reconstruction":
-            now = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
-            self._set(now, {name: removal.left_of(name, scores[name]) for name in self._selected})
+            values = {name: removal.left_of(name, scores[name]).reshape(-1) for name in self._selected}
         left = sum(parameter.numel() for parameter in pl_module.parameters())
-        return self._row(trainer, channels.removed, sum(channels.originals.values()), left, about, agreement)
+        row = self._row(trainer, channels.removed, sum(channels.originals.values()), left, about, agreement)
+        return row, self.masks, values
 
     def _follow(self, removal: ChannelRemoval) -> None:
         """Let go of what belongs to channels that are gone, whoever removed them."""
         if self._ready is not None:
             scores, about = self._ready
-            self._ready = {name: removal.left_of(name, value) for name, value in scores.items()}, about
+            self._ready = {name: removal.left_of(name, value).reshape(-1) for name, value in scores.items()}, about
         if self.masks is not None:
             self._release()
             self.masks = MaskSet({name: removal.left_of(name, mask) for name, mask in self.masks.items()})
@@ -486,7 +517,8 @@ class KoopmanPruner(TrajectoryCallback):
         self, trainer: pl.Trainer, pruned: int, of: int, left: int, about: Mapping[str, Any], agreement: float
     ) -> dict[str, Any]:
         row = {
-            "epoch": trainer.current_epoch,
+            "epoch": self._rounds,
+            "step": trainer.global_step,
             "target": self._target,
             "sparsity": pruned / of,
             "pruned": pruned,
@@ -498,31 +530,35 @@ class KoopmanPruner(TrajectoryCallback):
         return {column: row[column] for column in COLUMNS}
 
     @staticmethod
-    def _set(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    def _set(shards: Shards, values: Mapping[str, Tensor]) -> None:
+        """Set weights to values given for each process's own part."""
         for name, value in values.items():
-            parameters[name].copy_(value)
+            tensor = shards.chunks[name].tensor.detach()
+            tensor.copy_(shards.complete(name, value).reshape(tensor.shape))
 
-    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
+    def _prepare(self, epoch: int) -> None:
         """Reconstruct the weights if a pruning follows, before another callback that prunes ends the trajectory."""
         self._ready = None
         due = self._next_due
-        if due is None or epoch < due or not trainer.is_global_zero:
+        if due is None or epoch < due:
             return
-        with self._guard("the Koopman reconstruction"):
-            trajectory, last = self.recorder.trajectory, self.settings.window
-            count = 0 if trajectory is None else min(len(trajectory), last or len(trajectory))
-            if trajectory is None or count < LEAST or self.recorder.epochs[-1] != epoch:
-                raise ValueError(f"{count} snapshots are too few: the weights' present magnitudes decide instead.")
-            found = persistent_weights(trajectory, last=last, radius=self.radius, rule=self.rule)
-            named = dict(pl_module.named_parameters())
-            parts = torch.split(found.values, [named[name].numel() for name in self._names])
-            scores = {name: part.reshape(named[name].shape) for name, part in zip(self._names, parts, strict=True)}
-            about = {"modes": found.n_modes, "rank": found.spectrum.rank, "misfit": found.spectrum.misfit}
-            self._ready = scores, {**about, "snapshots": count}
+        trajectory, last = self.recorder.trajectory, self.settings.window
+        count = 0 if trajectory is None else min(len(trajectory), last or len(trajectory))
+        chosen, about = np.zeros(0 if trajectory is None else len(trajectory)), np.zeros(4)
+        if self._zero:
+            with self._guard("the Koopman reconstruction"):
+                if trajectory is None or count < LEAST or self.recorder.newest != epoch:
+                    raise ValueError(f"{count} snapshots are too few: the weights' present magnitudes decide instead.")
+                chosen, kept = persistent_combination(trajectory, last=last, radius=self.radius, rule=self.rule)
+                about = np.array([1, kept.modes.sum(), kept.spectrum.rank, kept.spectrum.misfit])
+        told = self._processes.all_sum(np.concatenate([about, chosen]))  # one process has decided
+        if told[0] and trajectory is not None and self._shards is not None:
+            modes, rank, misfit = int(told[1]), int(told[2]), float(told[3])
+            scores = self._shards.split(trajectory.combine(told[4:]))
+            self._ready = scores, {"modes": modes, "rank": rank, "misfit": misfit, "snapshots": count}
 
-    def _decisive(self, named: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What stays of the weights and what it was computed from; where that failed, their present values."""
-        present = {name: named[name].detach() for name in self._names}
+    def _decisive(self, present: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What stays of the own weights and what it was computed from; where that failed, their present values."""
         ready, self._ready = self._ready, None
         return ready or (present, {"modes": 0, "rank": 0, "misfit": math.nan, "snapshots": 0})
 
@@ -532,8 +568,9 @@ class KoopmanPruner(TrajectoryCallback):
         if self.masks is None:
             return
         with self._guard("holding the masks"):
-            hooked = self._stepping(trainer)
-            self._pin = self.masks.pin(pl_module, *hooked)
+            hooked, root = self._stepping(trainer), outermost(trainer, pl_module)
+            self._pin = self.masks.pin(root, *hooked)
+            self._quiet = root is not pl_module  # FSDP's gradients come without a hook being called
             self._unhooked = len(hooked) < len(trainer.optimizers)
             for average in averages(trainer):
                 self.masks.apply(getattr(average, "module", average))
@@ -590,22 +627,23 @@ class KoopmanPruner(TrajectoryCallback):
     # -- checks before training ---------------------------------------------------------------------------------------
 
     def _check_epoch(self, trainer: pl.Trainer) -> None:
-        end = trainer.max_epochs
+        every = self.settings.every_n_steps
+        end, name = trainer.max_epochs, "max_epochs"
+        if every is not None:
+            end, name = trainer.max_steps // every if trainer.max_steps > 0 else None, f"max_steps/{every}"
         if trainer.fast_dev_run or end is None or end < 0:  # type: ignore[attr-defined]
             return
         if self.epoch == SETTLED:
             if end <= HORIZON + (self.rounds - 1) * self.round_epochs:
                 raise ValueError(
-                    f"epoch='settled' looks {HORIZON} epochs back, but max_epochs={end}"
+                    f"epoch='settled' looks {HORIZON} epochs back, but {name}={end}"
                     f"{f' with rounds={self.rounds}' if self.rounds > 1 else ''}: give a number, or train longer."
                 )
             return
         last = int(self.epoch) + (self.rounds - 1) * self.round_epochs
         if last >= end:
             rounds = f" with rounds={self.rounds}, the last after epoch {last}," if self.rounds > 1 else ""
-            raise ValueError(
-                f"epoch={self.epoch}{rounds} must be below max_epochs={end}: the pruned network has to train."
-            )
+            raise ValueError(f"epoch={self.epoch}{rounds} must be below {name}={end}: the pruned network has to train.")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

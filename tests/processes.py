@@ -1,0 +1,206 @@
+"""A training in several processes, for the tests of sharded strategies: run as a script, told what to do by JSON.
+
+Each process writes what its callbacks hold; the first also writes the whole weights after each epoch, gathered by
+PyTorch itself, for the single-process result that they are compared with.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from lightning_koopman import (
+    EarlyStopOnUnitEigenvalues,
+    KoopmanPruner,
+    KoopmanSpectrumMonitor,
+    RestartOnBadInitialization,
+)
+from lightning_koopman.shards import local_chunks
+
+KINDS = {
+    "monitor": KoopmanSpectrumMonitor,
+    "stop": EarlyStopOnUnitEigenvalues,
+    "prune": KoopmanPruner,
+    "restart": RestartOnBadInitialization,
+}
+
+
+def make_module(pl: Any, options: dict[str, Any]) -> Any:
+    """A classifier of digits under the root of Lightning that is asked for."""
+
+    class Classifier(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(64, 25), nn.LayerNorm(25), nn.ReLU(), nn.Linear(25, 10))
+            if options.get("scale"):
+                with torch.no_grad():
+                    for parameter in self.net.parameters():
+                        parameter.mul_(options["scale"])
+            bunch = load_digits()
+            self.x = torch.as_tensor(bunch.images[:320], dtype=torch.float32).reshape(-1, 64) / 16
+            self.y = torch.as_tensor(bunch.target[:320])
+
+        def configure_model(self) -> None:
+            if options["strategy"] not in ("fsdp2", "hybrid"):
+                return
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+
+            mesh = self.device_mesh["data_parallel"]
+            if options["strategy"] == "hybrid":  # replicated over one dimension, sharded over the other
+                mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+            for layer in (self.net[0], self.net[3], self.net):
+                fully_shard(layer, mesh=mesh)
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if options.get("dies") == [self.trainer.current_epoch, self.trainer.global_rank]:
+                os._exit(3)
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.net(batch[0])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), lr=options.get("lr", 1e-2))
+
+        def _loader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(self.x, self.y), batch_size=32)
+
+        train_dataloader = val_dataloader = _loader
+
+    return Classifier()
+
+
+def make_strategy(pl: Any, kind: str, devices: int) -> Any:
+    if kind in ("fsdp2", "hybrid"):
+        sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1}
+        return pl.strategies.ModelParallelStrategy(**sizes, process_group_backend="gloo")
+    if kind == "fsdp":
+        # Lightning and PyTorch refuse FSDP on the CPU unless they are told otherwise in their own classes
+        class OnCPU(pl.strategies.FSDPStrategy):
+            @contextmanager
+            def model_sharded_context(self) -> Any:
+                yield
+
+            def _setup_model(self, model: nn.Module) -> nn.Module:
+                from torch.distributed.fsdp import FullyShardedDataParallel
+
+                return FullyShardedDataParallel(
+                    model, device_id=torch.device("cpu"), **self.kwargs
+                )  # its own CPU check
+
+        return OnCPU(auto_wrap_policy={nn.Linear}, state_dict_type="sharded", process_group_backend="gloo")
+    return pl.strategies.DDPStrategy(process_group_backend="gloo") if kind == "ddp" else "auto"
+
+
+def whole_weights(trainer: Any, module: Any) -> np.ndarray:
+    """All weights, gathered by PyTorch."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    root = trainer.strategy.model
+    if isinstance(root, FullyShardedDataParallel):
+        with FullyShardedDataParallel.summon_full_params(root, writeback=False):
+            found = {
+                name.replace("_fsdp_wrapped_module.", ""): each.detach().clone()
+                for name, each in module.named_parameters()
+            }
+        order = list(local_chunks(root))
+        values = [found[name] for name in order]
+    else:
+        local_chunks(module)  # shards again what is gathered
+        values = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in module.parameters()]
+    return torch.cat([each.detach().reshape(-1) for each in values]).numpy()
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    pl = import_module(options.get("root", "pytorch_lightning"))
+    folder = Path(options["folder"])
+
+    class Witness(pl.Callback):
+        def __init__(self) -> None:
+            self.whole: list[np.ndarray] = []
+            self.spectra: list[Any] = []
+
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            self.whole.append(whole_weights(trainer, pl_module))
+
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            now = whole_weights(trainer, pl_module)
+            if not np.array_equal(now, self.whole[-1]):  # set by a callback
+                self.whole.append(now)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if options.get("steps") and trainer.global_step % options["steps"] == 0:
+                self.whole.append(whole_weights(trainer, pl_module))
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if not options.get("steps"):
+                self.whole.append(whole_weights(trainer, pl_module))
+            self.look(trainer.current_epoch + 1)
+
+        def look(self, epoch: int) -> None:
+            for (kind, _), callback in zip(options["callbacks"], callbacks, strict=True):
+                recorder = callback.recorder
+                if kind == "monitor" and len(recorder) > 2 and not callback._background:
+                    spectrum = recorder.trajectory.spectrum()
+                    self.spectra.append((list(recorder.epochs), spectrum.eigenvalues, spectrum.residuals))
+
+    callbacks = [KINDS[kind](**given, dirpath=folder / "out") for kind, given in options["callbacks"]]
+    witness = Witness()
+    save = pl.callbacks.ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=options["devices"],
+        strategy=make_strategy(pl, options["strategy"], options["devices"]),
+        max_epochs=options["epochs"],
+        callbacks=[*callbacks, witness, save],
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        use_distributed_sampler=True,
+    )
+    module = make_module(pl, options)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, ckpt_path=options.get("checkpoint"))
+    found: dict[str, Any] = {
+        "warnings": [str(each.message) for each in caught if "Koopman" in each.category.__name__],
+        "whole": np.stack(witness.whole),
+        "spectra": witness.spectra,
+        "stopped": trainer.current_epoch,
+        "names": list(local_chunks(trainer.strategy.model if options["strategy"] == "fsdp" else module)),
+    }
+    for (kind, _), callback in zip(options["callbacks"], callbacks, strict=True):
+        own: dict[str, Any] = {"history": callback.history, "times": callback.recorder.epochs}
+        trajectory = callback.recorder.trajectory
+        if trajectory is not None and len(trajectory) > 1:
+            own |= {"eigenvalues": trajectory.spectrum().eigenvalues, "n": trajectory.n, "total": trajectory.total}
+        if kind == "monitor" and callback.spectrum is not None:
+            own["spectrum"] = callback.spectrum.eigenvalues
+        if kind == "prune" and callback.masks is not None:
+            own["masks"] = callback.masks.state_dict()
+        if kind in ("stop", "restart"):
+            own["message"] = callback.message
+        if kind == "restart":
+            own["restarts"] = callback.restarts
+        found[kind] = own
+    torch.save(found, folder / f"rank{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main()
