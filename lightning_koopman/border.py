@@ -60,7 +60,7 @@ def border_products(
     step_width = slab or max(1, columns)
     for start in range(0, columns, step_width):
         stop = min(start + step_width, columns)
-        with single_blas_thread():
+        with single_blas_thread(), np.errstate(invalid="ignore"):  # what is not finite shows in the sums
             found += _in_threads(part, start, stop)
         if release is not None:
             release(start, stop)
@@ -94,7 +94,8 @@ def _compiled(segments: Sequence[Tensor], base: Tensor | None, step: Tensor | No
         products = out[:-1].reshape(2, len(rows))
         if base is None:
             library.border_of_snapshots(pointers, ctypes.c_int64(len(rows)), *where)
-            return np.diff(products, prepend=0.0)
+            with np.errstate(invalid="ignore"):  # each thread has its own
+                return np.diff(products, prepend=0.0)
         below = ctypes.c_void_p(base.data_ptr()), ctypes.c_void_p(None if step is None else step.data_ptr())
         library.border_of_increments(pointers, ctypes.c_int64(len(rows)), *below, *where)
         return _around_base(products, out[-1])
@@ -123,11 +124,12 @@ def _eager(segments: Sequence[Tensor], base: Tensor | None, step: Tensor | None,
             right = min(left + WIDTH, stop)
             block = buffer[:, : right - left]
             if below is not None:
-                block[0] = below[left:right]
-                block[0] += 0.0 if above is None else _widened(above[left:right])
+                oldest = below[left:right]
+                block[0] = oldest if above is None else oldest + _widened(above[left:right])
             _fill(block[count - rows :], [array[:, left:right] for array in arrays])
-            found[0] += block @ block[0]
-            found[1] += block @ block[-1]
+            with np.errstate(invalid="ignore", over="ignore"):
+                found[0] += block @ block[0]
+                found[1] += block @ block[-1]
         return found
 
     return part
@@ -145,7 +147,7 @@ def _fill(block: AnyArray, arrays: Sequence[AnyArray]) -> None:
         rows[0] = values[0]
         if newest is not None:
             rows[0] -= newest
-        np.subtract(values[1:], values[:-1], out=rows[1:])
+        np.subtract(values[1:], values[:-1], out=rows[1:], dtype=rows.dtype)
         newest = values[-1]
 
 

@@ -32,6 +32,8 @@ def plot_spectrum(
 ) -> Figure:
     """Eigenvalues in the unit circle: area by importance, colour by residual, the surrogate beside them.
 
+    Of sketched trajectories, a thin circle around each eigenvalue shows its standard error.
+
     Args:
         spectrum: The training's spectrum.
         surrogate: Spectrum of the random walk with the same step lengths (default: none drawn).
@@ -78,6 +80,8 @@ def _draw_eigenvalues(axis: Axes, spectrum: Spectrum, scale: object, radius: flo
     axis.axhline(0, color=MUTED, linewidth=0.4)
     axis.axvline(0, color=MUTED, linewidth=0.4)
     largest = spectrum.importance.max() or 1.0
+    for value, error in zip(values, () if spectrum.sketch_errors is None else spectrum.sketch_errors, strict=False):
+        axis.add_patch(Circle((value.real, value.imag), error, fill=False, color=INK, linewidth=0.7))
     axis.scatter(
         values.real,
         values.imag,

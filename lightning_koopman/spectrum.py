@@ -88,6 +88,12 @@ class Spectrum:
         """Array (k,): :math:`|b_j|`, the size of each mode's part in the trajectory (paper, section 3)."""
         return np.abs(self.coefficients)
 
+    def sketch_error(self) -> float:
+        """Mean standard error of the eigenvalues that sketching causes, weighted by importance; NaN without sketches."""
+        if self.sketch_errors is None:
+            return float("nan")
+        return float(self.sketch_errors @ self.importance / (self.importance.sum() or 1.0))
+
     def unit_cluster(self, radius: float = 0.05) -> Mask:
         """Boolean array (k,): which Ritz values lie within ``radius`` of 1, the paper's cluster at 1.
 

@@ -16,7 +16,8 @@ def summarize(
     observable: str = "weights",
     radius: float = 0.05,
     max_residual: float = 3e-2,
-    every_n_epochs: int = 1,
+    every: int = 1,
+    unit: str = "epochs",
 ) -> str:
     """Several lines that say what a spectrum and its random-walk surrogate tell of a training, and what they do not.
 
@@ -26,7 +27,8 @@ def summarize(
         observable: What was observed.
         radius: Radius of the disc around 1.
         max_residual: Largest residual of a trusted eigenvalue.
-        every_n_epochs: Epochs between two snapshots.
+        every: Epochs, or what the unit is, between two snapshots.
+        unit: ``"epochs"`` or ``"steps"``.
 
     Example:
         >>> from lightning_koopman.summary import summarize
@@ -40,7 +42,7 @@ def summarize(
         _model(spectrum, observable),
         _fixed_point(spectrum),
         _cluster(spectrum, surrogate, radius),
-        _rate(spectrum, max_residual, every_n_epochs),
+        _rate(spectrum, max_residual, every, unit),
     ]
     moduli = abs(spectrum.eigenvalues)
     growing = spectrum.trusted(max_residual) & (moduli > 1.0 + spectrum.residuals)
@@ -49,6 +51,11 @@ def summarize(
         lines.append(
             f"Growth: {int(growing.sum())} trusted eigenvalue(s) lie outside the unit circle, up to |λ| = "
             f"{moduli[growing].max():.4f}: a part of the training still grows."
+        )
+    if spectrum.sketch_errors is not None:
+        lines.append(
+            "Sketch: computed from random combinations of the weights, which moves the eigenvalues by about "
+            f"{spectrum.sketch_error():.1g} (standard error, weighted by importance)."
         )
     return "\n".join(f"- {line}" for line in lines)
 
@@ -83,7 +90,7 @@ def _cluster(spectrum: Spectrum, surrogate: Spectrum, radius: float) -> str:
     return f"{text}. Less of the training stands still than of the walk."
 
 
-def _rate(spectrum: Spectrum, max_residual: float, every_n_epochs: int) -> str:
+def _rate(spectrum: Spectrum, max_residual: float, every: int, unit: str) -> str:
     slowest = math.nan if spectrum.full_rank else spectrum.slowest_modulus(max_residual)
     if math.isnan(slowest):
         return "Rate: no other eigenvalue is certain enough to name a rate of convergence."
@@ -91,10 +98,10 @@ def _rate(spectrum: Spectrum, max_residual: float, every_n_epochs: int) -> str:
         return "Rate: every trusted eigenvalue other than 1 is 0: that part of the trajectory is gone in one step."
     if slowest >= 1.0:
         return f"Rate: the slowest trusted eigenvalue other than 1 has |λ| = {slowest:.4f}: that part does not decay."
-    halving = every_n_epochs * math.log(0.5) / math.log(slowest)
+    halving = every * math.log(0.5) / math.log(slowest)
     return (
         f"Rate: the slowest trusted eigenvalue other than 1 has |λ| = {slowest:.4f}: that part of the trajectory "
-        f"halves every {halving:.1f} epochs."
+        f"halves every {halving:.1f} {unit}."
     )
 
 

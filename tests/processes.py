@@ -199,6 +199,7 @@ def main() -> None:
         if kind == "restart":
             own["restarts"] = callback.restarts
         found[kind] = own
+        found.setdefault("all", []).append(own)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
 
 

@@ -62,8 +62,8 @@ def check_spectra(ranks: list[Any], whole: np.ndarray) -> None:
         np.testing.assert_array_equal(rank["spectra"][-1][1], ranks[0]["spectra"][-1][1])  # to the last bit
 
 
-def trajectory_of(snapshots: np.ndarray) -> Trajectory:
-    trajectory = Trajectory(snapshots.shape[1])
+def trajectory_of(snapshots: np.ndarray, **options: Any) -> Trajectory:
+    trajectory = Trajectory(snapshots.shape[1], **options)
     for snapshot in snapshots:
         trajectory.append(snapshot)
     return trajectory
@@ -171,7 +171,7 @@ def test_a_process_that_dies_ends_the_run_and_what_was_saved_goes_on(train, tmp_
     assert ranks[0]["monitor"]["times"] == list(range(2, 10))
 
 
-def test_what_is_kept_of_a_snapshot_works_in_shards(train):
+def test_whatever_is_kept_of_a_snapshot_works_in_shards(train):
     options = [
         {"storage": "sketch", "sketch": 101, "prefix": "a"},
         {"dtype": "bfloat16", "prefix": "b", "background": True},
@@ -179,4 +179,26 @@ def test_what_is_kept_of_a_snapshot_works_in_shards(train):
         {"every_n_steps": 3, "prefix": "d"},
     ]
     ranks = train("run", "fsdp2", *(("monitor", each) for each in options), epochs=9)
-    assert ranks[0]["warnings"] == []
+    whole = ranks[0]["whole"]
+    sketched = trajectory_of(whole, storage="sketch", sketch=101)
+    rounded = trajectory_of(whole, dtype=torch.bfloat16)
+    for rank in ranks:
+        assert rank["warnings"] == []
+        sketch, half, disk, steps = rank["all"]
+        assert distance(sketch["eigenvalues"], sketched.spectrum().eigenvalues) < 1e-9
+        assert distance(half["eigenvalues"], rounded.spectrum().eigenvalues) < 1e-9
+        assert distance(disk["eigenvalues"], dmd_rrr(whole).eigenvalues) < 1e-10
+        assert steps["times"] == list(range(16))  # 45 steps
+    assert [row["step"] for row in ranks[0]["all"][3]["history"]] == list(range(3, 46, 3))
+    assert [row["epoch"] for row in ranks[0]["all"][1]["history"]] == list(range(1, 10))  # none is lost at the end
+
+
+def test_replicas_of_shards_count_once(train):
+    ranks = train(
+        "run", "hybrid", ("monitor", {"window": 6}), ("prune", {"sparsity": 0.5, "epoch": 4}), devices=4, epochs=6
+    )
+    sizes = [rank["monitor"]["n"] for rank in ranks]
+    assert sum(sizes) == 1935
+    assert min(sizes) > 400
+    check_spectra([{**rank, "spectra": rank["spectra"][:3]} for rank in ranks], ranks[0]["whole"])
+    assert len({tuple(rank["prune"]["masks"]["bits"].tolist()) for rank in ranks}) == 1

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -96,11 +99,14 @@ def test_reconstruction_at_the_last_snapshot_of_a_real_trajectory(digits_traject
     assert missed < 0.02
 
 
+KEPT = [{}, {"storage": "disk"}, {"dtype": torch.bfloat16}, {"storage": "sketch", "sketch": 31}]
+
+
 @pytest.mark.parametrize("capacity", [None, 10])
-@pytest.mark.parametrize("storage", ["ram", "disk"])
-def test_saving_and_loading_give_the_same_spectrum_to_the_last_bit(tmp_path, capacity, storage):
+@pytest.mark.parametrize("kept", KEPT)
+def test_saving_and_loading_give_the_same_spectrum_to_the_last_bit(tmp_path, capacity, kept):
     snapshots = walk(47, 100)
-    trajectory = Trajectory(100, capacity=capacity, storage=storage)
+    trajectory = Trajectory(100, capacity=capacity, **kept)
     for index, snapshot in enumerate(snapshots):
         trajectory.append(snapshot)
         if index % 7 == 0:
@@ -108,11 +114,12 @@ def test_saving_and_loading_give_the_same_spectrum_to_the_last_bit(tmp_path, cap
     state = trajectory.save(tmp_path / "rows.bin")
     torch.save(state, tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    loaded = Trajectory.load(state, tmp_path / "rows.bin", storage=storage)
+    loaded = Trajectory.load(state, tmp_path / "rows.bin", storage=kept.get("storage", "ram"))
     for more in walk(5, 100, seed=1):
         trajectory.append(more)
         loaded.append(more)
-    assert torch.equal(loaded.snapshots(), trajectory.snapshots())
+    if "sketch" not in kept:
+        assert torch.equal(loaded.snapshots(), trajectory.snapshots())
     np.testing.assert_array_equal(loaded.spectrum().eigenvalues, trajectory.spectrum().eigenvalues)
 
 
@@ -186,3 +193,113 @@ def test_bad_snapshots_leave_the_trajectory_unchanged():
         Trajectory(2).last()
     with pytest.raises(ValueError, match="needs at least 2"):
         Trajectory(2).spectrum()
+
+
+# -- kept otherwise ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capacity", [None, 12])
+def test_errors_of_bfloat16_increments_do_not_add_up(capacity):
+    snapshots = walk(300, 2000)
+    trajectory = filled(snapshots, dtype=torch.bfloat16, capacity=capacity)
+    kept = snapshots[-(capacity or 300) :]
+    steps = np.abs(np.diff(snapshots, axis=0)).max()
+    assert np.abs(trajectory.snapshots().numpy() - kept).max() < steps / 200  # one rounding of a step, at any time
+    np.testing.assert_array_equal(trajectory.last().numpy(), trajectory.snapshots()[-1].numpy())
+    weights = np.random.default_rng(0).standard_normal((2, len(kept)))
+    combined = weights @ trajectory.snapshots().double().numpy()
+    np.testing.assert_allclose(trajectory.combine(weights).numpy(), combined, rtol=1e-4, atol=1e-3)
+
+
+def test_bfloat16_increments_of_a_real_trajectory(real_trajectory):
+    exact, ours = dmd_rrr(real_trajectory), filled(real_trajectory, dtype=torch.bfloat16)
+    assert ours.nbytes < 0.52 * real_trajectory.nbytes + 8 * real_trajectory.shape[1]
+    spectrum = ours.spectrum()
+    assert spectrum.rank == exact.rank
+    assert distance(spectrum.eigenvalues, exact.eigenvalues) < 2e-3
+    assert spectrum.unit_fraction() == pytest.approx(exact.unit_fraction(), abs=2e-3)
+
+
+@pytest.mark.parametrize("kept", KEPT)
+@pytest.mark.parametrize("capacity", [None, 9])
+def test_parts_recorded_elsewhere_are_joined(kept, capacity):
+    snapshots = walk(20, 150)
+    edges = [0, 40, 41, 150]
+    parts = [
+        filled(snapshots[:, a:b], capacity=capacity, **({"offset": a} if "sketch" in kept else {}), **kept)
+        for a, b in itertools.pairwise(edges)
+    ]
+    merged, whole = Trajectory.merge(parts), filled(snapshots, capacity=capacity, **kept)
+    assert (merged.n, merged.total, len(merged)) == (150, 150, len(whole))
+    assert distance(merged.spectrum().eigenvalues, whole.spectrum().eigenvalues) < 1e-9
+    for more in walk(3, 150, seed=2):  # and it goes on
+        merged.append(more)
+        whole.append(more)
+    assert distance(merged.spectrum().eigenvalues, whole.spectrum().eigenvalues) < 1e-9
+    if "sketch" not in kept:
+        assert torch.equal(merged.snapshots(), whole.snapshots())
+
+
+def test_parts_that_went_on_for_different_times():
+    snapshots = walk(20, 10)
+    early, late = filled(snapshots[:18, :4], capacity=10), filled(snapshots[:, 4:], capacity=10)
+    merged = Trajectory.merge([early, late])
+    assert torch.equal(merged.snapshots(), torch.from_numpy(snapshots[10:18]))
+    assert distance(merged.spectrum().eigenvalues, dmd_rrr(snapshots[10:18]).eigenvalues) < 1e-9
+
+
+def test_what_cannot_be_joined_is_said():
+    with pytest.raises(ValueError, match="must not be empty"):
+        Trajectory.merge([])
+    with pytest.raises(ValueError, match="same dtype"):
+        Trajectory.merge([filled(walk(3, 2)), filled(walk(3, 2), capacity=3)])
+    with pytest.raises(ValueError, match="no time in common"):
+        Trajectory.merge([filled(walk(30, 2), capacity=4), filled(walk(3, 2), capacity=4)])
+    with pytest.raises(ValueError, match="already gives the spectrum"):
+        Trajectory.merge([filled(walk(3, 2), all_sum=lambda values: values)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(cut=st.integers(0, 60), capacity=st.sampled_from([None, 5]), seed=st.integers(0, 99))
+def test_processes_that_share_their_sums_all_hold_the_spectrum_of_the_whole(cut, capacity, seed):
+    snapshots = walk(12, 60, seed)
+    sums = []
+    parts = [Trajectory(size, capacity=capacity, all_sum=lambda values: values) for size in (cut, 60 - cut)]
+    for snapshot in snapshots:
+        for part, values in zip(parts, (snapshot[:cut], snapshot[cut:]), strict=True):
+            part.stage(torch.from_numpy(values))
+        sums = np.sum([part.border() for part in parts], axis=0)
+        assert all(part.commit(sums) for part in parts)
+    whole = filled(snapshots, capacity=capacity)
+    for part in parts:
+        assert part.total == 60
+        assert distance(part.spectrum().eigenvalues, whole.spectrum().eigenvalues) < 1e-9
+    bad = snapshots[-1].copy()
+    bad[-1 if cut < 60 else 0] = np.inf  # in one of them
+    for part, values in zip(parts, (bad[:cut], bad[cut:]), strict=True):
+        part.stage(torch.from_numpy(values))
+    with np.errstate(invalid="ignore"):
+        sums = np.sum([part.border() for part in parts], axis=0)
+        assert not any(part.commit(sums) for part in parts)
+    assert all(len(part) == len(whole) for part in parts)
+
+
+def test_mapped_snapshots_stay_out_of_memory(tmp_path, monkeypatch):
+    resident = Path("/proc/self/statm")
+    if not resident.exists():
+        pytest.skip("the system does not tell the resident memory")
+    monkeypatch.setattr("lightning_koopman.store.RESIDENT", 2**22)
+
+    def held() -> int:
+        return int(resident.read_text().split()[2]) * 4096  # pages shared with files
+
+    n = 2**21  # 8 MiB a snapshot
+    trajectory = Trajectory(n, capacity=12, storage="disk", path=tmp_path / "rows.bin")
+    values, before = torch.randn(n), held()
+    for _ in range(20):
+        trajectory.append(values)
+        values.mul_(0.9)
+    assert held() - before < 30 * 2**20  # of 100 MiB on disk
+    trajectory.combine(np.ones(12))
+    trajectory.save(tmp_path / "sidecar.bin")
+    assert held() - before < 30 * 2**20

@@ -316,7 +316,7 @@ class Recorder:
             all_sum=self.processes.all_sum if self._shared else None,
             n=own,
             read=reader,
-            **self._storage(scalar=shards is None),
+            **{key: value for key, value in self._storage(scalar=shards is None).items() if key != "sketch"},
         )
         self.epochs = epochs[len(epochs) - len(self.trajectory) :]
         self.interrupted, self._fingerprint = bool(state["interrupted"]), None

@@ -55,6 +55,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     evidence of convergence (0, 0, 1, 1, 1, 0), and so do modulus and misfit while the rank is as large as the number of
     snapshots allows.  Eigenvalues belong to one step between snapshots, ``every_n_epochs``.
 
+    It works under DDP, FSDP and FSDP2: each process keeps its part of the snapshots, and a small sum a snapshot is all
+    that they exchange.
+
     Everything written to disk lies in one folder: ``history.csv`` (one row an analysed epoch; empty cells where nothing
     is known), the snapshots that checkpoints refer to, and figures if no logger takes them.
 
@@ -90,7 +93,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         spectrum: :class:`Spectrum` of the last analysis, or None.
         surrogate: :class:`Spectrum` of the random walk beside it, or None.
         history: List of dicts, one an analysed epoch, with the columns of ``history.csv``.
-        trajectory: :class:`Trajectory` of the recorded snapshots, or None.
+        trajectory: :class:`Trajectory` of the recorded snapshots, or None; in a run of several processes, of this one's
+            part of them, with the spectrum of the whole.
 
     Raises:
         ValueError: At construction or before training starts, for arguments out of range, patterns that match nothing,
@@ -186,7 +190,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             observable=self.settings.observable,
             radius=self.radius,
             max_residual=self.max_residual,
-            every_n_epochs=self.settings.every_n_epochs,
+            every=self.settings.every_n_steps or self.settings.every_n_epochs,
+            unit="epochs" if self.settings.every_n_steps is None else "steps",
         )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -272,7 +277,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             self.spectrum = trajectory.spectrum(tol=self.tol, delays=delays)
             self.surrogate = self._walk()
             scalars = self._scalars(self.spectrum, self.surrogate)
-            error = self._sketch_error(self.spectrum)
+            error = self.spectrum.sketch_error()
         self.history.append(
             {
                 "epoch": epoch,
@@ -286,12 +291,6 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         )
         self._write_history()
         return self._logged(scalars)
-
-    @staticmethod
-    def _sketch_error(spectrum: Spectrum) -> float:
-        """Mean standard error of the eigenvalues, weighted by importance, where they come from sketches."""
-        errors, importance = spectrum.sketch_errors, spectrum.importance
-        return math.nan if errors is None else float((errors * importance).sum() / importance.sum())
 
     def _logged(self, row: dict[str, float]) -> dict[str, float] | None:
         """The scalars of a row as they are logged, unknown ones replaced; None where nothing is known."""
