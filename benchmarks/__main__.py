@@ -1,4 +1,4 @@
-"""Time and memory of the spectrum against its peers, and the monitor's share of an epoch."""
+"""Time and memory of the spectrum against its peers, the streaming update against memory, the monitor's share."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks import monitor, spectrum
+from benchmarks import monitor, spectrum, streaming
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=["spectrum", "monitor"], help="run one of the two (default: both)")
+    parser.add_argument("--only", choices=["spectrum", "streaming", "monitor"], help="run one of them (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each method (default: 3)")
     parser.add_argument("--sizes", nargs="+", type=int, default=[65_558, 1_000_000], help="weights n")
     parser.add_argument("--snapshots", nargs="+", type=int, default=[50, 100], help="snapshots m")
@@ -21,9 +21,11 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python "
           f"{platform.python_version()}")  # fmt: skip
-    if options.only != "monitor":
+    if options.only in (None, "spectrum"):
         spectrum.run(options.sizes, options.snapshots, options.rounds)
-    if options.only != "spectrum":
+    if options.only in (None, "streaming"):
+        streaming.run(options.sizes, options.snapshots)
+    if options.only in (None, "monitor"):
         monitor.run(options.data_root, options.epochs)
 
 

@@ -151,11 +151,12 @@ def main() -> None:
           "largest eigenvalues")  # fmt: skip
     for way, shards in rows:
         peak, weights, _disk = (sum(shard[key] for shard in shards) for key in ("peak", "weights", "disk"))
+        first = shards[0]
         values = ", ".join(f"{real:.4f}" for real, _ in shards[0]["eigenvalues"])
         error = shards[0]["sketch_error"]
         shown = f" ± {error:.1g}" if error and error == error else ""
-        print(f"{way:<10} {peak:>8.1f} GiB {weights:>10.1f} GiB {shards[0]['disk']:>5.1f} GiB {shards[0]['epoch']:>6.1f} s "
-              f"{shards[0]['monitor']:>6.1f} s  {values}{shown}")  # fmt: skip
+        print(f"{way:<10} {peak:>8.1f} GiB {weights:>10.1f} GiB {first['disk']:>5.1f} GiB {first['epoch']:>6.1f} s "
+              f"{first['monitor']:>6.1f} s  {values}{shown}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ class Processes:
     size: int = 1
     group: Any = None
 
+    def __reduce__(self) -> tuple[type[Processes], tuple[()]]:
+        return Processes, ()  # connections belong to this process: a copy elsewhere begins alone
+
     @classmethod
     def of_run(cls) -> Processes:
         """All processes of PyTorch's default group, together; or this one alone where there is none."""

@@ -89,7 +89,7 @@ class Spectrum:
         return np.abs(self.coefficients)
 
     def sketch_error(self) -> float:
-        """Mean standard error of the eigenvalues that sketching causes, weighted by importance; NaN without sketches."""
+        """Mean standard error of the eigenvalues due to sketching, weighted by importance; NaN without sketches."""
         if self.sketch_errors is None:
             return float("nan")
         return float(self.sketch_errors @ self.importance / (self.importance.sum() or 1.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -28,6 +30,15 @@ def test_the_history_is_that_of_waiting(trainer, regression, options):
     # what is shown at the end is the last snapshot's
     shown = [float(fit.callback_metrics["koopman/residual_at_one"]) for fit in fits]
     assert shown[0] == shown[1]
+
+
+def test_it_can_be_copied_and_used_again(trainer, regression):
+    monitor = KoopmanSpectrumMonitor(background=True)
+    trainer(callbacks=monitor, max_epochs=4).fit(regression())
+    twin = copy.deepcopy(monitor)  # as for processes that are spawned
+    for each in (monitor, twin):
+        trainer(callbacks=each, max_epochs=5).fit(regression())
+        assert len(each.history) == 5
 
 
 def test_what_is_logged_is_one_snapshot_old(root, trainer, regression):
@@ -74,7 +85,7 @@ def test_a_callback_that_needs_the_snapshot_at_once_waits_for_it(trainer, regres
 
 
 def test_a_failure_in_the_background_warns_and_training_goes_on(trainer, regression, monkeypatch):
-    def broken(self):
+    def broken(_):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(Trajectory, "border", broken)

@@ -73,7 +73,8 @@ def test_slabs_and_threads_cover_every_column_once(way, monkeypatch):
     assert seen[-1][1] == 700_001
 
 
-def test_a_value_that_is_not_finite_shows(way):
+@pytest.mark.usefixtures("way")
+def test_a_value_that_is_not_finite_shows():
     snapshots = torch.randn(4, 5000)
     for value in (np.nan, np.inf, -np.inf):
         snapshots[-1, 4321] = value

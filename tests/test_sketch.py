@@ -35,13 +35,13 @@ def test_inner_products_are_unbiased_with_the_spread_that_is_claimed():
     y = 0.6 * x + 0.8 * random.standard_normal(20_000)
     k, exact = 64, x @ y
     found = []
-    for seed in range(300):
+    for seed in range(150):
         sketch = Sketch(k, seed=seed)
         found.append(float(sketch.project(torch.from_numpy(x)) @ sketch.project(torch.from_numpy(y))))
     # variance of a product of Gaussians: (‖x‖²‖y‖² + ⟨x, y⟩²) / k
     spread = np.sqrt(((x @ x) * (y @ y) + exact**2) / k)
     assert abs(np.mean(found) - exact) < 4 * spread / np.sqrt(len(found))
-    assert 0.85 < np.std(found) / spread < 1.15
+    assert 0.8 < np.std(found) / spread < 1.2
 
 
 def test_columns_of_a_matrix_do_not_fall_into_few_buckets():

@@ -145,6 +145,9 @@ class TrajectoryCallback(LightningCallback):
         self.rates: list[float] = []  # learning rates when the epoch began
         self.finite = True  # what was read last, if it could be read
 
+    def __getstate__(self) -> dict[str, Any]:  # a copy for other processes begins alone
+        return {**vars(self), "_processes": Processes(), "_shards": None}
+
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -108,6 +108,9 @@ class Recorder:
     def __len__(self) -> int:
         return len(self.epochs)
 
+    def __getstate__(self) -> dict[str, Any]:  # threads and connections cannot be copied
+        return {**vars(self), "_worker": None, "_twin": None, "_pending": None, "_pinned": None, "_shards": None}
+
     def prepare(self, folder: Path | None) -> None:
         """Get ready for a fit that writes into the folder."""
         self.folder, self.restored, self._layout_written = folder, False, False
