@@ -7,12 +7,14 @@ import os
 import platform
 from pathlib import Path
 
-from benchmarks import monitor, spectrum, streaming
+from benchmarks import kept, monitor, spectrum, streaming
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--only", choices=["spectrum", "streaming", "monitor"], help="run one of them (default: all)")
+    parser.add_argument(
+        "--only", choices=["spectrum", "streaming", "kept", "monitor"], help="run one of them (default: all)"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds of each method (default: 3)")
     parser.add_argument("--sizes", nargs="+", type=int, default=[65_558, 1_000_000], help="weights n")
     parser.add_argument("--snapshots", nargs="+", type=int, default=[50, 100], help="snapshots m")
@@ -25,6 +27,8 @@ def main() -> None:
         spectrum.run(options.sizes, options.snapshots, options.rounds)
     if options.only in (None, "streaming"):
         streaming.run(options.sizes, options.snapshots)
+    if options.only in (None, "kept"):
+        kept.run()
     if options.only in (None, "monitor"):
         monitor.run(options.data_root, options.epochs)
 

@@ -10,8 +10,7 @@
 
 typedef double wide __attribute__((vector_size(64)));
 typedef float floats __attribute__((vector_size(32), aligned(4), may_alias));
-typedef uint16_t halves __attribute__((vector_size(16), aligned(2), may_alias));
-typedef uint32_t words __attribute__((vector_size(32)));
+typedef uint32_t words __attribute__((vector_size(32), aligned(2), may_alias));
 
 static inline float single_of(float value) { return value; }
 static inline float single_of_bf16(uint16_t value) {
@@ -20,63 +19,72 @@ static inline float single_of_bf16(uint16_t value) {
     memcpy(&single, &bits, sizeof single);
     return single;
 }
-static inline wide load_f32(const float *p) { return __builtin_convertvector(*(const floats *)p, wide); }
-static inline wide load_bf16(const uint16_t *p) {
-    words bits = __builtin_convertvector(*(const halves *)p, words) << 16;
+static inline wide widened(words bits) {
     floats single;
     memcpy(&single, &bits, sizeof single);
     return __builtin_convertvector(single, wide);
 }
+static inline wide at(const double *p) { return *(const wide *)p; }
 static inline double total(wide v) {
     double sum = 0;
     for (int i = 0; i < LANES; i++) sum += v[i];
     return sum;
 }
 
-/* out[r] += row r · first, out[count + r] += row r · last, over the columns start … stop − 1 */
-#define STREAM(NAME, TYPE, LOAD, SCALAR)                                                                          \
-    static void NAME(const TYPE *const *rows, int64_t count, int64_t at, int64_t width, const double *first,      \
-                     const double *last, double *out) {                                                           \
-        int64_t whole = width / LANES * LANES, r = 0;                                                             \
-        for (; r + 2 <= count; r += 2) {                                                                          \
-            const TYPE *p = rows[r] + at, *q = rows[r + 1] + at;                                                  \
-            const TYPE *p_next = r + 2 < count ? rows[r + 2] + at : p, *q_next = r + 3 < count ? rows[r + 3] + at : q; \
-            wide pf = {0}, pl = {0}, qf = {0}, ql = {0};                                                          \
-            for (int64_t i = 0; i < whole; i += LANES) {                                                          \
-                if (!(i & 15)) __builtin_prefetch(p_next + i), __builtin_prefetch(q_next + i);                    \
-                wide x = LOAD(p + i), y = LOAD(q + i);                                                            \
-                wide f = *(const wide *)(first + i), l = *(const wide *)(last + i);                               \
-                pf += x * f, pl += x * l, qf += y * f, ql += y * l;                                               \
-            }                                                                                                     \
-            double a = total(pf), b = total(pl), c = total(qf), d = total(ql);                                    \
-            for (int64_t i = whole; i < width; i++) {                                                             \
-                double x = SCALAR(p[i]), y = SCALAR(q[i]);                                                        \
-                a += x * first[i], b += x * last[i], c += y * first[i], d += y * last[i];                         \
-            }                                                                                                     \
-            out[r] += a, out[count + r] += b, out[r + 1] += c, out[count + r + 1] += d;                           \
-        }                                                                                                         \
-        for (; r < count; r++) {                                                                                  \
-            const TYPE *p = rows[r] + at;                                                                         \
-            double a = 0, b = 0;                                                                                  \
-            for (int64_t i = 0; i < width; i++) a += SCALAR(p[i]) * first[i], b += SCALAR(p[i]) * last[i];        \
-            out[r] += a, out[count + r] += b;                                                                     \
-        }                                                                                                         \
+/* Eight numbers of a row as doubles, times both vectors. */
+#define STEP_F32(P, A, B)                                                                                        \
+    do {                                                                                                         \
+        wide x_ = __builtin_convertvector(*(const floats *)((P) + i), wide);                                     \
+        A += x_ * at(first + i), B += x_ * at(last + i);                                                         \
+    } while (0)
+/* Sixteen: bfloat16 is the upper half of a float, so the odd ones need a mask only; both vectors are in that order. */
+#define STEP_BF16(P, A, B)                                                                                       \
+    do {                                                                                                         \
+        words w_ = *(const words *)((P) + i);                                                                    \
+        wide x_ = widened(w_ << 16), y_ = widened(w_ & 0xffff0000u);                                             \
+        A += x_ * at(first + i) + y_ * at(first + i + LANES), B += x_ * at(last + i) + y_ * at(last + i + LANES);  \
+    } while (0)
+
+/* out[r] += row r · first, out[count + r] += row r · last, over the columns column … column + width − 1 */
+#define STREAM(NAME, TYPE, GROUP, STEP, SCALAR)                                                                  \
+    static void NAME(const TYPE *const *rows, int64_t count, int64_t column, int64_t width, const double *first, \
+                     const double *last, double *out) {                                                          \
+        int64_t whole = width / GROUP * GROUP;                                                                   \
+        for (int64_t r = 0; r < count; r += 2) {                                                                 \
+            int64_t s = r + 1 < count ? r + 1 : r;                                                               \
+            const TYPE *p = rows[r] + column, *q = rows[s] + column;                                             \
+            const TYPE *p_next = r + 2 < count ? rows[r + 2] + column : p;                                       \
+            const TYPE *q_next = r + 3 < count ? rows[r + 3] + column : q;                                       \
+            wide pf = {0}, pl = {0}, qf = {0}, ql = {0};                                                         \
+            for (int64_t i = 0; i < whole; i += GROUP) {                                                         \
+                if (!(i & 15)) __builtin_prefetch(p_next + i), __builtin_prefetch(q_next + i);                   \
+                STEP(p, pf, pl);                                                                                 \
+                STEP(q, qf, ql);                                                                                 \
+            }                                                                                                    \
+            double a = total(pf), b = total(pl), c = total(qf), d = total(ql);                                   \
+            for (int64_t i = whole; i < width; i++) {                                                            \
+                double x = SCALAR(p[i]), y = SCALAR(q[i]);                                                       \
+                a += x * first[i], b += x * last[i], c += y * first[i], d += y * last[i];                        \
+            }                                                                                                    \
+            out[r] += a, out[count + r] += b;                                                                    \
+            if (s > r) out[s] += c, out[count + s] += d;                                                         \
+        }                                                                                                        \
     }
-STREAM(stream_f32, float, load_f32, single_of)
-STREAM(stream_bf16, uint16_t, load_bf16, single_of_bf16)
+STREAM(stream_f32, float, LANES, STEP_F32, single_of)
+STREAM(stream_bf16, uint16_t, (2 * LANES), STEP_BF16, single_of_bf16)
 
 /* rows are snapshots; first is rows[0], last the difference of the two newest */
 void border_of_snapshots(const float *const *rows, int64_t count, int64_t start, int64_t stop, double *out) {
     double first[BLOCK] __attribute__((aligned(64))), last[BLOCK] __attribute__((aligned(64)));
-    for (int64_t at = start; at < stop; at += BLOCK) {
-        int64_t width = stop - at < BLOCK ? stop - at : BLOCK;
-        const float *oldest = rows[0] + at, *now = rows[count - 1] + at;
-        const float *before = count > 1 ? rows[count - 2] + at : 0;
+    for (int64_t column = start; column < stop; column += BLOCK) {
+        int64_t width = stop - column < BLOCK ? stop - column : BLOCK;
+        const float *oldest = rows[0] + column, *now = rows[count - 1] + column;
+        const float *before = count > 1 ? rows[count - 2] + column : 0;
         for (int64_t i = 0; i < width; i++) {
             first[i] = oldest[i];
             last[i] = before ? (double)now[i] - before[i] : now[i];
         }
-        stream_f32(rows, count, at, width, first, last, out);
+        stream_f32(rows, count, column, width, first, last, out);
     }
 }
 
@@ -85,15 +93,17 @@ void border_of_snapshots(const float *const *rows, int64_t count, int64_t start,
 void border_of_increments(const uint16_t *const *rows, int64_t count, const float *base, const uint16_t *step,
                           int64_t start, int64_t stop, double *out) {
     double first[BLOCK] __attribute__((aligned(64))), last[BLOCK] __attribute__((aligned(64)));
-    for (int64_t at = start; at < stop; at += BLOCK) {
-        int64_t width = stop - at < BLOCK ? stop - at : BLOCK;
+    for (int64_t column = start; column < stop; column += BLOCK) {
+        int64_t width = stop - column < BLOCK ? stop - column : BLOCK, whole = width / (2 * LANES) * (2 * LANES);
         double square = 0;
         for (int64_t i = 0; i < width; i++) {
-            first[i] = step ? base[at + i] + single_of_bf16(step[at + i]) : base[at + i];
-            last[i] = count ? single_of_bf16(rows[count - 1][at + i]) : 0;
-            square += first[i] * first[i];
+            int64_t group = i / (2 * LANES) * (2 * LANES), within = i - group, j = column + i;
+            int64_t to = i < whole ? group + within % 2 * LANES + within / 2 : i; /* the even ones, then the odd ones */
+            first[to] = step ? base[j] + single_of_bf16(step[j]) : base[j];
+            last[to] = count ? single_of_bf16(rows[count - 1][j]) : 0;
+            square += first[to] * first[to];
         }
         out[2 * count] += square;
-        stream_bf16(rows, count, at, width, first, last, out);
+        stream_bf16(rows, count, column, width, first, last, out);
     }
 }

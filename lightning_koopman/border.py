@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from lightning_koopman.factor import Array
 
 LEAST = 2**17  # numbers below which another thread costs more than it saves
 WIDTH = 4096  # columns that NumPy works on at a time: 100 rows of float32 are 1.6 MB, about the second-level cache
-PRECISE = 2**20  # numbers below which NumPy works in float64 throughout: that takes milliseconds then
+PRECISE = 2**19  # numbers below which NumPy works in float64 throughout: that takes milliseconds then
 
 Part = Callable[[int, int], Array]
 AnyArray = npt.NDArray[Any]
@@ -55,15 +56,17 @@ def border_products(
     columns = segments[0].shape[1] if base is None else base.shape[0]
     count = sum(len(segment) for segment in segments) + (base is not None)
     double = segments[0].dtype == torch.float64 if base is None else False
-    part = _compiled(segments, base, step) or _eager(segments, base, step, narrow=columns >= PRECISE and not double)
+    compiled = _compiled(segments, base, step)
+    part = compiled or _eager(segments, base, step, narrow=columns >= PRECISE and not double)
     found = np.zeros((2, count))
-    step_width = slab or max(1, columns)
-    for start in range(0, columns, step_width):
-        stop = min(start + step_width, columns)
-        with single_blas_thread(), np.errstate(invalid="ignore"):  # what is not finite shows in the sums
+    width = slab or max(1, columns)
+    # what is not finite shows in the sums; NumPy's own threads would get in the way of ours
+    with np.errstate(invalid="ignore"), nullcontext() if compiled else single_blas_thread():
+        for start in range(0, columns, width):
+            stop = min(start + width, columns)
             found += _in_threads(part, start, stop)
-        if release is not None:
-            release(start, stop)
+            if release is not None:
+                release(start, stop)
     return found
 
 

@@ -20,8 +20,7 @@ def way(request, monkeypatch):
         pytest.skip("no C compiler")
     if request.param != "compiled":
         monkeypatch.setattr(border, "kernel", lambda: None)
-    if request.param == "eager in float32":
-        monkeypatch.setattr(border, "PRECISE", 1)
+        monkeypatch.setattr(border, "PRECISE", 1 if "float32" in request.param else 2**62)
     return request.param
 
 
