@@ -76,7 +76,8 @@ class RowStore:
 
     def release(self, start: int = 0, stop: int | None = None) -> None:
         """Let the mapped pages of some columns go from memory; what was written to them stays in the file."""
-        if not hasattr(mmap, "MADV_DONTNEED"):
+        held = len(self._maps) * self._block_rows * self.row_bytes
+        if held <= RESIDENT or not hasattr(mmap, "MADV_DONTNEED"):
             return
         page = mmap.PAGESIZE
         for mapped in self._maps:

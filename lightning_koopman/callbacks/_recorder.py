@@ -149,7 +149,7 @@ class Recorder:
             return
         self.processes, self._shards = snapshot.processes, snapshot.shards
         if background and self._worker is None:
-            self._worker, self._twin = ThreadPoolExecutor(1, thread_name_prefix="koopman"), self.processes.twin()
+            self._worker, self._twin = _quiet_worker(), self.processes.twin()
         prepared: Callable[[], Array]
         try:
             prepared = self._prepared(snapshot, background)
@@ -326,6 +326,20 @@ class Recorder:
         if not self.epochs:
             self.clear()
         return len(epochs) - len(self.epochs)
+
+
+def _quiet_worker() -> ThreadPoolExecutor:
+    """A worker thread whose PyTorch uses no further threads.
+
+    OpenMP gives each thread that asks for it a team of its own, and from then on lets all teams sleep between any two
+    operations where they are more than the cores, which makes training on a CPU half as slow again.
+    """
+    count = torch.get_num_threads()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="koopman")
+    worker.submit(torch.get_num_threads).result()  # asked first, or PyTorch would set it again at the first operation
+    worker.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(count)  # it is also what threads to come start from
+    return worker
 
 
 def _fail(error: Exception) -> Array:
