@@ -49,8 +49,10 @@ def run() -> None:
     """Print the table."""
     snapshots = record()
     exact, _ = spectrum_of(snapshots)
-    print(f"\nSpectrum of {len(snapshots)} snapshots of {snapshots[0].numel():,} weights, by how they are kept: root mean "
-          "square error\nof its eigenvalues, weighted by importance, and what a sketch says of it itself")  # fmt: skip
+    print(
+        f"\nSpectrum of {len(snapshots)} snapshots of {snapshots[0].numel():,} weights, by how they are kept: root mean"
+    )
+    print("square error of its eigenvalues, weighted by importance, and what a sketch says of it itself")
     print(f"{'kept as':<17} {'bytes':>9} {'rank':>5} {'error of λ':>11} {'said':>8} {'unit fraction':>14}")
     for name, options in WAYS.items():
         found, size = spectrum_of(snapshots, **options)
