@@ -81,7 +81,7 @@ def _draw_eigenvalues(axis: Axes, spectrum: Spectrum, scale: object, radius: flo
     axis.axvline(0, color=MUTED, linewidth=0.4)
     largest = spectrum.importance.max() or 1.0
     for value, error in zip(values, () if spectrum.sketch_errors is None else spectrum.sketch_errors, strict=False):
-        axis.add_patch(Circle((value.real, value.imag), error, fill=False, color=INK, linewidth=0.7))
+        axis.add_patch(Circle((value.real, value.imag), error, fill=False, color=INK, linewidth=0.7, zorder=5))
     axis.scatter(
         values.real,
         values.imag,
