@@ -27,7 +27,11 @@ def kernel() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(os.fspath(_built(compiler)))
-    except (OSError, subprocess.SubprocessError):  # an old compiler, a read-only home: nothing the user has to mend
+    except (
+        OSError,
+        RuntimeError,
+        subprocess.SubprocessError,
+    ):  # an old compiler, no home: nothing the user has to mend
         return None
 
 

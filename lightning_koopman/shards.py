@@ -121,7 +121,9 @@ class Shards(Mapping[str, Part]):
         self._sharing: list[tuple[int, ...]]
         self._groups: dict[tuple[int, ...], Any]
         self._marks = np.array([_mark(name, chunk) for name, chunk in self.chunks.items()], dtype=np.float64)
-        if like is not None and np.array_equal(like._marks, self._marks):
+        # names and shapes of the whole are the same in all processes, so that they decide alike whether to ask anew
+        self._kind = [(name, chunk.shape) for name, chunk in self.chunks.items()]
+        if like is not None and like._kind == self._kind and np.array_equal(like._marks, self._marks):
             self._holders, self._sharing, self._groups = like._holders, like._sharing, like._groups
         else:
             table = self.processes.table(self._marks)

@@ -574,17 +574,25 @@ class Trajectory:
         source = Path(sidecar).absolute()
         get = read or _reader(source, trajectory._store, first)
         expected = [int(mark) % 2**64 for mark in state["fingerprints"]]
-        based = trajectory._base is None or (held > 0 and get(-1, trajectory._base))
         marks = np.full((2, held), np.nan)  # a sum with NaN is NaN: what one process lost, all leave out
-        if based and trajectory._base is not None:  # written whole or not at all
-            marks[:, :1], expected[0] = 0.0, 0
-        for at in range(trajectory._base is not None, held if based else 0):
-            row = trajectory._store.row(first + at)
-            in_place = source == trajectory._store.path
-            if in_place or get(trajectory._store.slot(first + at), row):
-                marks[:, at] = divmod(trajectory._fingerprint(first + at), HALF)
+        failure: Exception | None = None
+        if trajectory._base is not None and held:  # its file is written whole or not at all
+            expected[0] = 0
+        try:
+            based = trajectory._base is None or (held > 0 and get(-1, trajectory._base))
+            if based and trajectory._base is not None:
+                marks[:, :1] = 0.0
+            for at in range(trajectory._base is not None, held if based else 0):
+                row = trajectory._store.row(first + at)
+                in_place = source == trajectory._store.path
+                if in_place or get(trajectory._store.slot(first + at), row):
+                    marks[:, at] = divmod(trajectory._fingerprint(first + at), HALF)
+        except Exception as error:  # the other processes wait for what this one could read
+            failure, marks = error, np.full((2, held), np.nan)
         if all_sum is not None:  # sketches are the same everywhere: only what is missing counts
             marks = all_sum(marks) if trajectory._sketch is None else marks + all_sum(marks * 0)
+        if failure is not None:
+            raise failure
         intact = 0
         while intact < held and _whole(marks[:, held - 1 - intact]) == expected[held - 1 - intact]:
             intact += 1
@@ -642,7 +650,7 @@ def _whole(halves: Array) -> int:
 
 def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor]) -> list[Tensor]:
     """A snapshot as the tensors that make it up."""
-    if isinstance(snapshot, (list, tuple)) and snapshot and all(isinstance(part, Tensor) for part in snapshot):
+    if isinstance(snapshot, (list, tuple)) and all(isinstance(part, Tensor) for part in snapshot):
         return [part.detach() for part in snapshot]
     return [torch.as_tensor(snapshot).detach()]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanSpectrumMonitor, KoopmanWarning
+from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanPruner, KoopmanSpectrumMonitor, KoopmanWarning
 from lightning_koopman.trajectory import Trajectory
 
 
@@ -82,6 +82,27 @@ def test_a_callback_that_needs_the_snapshot_at_once_waits_for_it(trainer, regres
 
     for ours, theirs in zip(run(True).history, run(False).history, strict=True):
         np.testing.assert_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("first", ["monitor", "pruner"])
+def test_it_may_share_with_callbacks_that_wait_and_come_first(trainer, regression, first):
+    waits = KoopmanSpectrumMonitor(prefix="waits") if first == "monitor" else KoopmanPruner(0.5, epoch=4, window=100)
+    monitor = KoopmanSpectrumMonitor(background=True, log_figure=3)
+    trainer(callbacks=[waits, monitor], max_epochs=8).fit(regression())
+    assert waits.recorder is monitor.recorder
+    assert [row["epoch"] for row in monitor.history] == list(range(1, 9))
+    assert not np.isnan(monitor.history[-1]["residual_at_one"])
+
+
+def test_a_snapshot_that_cannot_even_be_read_costs_its_row_only(trainer, regression, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("nothing to read")
+
+    monkeypatch.setattr(KoopmanSpectrumMonitor, "_read_weights", broken)
+    monitor = KoopmanSpectrumMonitor(background=True)
+    with pytest.warns(KoopmanWarning, match="nothing to read"):
+        trainer(callbacks=monitor, max_epochs=3).fit(regression())
+    assert len(monitor.history) == 3
 
 
 def test_a_failure_in_the_background_warns_and_training_goes_on(trainer, regression, monkeypatch):

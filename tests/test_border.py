@@ -88,6 +88,10 @@ def test_a_real_trajectory_to_the_accuracy_of_each_way(way, digits_trajectory):
     assert distance(trajectory.spectrum().eigenvalues, exact.eigenvalues) < (1e-5 if "32" in way else 1e-9)
 
 
+def no_home() -> None:
+    raise RuntimeError("Could not determine home directory.")
+
+
 def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):
     build = kernel.__wrapped__
     monkeypatch.setenv("CC", "no-such-compiler")
@@ -96,6 +100,9 @@ def test_without_a_compiler_there_is_no_kernel(monkeypatch, tmp_path):
     monkeypatch.setenv("LIGHTNING_KOOPMAN_COMPILE", "0")
     assert build() is None
     monkeypatch.delenv("LIGHTNING_KOOPMAN_COMPILE")
+    monkeypatch.setattr("pathlib.Path.home", no_home)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert build() is None
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # nothing can be written there
     assert build() is None

@@ -601,6 +601,13 @@ def test_deepspeed_is_refused(fit, root):
         fit(KoopmanPruner(0.5, epoch=3), strategy=DeepSpeedStrategy("cpu"), accelerator="auto")
 
 
+def test_a_history_of_an_older_version_can_be_saved_again(fit):
+    pruner = KoopmanPruner(0.5, epoch=4)
+    fit(pruner, epochs=6)
+    del pruner.history[0]["step"]
+    assert math.isnan(pruner.state_dict()["history"]["step"][0])
+
+
 def test_two_of_them_prune_at_once(fit):
     weights, biases = KoopmanPruner(0.5, epoch=4), KoopmanPruner(0.5, epoch=4, parameters="*.bias", prefix="biases")
     fit(weights, biases, epochs=6)

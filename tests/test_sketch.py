@@ -83,3 +83,14 @@ def test_whole_snapshots_cannot_be_had_from_sketches():
     for method in (trajectory.snapshots, trajectory.last, lambda: trajectory.combine([1.0])):
         with pytest.raises(ValueError, match="storage='sketch' keeps 3 combinations"):
             method()
+
+
+def test_a_process_that_holds_nothing_adds_nothing():
+    holds, empty = (Trajectory(n, storage="sketch", sketch=7, all_sum=lambda values: values) for n in (20, 0))
+    for values in torch.randn(4, 20).cumsum(0):
+        holds.stage([values], offsets=[0])
+        empty.stage([], offsets=[])
+        both = holds.border() + empty.border()
+        assert holds.commit(both)
+        assert empty.commit(both)
+    np.testing.assert_array_equal(holds.spectrum().eigenvalues, empty.spectrum().eigenvalues)

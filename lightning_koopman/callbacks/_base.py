@@ -413,8 +413,9 @@ class TrajectoryCallback(LightningCallback):
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         name = type(trainer.strategy).__name__
         deep = any(base.__name__ == "DeepSpeedStrategy" for base in type(trainer.strategy).__mro__)
-        self._processes = Processes() if deep else Processes.of_run()
-        alone = self._processes.size != trainer.world_size
+        shared = self.settings.observable == WEIGHTS and trainer.world_size > 1 and not deep
+        self._processes = Processes.of_run() if shared else Processes()
+        alone = shared and self._processes.size != trainer.world_size
         if self.settings.observable == WEIGHTS and (deep or alone):
             why = "keeps the weights in partitions of its own" if deep else "does not use torch.distributed"
             raise ValueError(
@@ -523,7 +524,10 @@ class TrajectoryCallback(LightningCallback):
             self._losses.fold()
             state = {"loss_total": self._losses.total, "loss_count": self._losses.count}
         state |= {"validated": self._validated, "has_validated": self._has_validated}
-        state["history"] = {key: [row[key] for row in self.history] for key in self.columns}
+        state["history"] = {
+            key: [row.get(key, math.nan) for row in self.history]
+            for key in self.columns  # of older versions
+        }
         with self._guard("saving the snapshots beside the checkpoint"):
             self._take_in()
             state["recorder"] = self.recorder.save()
@@ -626,7 +630,7 @@ def draw_anew(
     trainer: pl.Trainer, pl_module: pl.LightningModule, names: Sequence[str], scheme: Scheme, seed: int
 ) -> None:
     """Draw the parameters of some modules anew, the same in all processes."""
-    chunks = local_chunks(outermost(trainer, pl_module))
+    chunks = local_chunks(outermost(trainer, pl_module), remove_duplicate=False)
     owned: dict[str, dict[str, Chunk]] = {}
     for name, chunk in chunks.items():
         owner, _, leaf = name.rpartition(".")
@@ -635,8 +639,8 @@ def draw_anew(
     modules = {clean_name(name): module for name, module in pl_module.named_modules()}
     reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=[owned.get(name, {}) for name in names])
     if trainer.world_size > 1:  # other kinds of processors may draw otherwise
-        whole = [chunk.tensor.detach() for chunk in chunks.values() if chunk.whole]
-        for tensor in (*whole, *pl_module.buffers()):
+        whole = {id(chunk.tensor): chunk.tensor.detach() for chunk in chunks.values() if chunk.whole}
+        for tensor in (*whole.values(), *pl_module.buffers()):
             torch.distributed.broadcast(tensor, src=0)
 
 

@@ -117,6 +117,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forget everything recorded."""
+        self.settle()
         self.trajectory, self.epochs, self.interrupted, self._pending = None, [], False, None
 
     @property
@@ -145,11 +146,11 @@ class Recorder:
             snapshot: What this process records of it.
             background: Whether to work in another thread; else the work is done by :meth:`finish`.
         """
+        if background and self._worker is None:  # also where another callback has recorded this snapshot before
+            self._worker, self._twin = _quiet_worker(), snapshot.processes.twin()
         if self.holds(epoch):
             return
         self.processes, self._shards = snapshot.processes, snapshot.shards
-        if background and self._worker is None:
-            self._worker, self._twin = _quiet_worker(), self.processes.twin()
         prepared: Callable[[], Array]
         try:
             prepared = self._prepared(snapshot, background)
@@ -160,9 +161,17 @@ class Recorder:
         self._pending = epoch, work if self._worker is None else self._worker.submit(work)
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Let the worker do something when it is done with what was recorded."""
-        assert self._worker is not None
-        return self._worker.submit(work)
+        """Let the worker do something when it is done with what was recorded; without a worker it is done at once."""
+        if self._worker is not None:
+            return self._worker.submit(work)
+        done: Future[T] = Future()
+        done.set_result(work())
+        return done
+
+    def settle(self) -> None:
+        """Wait until the worker is idle, before anything that it reads is replaced."""
+        if self._worker is not None:
+            self._worker.submit(_nothing).result()
 
     def finish(self) -> bool:
         """Take in what was recorded last, if anything.
@@ -205,6 +214,7 @@ class Recorder:
         """Copy a snapshot; returns the function that does the expensive part of the work."""
         trajectory, numel = self.trajectory, snapshot.numel
         if trajectory is None or self.interrupted or numel != trajectory.n:
+            self.settle()
             self.trajectory = None  # before the new one asks for memory
             self.epochs, self.interrupted, self._layout_written = [], False, False
             dtype = snapshot.parts[0].dtype if snapshot.shards is None else getattr(torch, self.settings.dtype)

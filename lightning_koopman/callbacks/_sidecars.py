@@ -116,7 +116,7 @@ def _read_layout(sidecar: Path) -> dict[str, tuple[Indices, Indices]]:
     """By parameter, the runs of its numbers in a process's rows; empty where the file is missing."""
     try:
         layout: dict[str, Any] = torch.load(_layout_path(sidecar), weights_only=True)
-    except OSError:
+    except Exception:  # missing or damaged: what it describes is lost
         return {}
     counts = np.cumsum(layout["counts"].numpy())[:-1]
     starts, lengths = (np.split(layout[key].numpy(), counts) for key in ("starts", "lengths"))

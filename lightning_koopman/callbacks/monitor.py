@@ -222,6 +222,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         else:
             self._log(trainer, pl_module, logged)
         if self._zero and self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
+            self.recorder.settle()
             self._draw(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -240,6 +241,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         """What the worker has found out about the last snapshot it was given."""
         analysis, self._analysis = self._analysis, None
         return None if analysis is None else analysis.result()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_analysis": None}
 
     def state_dict(self) -> dict[str, Any]:
         if self._analysis is not None:

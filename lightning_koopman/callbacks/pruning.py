@@ -552,10 +552,16 @@ class KoopmanPruner(TrajectoryCallback):
                 chosen, kept = persistent_combination(trajectory, last=last, radius=self.radius, rule=self.rule)
                 about = np.array([1, kept.modes.sum(), kept.spectrum.rank, kept.spectrum.misfit])
         told = self._processes.all_sum(np.concatenate([about, chosen]))  # one process has decided
-        if told[0] and trajectory is not None and self._shards is not None:
-            modes, rank, misfit = int(told[1]), int(told[2]), float(told[3])
+        if not told[0]:
+            return
+        found = None
+        with self._guard("the Koopman reconstruction"):
+            assert trajectory is not None
+            assert self._shards is not None
             scores = self._shards.split(trajectory.combine(told[4:]))
-            self._ready = scores, {"modes": modes, "rank": rank, "misfit": misfit, "snapshots": count}
+            found = scores, {"modes": int(told[1]), "rank": int(told[2]), "misfit": float(told[3]), "snapshots": count}
+        if self._processes.all_agree(found is not None):  # else magnitudes decide everywhere
+            self._ready = found
 
     def _decisive(self, present: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What stays of the own weights and what it was computed from; where that failed, their present values."""
