@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
+from benchmarks.spectrum import TESTS
 from lightning_koopman import Spectrum, Trajectory
-from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
 
 EPOCHS = 100
@@ -21,22 +22,6 @@ WAYS = {
 }
 
 
-def record() -> list[Tensor]:
-    """The weights after each epoch."""
-    torch.manual_seed(0)
-    model = PaperCNN("he", "adam")
-    optimizer = model.configure_optimizers()
-    loader, _ = load("digits", n_train=640).loaders()
-    snapshots = [nn.utils.parameters_to_vector(model.parameters()).detach().clone()]
-    for _ in tqdm(range(EPOCHS), unit="epoch", leave=False):
-        for images, labels in loader:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        snapshots.append(nn.utils.parameters_to_vector(model.parameters()).detach().clone())
-    return snapshots
-
-
 def spectrum_of(snapshots: list[Tensor], **options: object) -> tuple[Spectrum, float]:
     """Spectrum and bytes a snapshot."""
     trajectory = Trajectory(snapshots[0].numel(), **options)  # type: ignore[arg-type]
@@ -47,7 +32,10 @@ def spectrum_of(snapshots: list[Tensor], **options: object) -> tuple[Spectrum, f
 
 def run() -> None:
     """Print the table."""
-    snapshots = record()
+    sys.path.insert(0, str(TESTS))
+    from problems import record
+
+    snapshots = list(torch.from_numpy(record(load("digits", n_train=640), EPOCHS)))
     exact, _ = spectrum_of(snapshots)
     print(
         f"\nSpectrum of {len(snapshots)} snapshots of {snapshots[0].numel():,} weights, by how they are kept: root mean"

@@ -60,7 +60,7 @@ def border_products(
     part = compiled or _eager(segments, base, step, narrow=columns >= PRECISE and not double)
     found = np.zeros((2, count))
     width = slab or max(1, columns)
-    # what is not finite shows in the sums; NumPy's own threads would get in the way of ours
+    # NumPy's own threads would get in the way of ours
     with np.errstate(invalid="ignore"), nullcontext() if compiled else single_blas_thread():
         for start in range(0, columns, width):
             stop = min(start + width, columns)
@@ -73,12 +73,19 @@ def border_products(
 def _in_threads(part: Part, start: int, stop: int) -> Array:
     """The products over some columns, shared out to as many threads as PyTorch uses."""
     count = max(1, min(torch.get_num_threads(), (stop - start) // LEAST))
+
+    def quiet(left: int, right: int) -> Array:
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # what is not finite shows in the sums; each thread has its own
+            return part(left, right)
+
     if count == 1:
-        return part(start, stop)
+        return quiet(start, stop)
     cuts = [start + (stop - start) * index // count // 16 * 16 for index in range(count)] + [stop]
     cuts[0] = start
     with ThreadPoolExecutor(count) as pool:
-        parts: Array = np.sum(list(pool.map(part, cuts[:-1], cuts[1:])), axis=0)  # in order: the same sum every time
+        parts: Array = np.sum(list(pool.map(quiet, cuts[:-1], cuts[1:])), axis=0)  # in order: the same sum every time
         return parts
 
 
@@ -97,8 +104,7 @@ def _compiled(segments: Sequence[Tensor], base: Tensor | None, step: Tensor | No
         products = out[:-1].reshape(2, len(rows))
         if base is None:
             library.border_of_snapshots(pointers, ctypes.c_int64(len(rows)), *where)
-            with np.errstate(invalid="ignore"):  # each thread has its own
-                return np.diff(products, prepend=0.0)
+            return np.diff(products, prepend=0.0)
         below = ctypes.c_void_p(base.data_ptr()), ctypes.c_void_p(None if step is None else step.data_ptr())
         library.border_of_increments(pointers, ctypes.c_int64(len(rows)), *below, *where)
         return _around_base(products, out[-1])
@@ -130,9 +136,8 @@ def _eager(segments: Sequence[Tensor], base: Tensor | None, step: Tensor | None,
                 oldest = below[left:right]
                 block[0] = oldest if above is None else oldest + _widened(above[left:right])
             _fill(block[count - rows :], [array[:, left:right] for array in arrays])
-            with np.errstate(invalid="ignore", over="ignore"):
-                found[0] += block @ block[0]
-                found[1] += block @ block[-1]
+            found[0] += block @ block[0]
+            found[1] += block @ block[-1]
         return found
 
     return part

@@ -12,7 +12,7 @@ factor then gives back the factor of the snapshots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +24,7 @@ from torch import Tensor
 from lightning_koopman._threads import single_blas_thread
 
 Array = npt.NDArray[np.float64]
+AllSum = Callable[[Array], Array]  # sums a small array over the processes that hold parts of a state
 
 CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
 CHUNKS = 64  # at least so many: two float64 buffers of a chunk then take 1/16 of the float32 snapshots

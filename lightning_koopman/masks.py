@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -14,10 +14,10 @@ import torch.nn.utils.parametrize
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_koopman.factor import Array
+from lightning_koopman.factor import AllSum
 from lightning_koopman.parameters import match_names, select_parameters
 from lightning_koopman.ranking import Ranked
-from lightning_koopman.shards import Chunk, Indices, Part, Shards, local_chunks, one_run
+from lightning_koopman.shards import Chunk, Part, Shards, local_chunks
 
 SCOPES = ("global", "tensor")
 # of equal size: a float's bits ANDed with 0 or −1 give zero or itself, for NaN and infinity too
@@ -131,15 +131,15 @@ class MaskSet(Mapping[str, Tensor]):
         check_amount(sparsity, threshold, scope)
         if not scores:
             raise ValueError("scores must not be empty: give a tensor by parameter name.")
-        parts = shards or {name: Part(*_everything(score)) for name, score in scores.items()}
+        parts = shards or Shards({name: Chunk.of(score) for name, score in scores.items()})
         earlier: Mapping[str, Tensor] = within or {}
         sizes = {name: score.detach().reshape(-1).abs() for name, score in scores.items()}
         finite = np.array([float(not torch.isfinite(size).all()) for size in sizes.values()])
-        all_sum = _alone if shards is None else shards.processes.all_sum
+        all_sum = parts.processes.all_sum
         for name, count in zip(sizes, all_sum(finite), strict=True):
             if count:
                 raise ValueError(f"scores[{name!r}] holds NaN or infinite values: they give no order.")
-        before = {name: _own_part(earlier[name], parts[name]) if name in earlier else None for name in sizes}
+        before = {name: parts[name].take(earlier[name]) if name in earlier else None for name in sizes}
         if threshold is not None:
             kept = {name: size.cpu() >= threshold for name, size in sizes.items()}
         else:
@@ -162,10 +162,7 @@ class MaskSet(Mapping[str, Tensor]):
                 f"{asked} prunes all weights of {', '.join(map(repr, empty[:4]))}{', …' if len(empty) > 4 else ''}: "
                 f"nothing would pass through. Take a smaller one, leave them out, {itself}or set allow_empty=True."
             )
-        if shards is None:
-            masks = {name: mask.reshape(scores[name].shape) for name, mask in kept.items()}
-        else:
-            masks = {name: shards.assemble(name, mask) for name, mask in kept.items()}
+        masks = {name: parts.assemble(name, mask) for name, mask in kept.items()}
         return cls({**{name: mask for name, mask in earlier.items() if name not in masks}, **masks})
 
     @classmethod
@@ -386,7 +383,7 @@ def _bits(mask: Tensor, like: Tensor) -> Tensor:
 
 
 def _keep_largest(
-    given: Mapping[str, tuple[Tensor, Part, Tensor | None]], sparsity: float, all_sum: Callable[[Array], Array]
+    given: Mapping[str, tuple[Tensor, Part, Tensor | None]], sparsity: float, all_sum: AllSum
 ) -> dict[str, Tensor]:
     """Boolean tensors by name: all but the share of the smallest sizes; among equal ones the first are pruned."""
     places, at = [], 0
@@ -396,24 +393,6 @@ def _keep_largest(
     sizes, _, before = zip(*given.values(), strict=True)
     ranked = Ranked(sizes, places, before)
     return dict(zip(given, ranked.kept(round(sparsity * at), all_sum), strict=True))
-
-
-def _own_part(mask: Tensor, part: Part) -> Tensor:
-    """The part of a mask that counts as this process's own, flat."""
-    flat = mask.reshape(-1)
-    runs = zip(part.starts.tolist(), part.lengths.tolist(), strict=True)
-    return torch.cat([flat[:0], *(flat[start : start + length] for start, length in runs)])
-
-
-def _everything(score: Tensor) -> tuple[Chunk, int, int, Indices, Indices]:
-    """What makes a part of a whole tensor."""
-    runs = one_run(0, score.numel())
-    return Chunk(nn.Parameter(torch.empty(0)), score, tuple(score.shape), *runs), 0, score.numel(), *runs
-
-
-def _alone(values: Array) -> Array:
-    """The sum over one process."""
-    return values
 
 
 def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:

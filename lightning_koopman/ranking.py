@@ -9,13 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_koopman.factor import Array
+from lightning_koopman.factor import AllSum
 
 DIGIT = 16  # bits looked at in one pass
 PIECE = 2**22  # numbers turned into keys at a time
 PLACES = 48  # bits of a place: room for 2.8e14 weights
-
-AllSum = Callable[[Array], Array]
 
 
 class Ranked:

@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,12 @@ class Chunk:
     starts: Indices
     lengths: Indices
 
+    @classmethod
+    def of(cls, tensor: Any) -> Chunk:
+        """All of a tensor that is not sharded."""
+        shape = tuple(tensor.shape)
+        return cls(tensor, tensor, shape, *one_run(0, math.prod(shape)))
+
     @property
     def numel(self) -> int:
         """Number of numbers of the whole parameter."""
@@ -67,9 +73,7 @@ class Chunk:
         """What this process holds, from a tensor of the whole parameter's shape."""
         if self.tensor.shape == whole.shape:
             return whole
-        flat = whole.reshape(-1)
-        pieces = [flat[start : start + length] for start, length in zip(self.starts, self.lengths, strict=True)]
-        return torch.cat([flat[:0], *pieces]).reshape(self.tensor.shape)
+        return _gathered(whole, self.starts, self.lengths).reshape(self.tensor.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +98,10 @@ class Part:
     def values(self) -> Tensor:
         """The numbers, a flat view (or copy where the chunk's memory has gaps)."""
         return self.chunk.tensor.detach().reshape(-1)[self.start : self.stop]
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The own numbers, flat, from a tensor of the whole parameter's shape."""
+        return _gathered(whole, self.starts, self.lengths)
 
     def places(self, local: Tensor) -> Tensor:
         """Flat indices in the whole parameter of numbers given by their indices here."""
@@ -136,7 +144,6 @@ class Shards(Mapping[str, Part]):
         self._parts = {name: self._own(chunk, self._holders[name]) for name, chunk in self.chunks.items()}
         sizes = np.cumsum([0, *(chunk.numel for chunk in self.chunks.values())])
         self.offsets = dict(zip(self.chunks, sizes[:-1].tolist(), strict=True))
-        self.total = int(sizes[-1])
 
     def __getitem__(self, name: str) -> Part:
         return self._parts[name]
@@ -238,10 +245,9 @@ def _chunk(parameter: nn.Parameter) -> Chunk:
     """The chunk of a plain parameter or of a DTensor."""
     if isinstance(parameter, UninitializedParameter):
         return Chunk(parameter, parameter, (), *one_run(0, 0))
-    shape = tuple(parameter.shape)
     if not hasattr(parameter, "device_mesh"):
-        return Chunk(parameter, parameter, shape, *one_run(0, math.prod(shape)))
-    sharded: Any = parameter
+        return Chunk.of(parameter)
+    shape, sharded = tuple(parameter.shape), cast("Any", parameter)
     local = sharded.to_local()
     starts, lengths = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for box in sharded.__create_chunk_list__():
@@ -292,6 +298,12 @@ def one_run(start: int, length: int) -> tuple[Indices, Indices]:
     return np.array([start], dtype=np.int64)[kept], np.array([length], dtype=np.int64)[kept]
 
 
+def _gathered(whole: Tensor, starts: Indices, lengths: Indices) -> Tensor:
+    """The numbers of some runs, one after the other."""
+    flat, runs = whole.reshape(-1), zip(starts.tolist(), lengths.tolist(), strict=True)
+    return torch.cat([flat[:0], *(flat[start : start + length] for start, length in runs)])
+
+
 def _cut(starts: Indices, lengths: Indices, start: int, stop: int) -> tuple[Indices, Indices]:
     """The runs of the numbers start … stop − 1 in their order."""
     ends = np.cumsum(lengths)
@@ -324,9 +336,9 @@ def _reshard(module: nn.Module) -> None:
                 handle.post_reshard()
 
 
-def is_kind(module: nn.Module, kind: str) -> bool:
-    """Whether a module is of a class that older versions of PyTorch have elsewhere or not at all."""
-    return any(base.__name__ == kind for base in type(module).__mro__)
+def is_kind(value: object, *kinds: str) -> bool:
+    """Whether an object is of one of some classes, which versions and import roots have elsewhere or not at all."""
+    return any(base.__name__ in kinds for base in type(value).__mro__)
 
 
 def clean_name(name: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_koopman.dmd import decompose
 from lightning_koopman.factor import Array
 from lightning_koopman.spectrum import Spectrum
+from lightning_koopman.surrogate import wishart_root
 
 TABLE = 2**21  # random signs, of which each block of numbers takes a window
 CHUNK = 2**20  # numbers of which the signs are made at a time
@@ -92,13 +93,9 @@ def with_sketch_errors(
         seed: Of the replicates.
     """
     random = np.random.default_rng(seed)
-    size = root.shape[0]
     misses = np.zeros((DRAWS, spectrum.rank))
     for draw in misses:
-        noise = np.triu(random.standard_normal((size, size)), 1)
-        np.fill_diagonal(noise, np.sqrt(random.chisquare(np.maximum(k - np.arange(size), 1))))
-        again = decompose(
-            noise @ root / np.sqrt(k), tol=tol, max_rank=max_rank, delays=spectrum.delays, refine=False
-        ).ritz_values
+        sketched = wishart_root(random, k, root.shape[0]) @ root / np.sqrt(k)
+        again = decompose(sketched, tol=tol, max_rank=max_rank, delays=spectrum.delays, refine=False).ritz_values
         draw[:] = np.abs(spectrum.ritz_values[:, None] - again[None, :]).min(axis=1)
     return replace(spectrum, sketch_errors=np.sqrt(np.mean(misses**2, axis=0)))

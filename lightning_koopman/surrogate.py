@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_koopman.dmd import decompose
+from lightning_koopman.factor import Array
 from lightning_koopman.spectrum import Spectrum
 
 
@@ -56,10 +57,19 @@ def random_walk_spectrum(
         raise ValueError(f"n must be at least 1, got {n}.")
     count = steps.size + 1
     random = np.random.default_rng(seed)
-    directions = random.standard_normal((min(n, count), count))
-    if n > count:
-        directions = np.triu(directions, 1)
-        np.fill_diagonal(directions, np.sqrt(random.chisquare(n - np.arange(count))))
+    directions = wishart_root(random, n, count)
     directions /= np.linalg.norm(directions, axis=0)
     root = np.cumsum(directions * np.concatenate([[start_norm], steps]), axis=1)
     return decompose(root, tol=tol, max_rank=max_rank, delays=delays, refine=refine)
+
+
+def wishart_root(random: np.random.Generator, n: int, count: int) -> Array:
+    """Array (min(n, count), count) whose Gram matrix has the law of that of ``count`` standard normal n-vectors.
+
+    For n > count by Bartlett's decomposition: no n-dimensional vector is drawn.
+    """
+    root = random.standard_normal((min(n, count), count))
+    if n > count:
+        root = np.triu(root, 1)
+        np.fill_diagonal(root, np.sqrt(random.chisquare(n - np.arange(count))))
+    return root

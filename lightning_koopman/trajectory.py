@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_koopman.border import border_products
 from lightning_koopman.dmd import check_options, decompose
-from lightning_koopman.factor import CHUNKS, Array, factor_from_increment_gram, merge_oldest, wide_chunks
+from lightning_koopman.factor import CHUNKS, AllSum, Array, factor_from_increment_gram, merge_oldest, wide_chunks
 from lightning_koopman.sketch import Sketch, with_sketch_errors
 from lightning_koopman.spectrum import Spectrum
 from lightning_koopman.store import DTYPES, STORAGES, RowStore
@@ -25,7 +25,6 @@ HALF = 2**32
 PIECE = 2**24  # numbers copied at a time, so that no more of a mapped row than that is in memory
 BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 
-AllSum = Callable[[Array], Array]
 ReadRow = Callable[[int, Tensor], bool]
 
 
@@ -165,9 +164,7 @@ class Trajectory:
         """Second part of :meth:`append`, the expensive one: what the staged snapshot adds, from this process's part."""
         if self._message is not None:
             return self._message
-        index = self._first + len(self)
-        tally = [self.n, *divmod(self._fingerprint(index), HALF)]
-        return np.concatenate([self._products().ravel(), tally])
+        return self._row_border(self.n)
 
     def commit(self, border: Array) -> bool:
         """Last part of :meth:`append`: take the staged snapshot in, given the sum of :meth:`border` over all parts.
@@ -179,7 +176,7 @@ class Trajectory:
         if self._message is not None:  # the sum of all sketches: the rest of the work is small
             self._message = None
             self._store.row(index).copy_(torch.from_numpy(border[1:]))
-            border = np.concatenate([self._products().ravel(), border[:1], divmod(self._fingerprint(index), HALF)])
+            border = self._row_border(border[0])
         products, (size, high, low) = border[:-TALLY].reshape(2, -1), border[-TALLY:]
         if not np.isfinite(products).all():  # every NaN of a snapshot ends up in the products
             return False
@@ -221,6 +218,11 @@ class Trajectory:
             self._base[where].copy_(piece)
         self._store.release(where.start, where.stop)
 
+    def _row_border(self, size: float) -> Array:
+        """The products of the staged row, and its tally: so many numbers, and both halves of its fingerprint."""
+        halves = divmod(self._fingerprint(self._first + len(self)), HALF)
+        return np.concatenate([self._products().ravel(), [size, *halves]])
+
     def _products(self) -> Array:
         """Inner products of oldest snapshot and newest increment with every increment, the staged one included."""
         full = len(self) == self.capacity
@@ -233,12 +235,11 @@ class Trajectory:
     def _fingerprint(self, index: int) -> int:
         """Sum of the bits of a stored row, or of the base where the row is the first: those of parts add up."""
         row = self._store.row(index) if self._base is None or index > self._first else self._base
-        sum_, start = 0, 0
-        for piece in _pieces(row):
-            sum_ += int(piece.view(BITS[piece.dtype]).sum(dtype=torch.int64))
-            self._store.release(start, start + piece.numel())
-            start += piece.numel()
-        return sum_ % 2**64
+        total = 0
+        for where in _slices(row.numel()):
+            total += sum_of_bits(row[where])
+            self._store.release(where.start, where.stop)
+        return total % 2**64
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
@@ -380,9 +381,9 @@ class Trajectory:
     def _add_row(self, target: Tensor, index: int) -> None:
         """Add a stored increment to a snapshot, in pieces, so that little of the row is in memory."""
         row = self._store.row(index)
-        for start in range(0, self.n, PIECE):
-            target[start : start + PIECE] += row[start : start + PIECE]
-            self._store.release(start, min(start + PIECE, self.n))
+        for where in _slices(self.n):
+            target[where] += row[where]
+            self._store.release(where.start, where.stop)
 
     # -- joining ------------------------------------------------------------------------------------------------------
 
@@ -447,7 +448,10 @@ class Trajectory:
             return whole
         grams = [merge_oldest(part._gram, first - part._first)[: stop - first, : stop - first] for part in parts]
         whole._gram, whole.total = np.sum(grams, axis=0), n
-        whole._refresh(lambda base: base.copy_(torch.cat([part._snapshot_before(first) for part in parts])))
+        if whole._base is not None and whole._newest is not None:
+            whole._base.copy_(torch.cat([part._snapshot_before(first) for part in parts]))
+            whole._newest.copy_(whole._snapshot_before(stop - first - 1))
+        whole._fingerprints = [whole._fingerprint(at) for at in range(stop - first)]
         return whole
 
     def _snapshot_before(self, index: int) -> Tensor:
@@ -457,13 +461,6 @@ class Trajectory:
         for row in range(self._first + 1, index + 1):
             self._add_row(base, row)
         return base
-
-    def _refresh(self, read_base: Callable[[Tensor], object]) -> None:
-        """Set what follows from the rows and, under increments, from the oldest snapshot, which is read first."""
-        if self._base is not None and self._newest is not None:
-            read_base(self._base)
-            self._newest.copy_(self._snapshot_before(self._first + len(self) - 1))
-        self._fingerprints = [self._fingerprint(self._first + at) for at in range(len(self))]
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 
@@ -493,8 +490,7 @@ class Trajectory:
                 for index in indices:
                     if index not in self._saved:
                         file.seek(self._store.slot(index) * self._store.row_bytes)
-                        for piece in _pieces(self._store.row(index)):
-                            file.write(_bytes(piece))
+                        _dump(self._store.row(index), file)
                         self._store.release()
         if self._base is not None and len(self):
             self._save_base(target)
@@ -517,8 +513,7 @@ class Trajectory:
         if not mine.exists():
             scratch = mine.with_suffix(".part")
             with open(scratch, "wb") as file:
-                for piece in _pieces(self._base):
-                    file.write(_bytes(piece))
+                _dump(self._base, file)
             scratch.replace(mine)  # whole or not at all
         known = sorted(target.parent.glob(f"{target.name}.base-*"), key=lambda each: each.stat().st_mtime)
         for old in known[:-2]:
@@ -612,9 +607,9 @@ def base_path(sidecar: Path, first: int) -> Path:
     return sidecar.with_name(f"{sidecar.name}.base-{first}")
 
 
-def is_finite(values: Tensor) -> bool:
-    """Whether all values are finite, in one pass without a temporary: NaN and infinity survive in the sum."""
-    return bool(torch.isfinite(values.sum(dtype=torch.float64)))
+def sum_of_bits(values: Tensor) -> int:
+    """A fingerprint of contiguous numbers: those of parts add up."""
+    return int(values.view(BITS[values.dtype]).sum(dtype=torch.int64))
 
 
 def read_into(path: Path, start: int, out: Tensor) -> bool:
@@ -655,9 +650,17 @@ def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor]) -> list[Tensor]:
     return [torch.as_tensor(snapshot).detach()]
 
 
+def _slices(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE))
+
+
 def _pieces(row: Tensor) -> Iterator[Tensor]:
-    for start in range(0, row.numel(), PIECE):
-        yield row[start : start + PIECE]
+    return (row[where] for where in _slices(row.numel()))
+
+
+def _dump(row: Tensor, file: IO[bytes]) -> None:
+    for piece in _pieces(row):
+        file.write(_bytes(piece))
 
 
 def _bytes(row: Tensor) -> memoryview:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from problems import record
 from sklearn.datasets import load_digits
 from torch import nn
 
-from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
 
 torch.set_num_threads(min(4, torch.get_num_threads()))
@@ -146,22 +146,6 @@ def make_classifier(root: ModuleType) -> Callable[..., Any]:
 def classifier(root: ModuleType) -> Callable[..., Any]:
     """Small classifiers of real images, converged within a few dozen epochs."""
     return make_classifier(root)
-
-
-def record(data: Any, epochs: int) -> np.ndarray:
-    """Weights (epochs + 1, 65558) of the paper's CNN (He, Adam) after each epoch, by a plain loop."""
-    torch.manual_seed(0)
-    model = PaperCNN("he", "adam")
-    optimizer = model.configure_optimizers()
-    loader, _ = data.loaders()
-    snapshots = [nn.utils.parameters_to_vector(model.parameters()).detach().numpy().copy()]
-    for _ in range(epochs):
-        for images, labels in loader:
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(images), labels).backward()
-            optimizer.step()
-        snapshots.append(nn.utils.parameters_to_vector(model.parameters()).detach().numpy().copy())
-    return np.stack(snapshots)
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,16 @@
-"""Trajectories with known answers."""
+"""Trajectories, with known answers or of a real training."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
+from torch import nn
+from tqdm import tqdm
+
+from lightning_koopman.demo.cnn import PaperCNN
 
 
 def linear_system(eigenvalues: list[complex], n: int, time: int, seed: int = 0, noise: float = 0.0) -> np.ndarray:
@@ -51,3 +57,19 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 def vector(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
     """One flat copy (n,) of all given tensors."""
     return torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+
+
+def record(data: Any, epochs: int) -> np.ndarray:
+    """Weights (epochs + 1, 65558) of the paper's CNN (He, Adam) after each epoch, by a plain loop."""
+    torch.manual_seed(0)
+    model = PaperCNN("he", "adam")
+    optimizer = model.configure_optimizers()
+    loader, _ = data.loaders()
+    snapshots = [nn.utils.parameters_to_vector(model.parameters()).detach().numpy().copy()]
+    for _ in tqdm(range(epochs), unit="epoch", leave=False, disable=None):  # shown on a terminal only
+        for images, labels in loader:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        snapshots.append(nn.utils.parameters_to_vector(model.parameters()).detach().numpy().copy())
+    return np.stack(snapshots)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_koopman.shards import is_kind
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -15,7 +17,7 @@ AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
 def averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
     """The callbacks that average the weights, under either import root."""
     found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in found if {base.__name__ for base in type(each).__mro__} & set(AVERAGING)]
+    return [each for each in found if is_kind(each, *AVERAGING)]
 
 
 def averages(trainer: pl.Trainer) -> list[nn.Module]:

@@ -24,7 +24,7 @@ from lightning_koopman.callbacks._schedule import current_rates
 from lightning_koopman.initialization import Scheme, reinitialize
 from lightning_koopman.parameters import as_patterns, select_parameters
 from lightning_koopman.processes import Processes, ProcessLostError
-from lightning_koopman.shards import Chunk, Shards, clean_name, local_chunks
+from lightning_koopman.shards import Chunk, Shards, clean_name, is_kind, local_chunks
 from lightning_koopman.store import STORAGES
 from lightning_koopman.trajectory import SKETCH
 
@@ -412,7 +412,7 @@ class TrajectoryCallback(LightningCallback):
 
     def _check_strategy(self, trainer: pl.Trainer) -> None:
         name = type(trainer.strategy).__name__
-        deep = any(base.__name__ == "DeepSpeedStrategy" for base in type(trainer.strategy).__mro__)
+        deep = is_kind(trainer.strategy, "DeepSpeedStrategy")
         shared = self.settings.observable == WEIGHTS and trainer.world_size > 1 and not deep
         self._processes = Processes.of_run() if shared else Processes()
         alone = shared and self._processes.size != trainer.world_size
@@ -524,10 +524,8 @@ class TrajectoryCallback(LightningCallback):
             self._losses.fold()
             state = {"loss_total": self._losses.total, "loss_count": self._losses.count}
         state |= {"validated": self._validated, "has_validated": self._has_validated}
-        state["history"] = {
-            key: [row.get(key, math.nan) for row in self.history]
-            for key in self.columns  # of older versions
-        }
+        # rows that come from older versions lack newer columns
+        state["history"] = {key: [row.get(key, math.nan) for row in self.history] for key in self.columns}
         with self._guard("saving the snapshots beside the checkpoint"):
             self._take_in()
             state["recorder"] = self.recorder.save()
@@ -622,8 +620,7 @@ def _koopman_callbacks(trainer: pl.Trainer) -> list[TrajectoryCallback]:
 def outermost(trainer: pl.Trainer, pl_module: pl.LightningModule) -> torch.nn.Module:
     """The module, or FSDP's wrapper around it, which alone knows of all parameters."""
     wrapped = trainer.strategy.model
-    kinds = {base.__name__ for base in type(wrapped).__mro__}
-    return wrapped if wrapped is not None and "FullyShardedDataParallel" in kinds else pl_module
+    return wrapped if wrapped is not None and is_kind(wrapped, "FullyShardedDataParallel") else pl_module
 
 
 def draw_anew(

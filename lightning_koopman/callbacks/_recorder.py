@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_koopman.callbacks._sidecars import SidecarReader, sidecar_path, write_layout
+from lightning_koopman.callbacks._sidecars import SIDECAR, SidecarReader, process_file, write_layout
 from lightning_koopman.factor import Array
 from lightning_koopman.processes import Processes
 from lightning_koopman.shards import Shards
-from lightning_koopman.trajectory import BITS, SKETCH, TALLY, Trajectory
+from lightning_koopman.trajectory import BITS, SKETCH, TALLY, Trajectory, sum_of_bits
 
 T = TypeVar("T")
 STORE = "trajectory"  # apart from the sidecar, which must not change between two checkpoints
@@ -79,7 +79,7 @@ class Snapshot:
     def fingerprint(self) -> int:
         """Sum of the bits: tells whether the same is recorded again."""
         single = (part.float() if part.dtype not in BITS else part for part in self.parts)
-        return sum(int(part.contiguous().view(BITS[part.dtype]).sum(dtype=torch.int64)) for part in single)
+        return sum(sum_of_bits(part.contiguous()) for part in single)
 
 
 class Recorder:
@@ -222,8 +222,9 @@ class Recorder:
                 numel,
                 capacity=self.settings.window,
                 dtype=dtype,
+                sketch=self.settings.sketch,
                 all_sum=self.processes.all_sum if self._shared else None,
-                **self._storage(scalar=snapshot.shards is None),
+                **self._storage(),
             )
         self._fingerprint = snapshot.fingerprint()
         parts, arrived = self._off_device(snapshot, background)
@@ -247,13 +248,12 @@ class Recorder:
             self._pinned = torch.empty(snapshot.numel, pin_memory=True)
         copies = list(torch.split(self._pinned, [part.numel() for part in parts]))
         for copy, part in zip(copies, parts, strict=True):
-            copy.copy_(part, non_blocking=True)
+            copy.copy_(part, non_blocking=True)  # on the stream of the next step, which so cannot write over it
         events = []
         for device in {part.device for part in parts}:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             events.append(event)
-            # the next step must not write over what is still being copied: it runs on the same stream, so it waits
 
         def arrived() -> None:
             for event in events:
@@ -263,21 +263,17 @@ class Recorder:
 
     def _border_size(self) -> int:
         """Length of what a process adds, known also where that failed."""
-        if self.settings.storage == "sketch" and self._shards is not None:
+        if self.settings.storage == "sketch":
             return self.settings.sketch + 1
         held = 0 if self.interrupted else len(self.epochs)
         count = held + 1 if self.settings.window is None else min(held + 1, self.settings.window)
         return 2 * count + TALLY
 
-    def _storage(self, *, scalar: bool = False) -> dict[str, Any]:
-        storage = self.settings.storage
-        if scalar and storage == "sketch":
-            return {"storage": "ram"}
-        if storage == "sketch":
-            return {"storage": storage, "sketch": self.settings.sketch}
-        name = STORE if self.processes.size == 1 else f"{STORE}-{self.processes.rank}-of-{self.processes.size}"
-        path = self.folder / f"{name}.bin" if storage == "disk" and self.folder is not None else None
-        return {"storage": storage, "path": path}
+    def _storage(self) -> dict[str, Any]:
+        path = None
+        if self.settings.storage == "disk" and self.folder is not None:
+            path = process_file(self.folder, STORE, self.processes.rank, self.processes.size)
+        return {"storage": self.settings.storage, "path": path}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -288,7 +284,7 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         rank, size = self.processes.rank, self.processes.size
         alike = self._shards is None or self.settings.storage == "sketch"  # in all processes
-        sidecar = sidecar_path(self.folder, 0 if alike else rank, 1 if alike else size)
+        sidecar = process_file(self.folder, SIDECAR, 0 if alike else rank, 1 if alike else size)
         if alike and rank > 0:
             return {}
         if self._shards is not None and not alike and not self._layout_written:
@@ -329,7 +325,7 @@ class Recorder:
             all_sum=self.processes.all_sum if self._shared else None,
             n=own,
             read=reader,
-            **{key: value for key, value in self._storage(scalar=shards is None).items() if key != "sketch"},
+            **self._storage(),
         )
         self.epochs = epochs[len(epochs) - len(self.trajectory) :]
         self.interrupted, self._fingerprint = bool(state["interrupted"]), None

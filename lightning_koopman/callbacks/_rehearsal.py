@@ -46,7 +46,7 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
         for value in vars(part).values():
             if isinstance(value, Tensor) and value.grad_fn is not None:  # left by a forward pass, with its graph
                 known[id(value)] = value.detach()
-            elif type(value).__name__ in CONNECTIONS:
+            elif is_kind(value, *CONNECTIONS):
                 known[id(value)] = value
     known[id(module.trainer)] = module.trainer
     _copy_without_fsdp(module, known)

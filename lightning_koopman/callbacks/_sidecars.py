@@ -15,12 +15,11 @@ from lightning_koopman.shards import Indices, Shards
 from lightning_koopman.trajectory import base_path, read_into
 
 SIDECAR = "snapshots"
-SUFFIX = ".bin"
 
 
-def sidecar_path(folder: Path, rank: int, size: int) -> Path:
-    """The file of one process."""
-    return folder / (f"{SIDECAR}{SUFFIX}" if size == 1 else f"{SIDECAR}-{rank}-of-{size}{SUFFIX}")
+def process_file(folder: Path, name: str, rank: int, size: int) -> Path:
+    """The file of that name of one process."""
+    return folder / (f"{name}.bin" if size == 1 else f"{name}-{rank}-of-{size}.bin")
 
 
 def write_layout(sidecar: Path, shards: Shards) -> None:
@@ -60,7 +59,7 @@ class SidecarReader:
     """
 
     def __init__(self, sidecar: Path, size: int, shards: Shards, itemsize: int, first: int) -> None:
-        self._files = [sidecar_path(sidecar.parent, rank, size) for rank in range(size)]
+        self._files = [process_file(sidecar.parent, SIDECAR, rank, size) for rank in range(size)]
         self._itemsize, self._first = itemsize, first
         layouts = [_read_layout(path) for path in self._files]
         self._row_sizes = [sum(int(runs[1].sum()) for runs in layout.values()) for layout in layouts]

@@ -257,10 +257,10 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     def _analyse_guarded(
         self, epoch: int, step: int, loss: float | None, record_seconds: float
     ) -> dict[str, float] | None:
-        found: list[dict[str, float] | None] = [None]
+        logged = None
         with self._guard("analysing the spectrum"):
-            found.append(self._analyse(epoch, step, loss, record_seconds))
-        return found[-1]
+            logged = self._analyse(epoch, step, loss, record_seconds)
+        return logged  # noqa: RET504  # the guard may have swallowed a failure
 
     def _analyse(self, epoch: int, step: int, loss: float | None, record_seconds: float) -> dict[str, float] | None:
         """Spectrum and surrogate of the window, a row of the history, and the scalars to log."""

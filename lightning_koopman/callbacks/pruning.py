@@ -462,14 +462,13 @@ class KoopmanPruner(TrajectoryCallback):
         shards = self._own_parts(trainer, pl_module)
         everything, about = self._decisive({name: part.values for name, part in shards.items()})
         scores = {name: everything[name] for name in self._selected}
-        some = Shards({name: shards.chunks[name] for name in self._selected}, shards.processes)
-        present = {name: some[name].values for name in self._selected}
-        amount = {"sparsity" if self.threshold is None else "threshold": self._target}
+        present = {name: shards[name].values for name in self._selected}
+        sparsity, threshold = (self._target, None) if self.threshold is None else (None, self._target)
 
         def choose(by: Mapping[str, Tensor], *, empty: bool) -> MaskSet:
             return MaskSet.from_scores(
-                by, scope=self.scope, within=self.masks, allow_empty=empty, shards=some,
-                sparsity=amount.get("sparsity"), threshold=amount.get("threshold"),
+                by, sparsity=sparsity, threshold=threshold, scope=self.scope, within=self.masks, allow_empty=empty,
+                shards=shards,
             )  # fmt: skip
 
         masks = choose(scores, empty=self.allow_empty)
