@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pytorch_lightning.callbacks import Callback
 
-import lightning_koopman.masks
+import lightning_koopman.pruning.pin
 from benchmarks.pruning import LEFT, channel_pruners
 from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer
 from lightning_koopman import KoopmanPruner
@@ -58,17 +58,17 @@ def run(root: Path | None, threads: int) -> None:
         ]
         print(f"| {left} | " + " | ".join(cells) + " |", flush=True)
     spent = [0.0]
-    original: Callable[..., None] = lightning_koopman.masks._clear
+    original: Callable[..., None] = lightning_koopman.pruning.pin._clear
 
     def timed(*given: Any) -> None:
         started = time.perf_counter()
         original(*given)
         spent[0] += time.perf_counter() - started
 
-    lightning_koopman.masks._clear = timed  # type: ignore[assignment]
+    lightning_koopman.pruning.pin._clear = timed  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as scratch:
         times = _timed([KoopmanPruner(0.75, epoch=BEFORE, dirpath=scratch)], training, test)
-    lightning_koopman.masks._clear = original
+    lightning_koopman.pruning.pin._clear = original
     epoch = median(times.epochs[True])
     share = spent[0] / (AFTER + 1) / epoch
     print(f"\nMask upkeep: {1e3 * spent[0] / (AFTER + 1):.1f} ms of an epoch of {epoch:.3f} s, {share:.2%}")

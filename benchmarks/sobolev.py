@@ -27,7 +27,7 @@ from lightning_koopman import SobolevLoss, shrink_noise, sobolev_scales, suggest
 from lightning_koopman.demo.reproduce.noise import chirp
 from lightning_koopman.demo.reproduce.storage import save as save_arrays
 from lightning_koopman.demo.sine import HIDDEN, LAYERS, sine_network
-from lightning_koopman.losses.modes import SobolevNorm
+from lightning_koopman.sobolev.bands import SobolevNorm
 
 Array = npt.NDArray[np.float64]
 SEEDS, NOISES = (0, 1, 2, 3, 4), (0.05, 0.5, 1.0)

@@ -26,8 +26,11 @@ from tqdm import tqdm
 
 from benchmarks.training import Batches, Case, Part, Training, data_of, quiet_trainer, run_all
 from lightning_koopman import EarlyStopOnUnitEigenvalues, RestartOnBadInitialization
-from lightning_koopman.convergence import Chance, ConvergenceRule, bad_start, forecast_change
 from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.stopping.bad_start import bad_start
+from lightning_koopman.stopping.evidence import Chance
+from lightning_koopman.stopping.forecast import forecast_change
+from lightning_koopman.stopping.rule import ConvergenceRule
 
 EPOCHS, HORIZON = 100, 10
 PROBLEMS = ("digits", "mnist", "friedman")

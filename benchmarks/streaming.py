@@ -14,9 +14,10 @@ from collections.abc import Callable
 import torch
 from tqdm import tqdm
 
-from lightning_koopman import Trajectory, border
-from lightning_koopman._compiled import kernel
-from lightning_koopman.border import border_products
+from lightning_koopman import Trajectory
+from lightning_koopman.trajectory import border
+from lightning_koopman.trajectory._compiled import kernel
+from lightning_koopman.trajectory.border import border_products
 
 ROUNDS = 7
 

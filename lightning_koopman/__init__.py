@@ -1,29 +1,30 @@
 """Treat training as a dynamical system: the Koopman spectrum of a network's weights, for PyTorch Lightning."""
 
-from lightning_koopman.callbacks._base import KoopmanWarning
+from lightning_koopman.callbacks.base import KoopmanWarning
 from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalues
-from lightning_koopman.callbacks.initialization import RestartOnBadInitialization
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
-from lightning_koopman.channels import remove_channels
-from lightning_koopman.convergence import StoppingReason
+from lightning_koopman.callbacks.restart import RestartOnBadInitialization
 from lightning_koopman.depth.estimate import DepthEstimate, estimate_depth
 from lightning_koopman.depth.hsvr import HSVR
-from lightning_koopman.depth.networks import MLPSuggestion, suggest_mlp
-from lightning_koopman.dmd import dmd_rrr
-from lightning_koopman.export import export_network
-from lightning_koopman.losses.functional import sobolev_loss
-from lightning_koopman.losses.modes import sobolev_scales
-from lightning_koopman.losses.shrinkage import shrink_noise, suggest_scales
-from lightning_koopman.losses.sobolev import SobolevLoss
-from lightning_koopman.masks import MaskSet, prunable_parameters
-from lightning_koopman.parameters import select_parameters
-from lightning_koopman.persistence import persistent_weights
+from lightning_koopman.depth.mlp import MLPSuggestion, suggest_mlp
+from lightning_koopman.dmd.random_walk import random_walk_spectrum
+from lightning_koopman.dmd.rrr import dmd_rrr
+from lightning_koopman.dmd.spectrum import Spectrum
+from lightning_koopman.parameters.select import select_parameters
 from lightning_koopman.plots import plot_depth, plot_history, plot_spectrum
-from lightning_koopman.removal import ChannelRemoval, resize_like
-from lightning_koopman.spectrum import Spectrum
-from lightning_koopman.surrogate import random_walk_spectrum
-from lightning_koopman.trajectory import Trajectory
+from lightning_koopman.pruning.channel_removal import ChannelRemoval, resize_like
+from lightning_koopman.pruning.channels import remove_channels
+from lightning_koopman.pruning.export import export_network
+from lightning_koopman.pruning.masks import MaskSet
+from lightning_koopman.pruning.prunable import prunable_parameters
+from lightning_koopman.pruning.reconstruction import persistent_weights
+from lightning_koopman.sobolev.bands import sobolev_scales
+from lightning_koopman.sobolev.functional import sobolev_loss
+from lightning_koopman.sobolev.loss import SobolevLoss
+from lightning_koopman.sobolev.noise import shrink_noise, suggest_scales
+from lightning_koopman.stopping.rule import StoppingReason
+from lightning_koopman.trajectory.trajectory import Trajectory
 
 __version__ = "0.1.0"
 __all__ = [

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lightning_koopman.depth.estimate import DepthEstimate
-from lightning_koopman.spectrum import Spectrum
+from lightning_koopman.dmd.spectrum import Spectrum
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
 
 INK, MUTED, TRAINING, WALK = "#1b1f24", "#8a929c", "#0b6e99", "#c2571a"
 RESIDUALS = (1e-4, 1.0)  # ends of the colour scale

@@ -26,7 +26,7 @@ from lightning_koopman import (
     KoopmanSpectrumMonitor,
     RestartOnBadInitialization,
 )
-from lightning_koopman.shards import local_chunks
+from lightning_koopman.parameters.sharded_modules import local_chunks
 
 KINDS = {
     "monitor": KoopmanSpectrumMonitor,

@@ -9,23 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_koopman.callbacks._base import (
-    TRAIN_LOSS,
-    WEIGHTS,
-    check_count,
-    check_positive,
-    checked_prefix,
-)
-from lightning_koopman.callbacks._chance import ChanceCallback
-from lightning_koopman.callbacks._schedule import planned_rates
-from lightning_koopman.convergence import (
-    LEAST_HORIZON,
-    ConvergenceRule,
-    Hold,
-    StoppingReason,
-    Verdict,
-    rate_will_matter,
-)
+from lightning_koopman._checks import check_count, check_positive
+from lightning_koopman.callbacks.base import TRAIN_LOSS, WEIGHTS, checked_prefix
+from lightning_koopman.callbacks.baseline_loss import ChanceCallback
+from lightning_koopman.callbacks.lr_schedule import planned_rates
+from lightning_koopman.stopping.evidence import rate_will_matter
+from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, Hold, StoppingReason, Verdict
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lightning_koopman.callbacks._base import WEIGHTS, TrajectoryCallback, check_positive, checked_prefix
-from lightning_koopman.callbacks._figures import deliver
-from lightning_koopman.dmd import check_options
+from lightning_koopman._checks import check_positive
+from lightning_koopman.callbacks.base import WEIGHTS, TrajectoryCallback, checked_prefix
+from lightning_koopman.callbacks.figures import deliver
+from lightning_koopman.dmd.random_walk import random_walk_spectrum
+from lightning_koopman.dmd.rrr import check_options
+from lightning_koopman.dmd.spectrum import Spectrum
+from lightning_koopman.dmd.summary import summarize
 from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectrum
-from lightning_koopman.spectrum import Spectrum
-from lightning_koopman.summary import summarize
-from lightning_koopman.surrogate import random_walk_spectrum
-from lightning_koopman.trajectory import SKETCH, Trajectory
+from lightning_koopman.trajectory.trajectory import SKETCH, Trajectory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
 
 # what is logged while nothing is known yet: finite for EarlyStopping, and no evidence of convergence
 NO_EVIDENCE = {

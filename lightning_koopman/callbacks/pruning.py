@@ -12,33 +12,28 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_koopman.callbacks._averages import averages
-from lightning_koopman.callbacks._base import (
-    TrajectoryCallback,
-    check_count,
-    check_positive,
-    checked_prefix,
-    draw_anew,
-    outermost,
-    start_segments,
-)
-from lightning_koopman.callbacks._channels import ChannelRounds
-from lightning_koopman.callbacks._schedule import warming_up
-from lightning_koopman.initialization import check_scheme, select_modules
-from lightning_koopman.masks import MaskSet, Pin, check_amount, prunable_parameters, takes_hooks
-from lightning_koopman.optimizer_state import forget
-from lightning_koopman.parameters import as_patterns
-from lightning_koopman.persistence import persistent_combination, relative_changes
-from lightning_koopman.removal import ChannelRemoval, changes_table
-from lightning_koopman.shards import Shards, clean_name, local_chunks
-from lightning_koopman.spectrum import PERSISTENT
-from lightning_koopman.structure import Structure
+from lightning_koopman._checks import check_count, check_positive
+from lightning_koopman.callbacks.averages import averages
+from lightning_koopman.callbacks.base import TrajectoryCallback, checked_prefix, draw_anew, outermost, start_segments
+from lightning_koopman.callbacks.channel_rounds import ChannelRounds
+from lightning_koopman.callbacks.lr_schedule import warming_up
+from lightning_koopman.dmd.spectrum import PERSISTENT
+from lightning_koopman.parameters.reinitialize import check_scheme, select_modules
+from lightning_koopman.parameters.select import as_patterns
+from lightning_koopman.parameters.sharded_modules import clean_name, local_chunks
+from lightning_koopman.parameters.shards import Shards
+from lightning_koopman.pruning.channel_graph import Structure
+from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_table
+from lightning_koopman.pruning.masks import MaskSet, check_amount
+from lightning_koopman.pruning.optimizer_state import forget
+from lightning_koopman.pruning.pin import Pin, takes_hooks
+from lightning_koopman.pruning.prunable import prunable_parameters
+from lightning_koopman.pruning.reconstruction import persistent_combination, relative_changes
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 Round = tuple[dict[str, Any], MaskSet | None, dict[str, Tensor]]  # a row, the masks, what survivors are set to
-
 SETTLED = "settled"
 HORIZON = 10  # epochs looked ahead and back to tell whether the weights have settled
 LEAST = 3  # snapshots of which a spectrum can be taken

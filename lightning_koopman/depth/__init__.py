@@ -1,1 +1,1 @@
-"""How many layers a function needs, before any training (paper, section 5)."""
+"""Depth estimated from frequencies, and the regressor built on it."""

@@ -9,13 +9,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from lightning_koopman._checks import is_number
 from lightning_koopman.depth.frequencies import Lines, dmd_lines, fourier_lines, least_squares_lines
-from lightning_koopman.depth.layout import Grid, find_grid
-from lightning_koopman.losses.modes import is_number
-from lightning_koopman.samples import as_samples
+from lightning_koopman.fourier.grid import Grid, find_grid
+from lightning_koopman.fourier.samples import as_samples
 
 Array = npt.NDArray[np.float64]
-
 THRESHOLDS = {"fft": 0.01, "dmd": 0.3}  # of the largest size
 FEWEST = 8  # samples: three frequencies
 MOST_INPUTS = 3

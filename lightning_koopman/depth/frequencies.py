@@ -11,16 +11,15 @@ import scipy.linalg
 import torch
 from scipy.ndimage import maximum_filter
 
-from lightning_koopman.depth.layout import Grid
-from lightning_koopman.dmd import dmd_rrr
-from lightning_koopman.losses.basis import fourier_basis
-from lightning_koopman.losses.domain import observe_domain, to_torus
-from lightning_koopman.losses.modes import half_space
+from lightning_koopman.dmd.rrr import dmd_rrr
+from lightning_koopman.fourier.basis import fourier_basis
+from lightning_koopman.fourier.domain import observe_domain, to_torus
+from lightning_koopman.fourier.grid import Grid
+from lightning_koopman.fourier.modes import half_space
 
 Array = npt.NDArray[np.float64]
 Modes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-
 SHARE = 0.25  # of the samples: modes to fit to scattered ones, two functions each
 MOST = 500  # modes: beyond, least squares take seconds
 PIECE = 4096  # points at a time: their sines and cosines take 32 MB at most

@@ -13,15 +13,9 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.svm import SVR
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from lightning_koopman.depth.estimate import (
-    FEWEST,
-    MOST_INPUTS,
-    DepthEstimate,
-    check_rule,
-    estimate_depth,
-)
+from lightning_koopman._checks import is_count, is_number
+from lightning_koopman.depth.estimate import FEWEST, MOST_INPUTS, DepthEstimate, check_rule, estimate_depth
 from lightning_koopman.depth.frequencies import ROUNDING
-from lightning_koopman.losses.modes import is_count, is_number
 
 Array = npt.NDArray[np.float64]
 

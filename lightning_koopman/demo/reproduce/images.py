@@ -19,8 +19,9 @@ from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
 from lightning_koopman.demo.reproduce.plan import SPARSITY, Branch, Plan
 from lightning_koopman.demo.reproduce.storage import save
-from lightning_koopman.masks import MaskSet, prunable_parameters
-from lightning_koopman.spectrum import Spectrum
+from lightning_koopman.dmd.spectrum import Spectrum
+from lightning_koopman.pruning.masks import MaskSet
+from lightning_koopman.pruning.prunable import prunable_parameters
 
 BATCH, EVERY = 64, 10  # images; epochs between checkpoints
 PAPERS: dict[str, Any] = {"window": None, "rule": "paper"}  # all snapshots, the one mode at 1 and those above it

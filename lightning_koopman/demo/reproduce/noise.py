@@ -16,9 +16,9 @@ from lightning_koopman.demo.reproduce.plan import Noisy, Plan
 from lightning_koopman.demo.reproduce.storage import save
 from lightning_koopman.demo.sine import HIDDEN, LAYERS, sine_network
 from lightning_koopman.demo.table1 import TABLE
-from lightning_koopman.losses.modes import sobolev_scales
-from lightning_koopman.losses.shrinkage import suggest_scales
-from lightning_koopman.losses.sobolev import SobolevLoss
+from lightning_koopman.sobolev.bands import sobolev_scales
+from lightning_koopman.sobolev.loss import SobolevLoss
+from lightning_koopman.sobolev.noise import suggest_scales
 
 N_SAMPLES, RATE, EVERY = 2000, 2e-3, 25
 DOMAIN = (0.0, 2.0)

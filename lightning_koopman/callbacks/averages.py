@@ -1,0 +1,26 @@
+"""Averages of the weights that Lightning's own callbacks keep."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_koopman.parameters.sharded_modules import is_kind
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+
+
+def averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks that average the weights, under either import root."""
+    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in found if is_kind(each, *AVERAGING)]
+
+
+def averages(trainer: pl.Trainer) -> list[nn.Module]:
+    """The averages that callbacks keep by now."""
+    found = [getattr(each, "_average_model", None) for each in trainer.callbacks]  # type: ignore[attr-defined]
+    return [average for average in found if isinstance(average, nn.Module)]

@@ -1,0 +1,141 @@
+"""Running ``training_step`` on a copy of the module, so that the run itself notices nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_koopman.callbacks.loss_meter import batch_loss
+from lightning_koopman.parameters.sharded_modules import is_kind
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # to other processes: they cannot be copied
+LARGE = 2**26  # bytes of a tensor on the module above which copies share it
+
+
+def can_rehearse(module: pl.LightningModule) -> bool:
+    """Whether ``training_step`` only computes a loss from a batch."""
+    return module.automatic_optimization and "dataloader_iter" not in _parameters(module)
+
+
+def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -> pl.LightningModule:
+    """Copy of a module that logs nothing; it shares the user's data.
+
+    Args:
+        module: The module.
+        memo: As for ``copy.deepcopy``: what stands for which object, by its id.
+    """
+    known = dict(memo or {})
+    for value in vars(module).values():  # data kept on the module may be large, and is only read
+        large = isinstance(value, Tensor) and value.numel() * value.element_size() > LARGE
+        if large or isinstance(value, (Dataset, DataLoader)):
+            known[id(value)] = value
+    for part in module.modules():
+        for value in vars(part).values():
+            if isinstance(value, Tensor) and value.grad_fn is not None:  # left by a forward pass, with its graph
+                known[id(value)] = value.detach()
+            elif is_kind(value, *CONNECTIONS):
+                known[id(value)] = value
+    known[id(module.trainer)] = module.trainer
+    _copy_without_fsdp(module, known)
+    network: pl.LightningModule = copy.deepcopy(module, known)
+    for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
+        del vars(network)[name]  # such as the compiled steps, which belong to the original
+    network.trainer = module.trainer
+    network.log = _nothing  # type: ignore[method-assign]
+    silent: dict[str, Any] = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
+    silent["optimizers"] = lambda _, *args, **kwargs: _still(module.optimizers(*args, **kwargs))
+    silent["lr_schedulers"] = lambda _: _still(module.lr_schedulers())
+    network.__class__ = type(type(network).__name__, (type(network),), silent)
+    return network
+
+
+def _copy_without_fsdp(module: nn.Module, known: dict[int, Any]) -> None:
+    """Put copies of sharded layers into a memo as the ordinary layers that they are; FSDP's own cannot be copied."""
+    for part in reversed(list(module.modules())):  # children first
+        if is_kind(part, "FullyShardedDataParallel"):
+            known[id(part)] = copy.deepcopy(part._fsdp_wrapped_module, known)
+        elif is_kind(part, "FSDPModule"):
+            twin: Any = object.__new__(type(part).__bases__[1])
+            known[id(part)] = twin
+            state = {key: value for key, value in vars(part).items() if not key.startswith("__composable_api")}
+            for hooks in ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks", "_backward_pre_hooks"):
+                state[hooks] = type(state[hooks])(
+                    (key, hook) for key, hook in state[hooks].items() if not _is_of_torch(hook)
+                )
+            vars(twin).update(copy.deepcopy(state, known))
+
+
+def _is_of_torch(hook: Any) -> bool:
+    """Whether a hook was set by torch.distributed."""
+    owner = type(getattr(hook, "__self__", None)).__module__
+    return owner.startswith("torch.distributed") or getattr(hook, "__module__", "").startswith("torch.distributed")
+
+
+@contextlib.contextmanager
+def rehearsal(
+    trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
+) -> Iterator[Callable[[pl.LightningModule], Tensor]]:
+    """Context in which copies of a module can be given a batch; the function it gives returns the loss."""
+    arguments = (batch, batch_idx) if len(_parameters(module)) > 2 else (batch,)
+    originals = {id(part) for part in module.modules()}
+
+    def refuse(part: nn.Module, _: Any) -> None:
+        if id(part) in originals:
+            raise RuntimeError("the module keeps a function that is bound to itself, so it cannot be copied")
+
+    def loss(network: pl.LightningModule) -> Tensor:
+        try:
+            given = copy.deepcopy(arguments)  # steps may take a batch apart
+        except Exception:  # then they must not
+            given = arguments
+        value = batch_loss(network.training_step(*given))
+        if value is None:
+            raise ValueError("training_step returned no loss")
+        return value
+
+    hook = register_module_forward_pre_hook(refuse)
+    try:
+        with isolate_rng(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
+            yield loss
+    finally:
+        hook.remove()
+
+
+def _parameters(module: pl.LightningModule) -> Any:
+    return inspect.signature(type(module).training_step).parameters
+
+
+class _Still:
+    """An optimizer or scheduler that can be read but does not step."""
+
+    def __init__(self, own: Any) -> None:
+        self._own = own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._own, name)
+
+    def step(self, *_: Any, **__: Any) -> None:
+        """Do nothing."""
+
+    zero_grad = toggle_model = step
+
+
+def _still(own: Any) -> Any:
+    return [_Still(each) for each in own] if isinstance(own, list) else None if own is None else _Still(own)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of ``self.log``."""

@@ -1,0 +1,30 @@
+"""One base class for both import roots of Lightning."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from lightning_utilities.core import rank_zero
+
+__all__ = ["LightningCallback"]
+ROOTS = ("pytorch_lightning", "lightning.pytorch")
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback as LightningCallback
+else:
+
+    def _installed_callbacks() -> tuple[type, ...]:
+        installed = [root for root in ROOTS if find_spec(root.partition(".")[0]) is not None]
+        # the root imported last would take over all of Lightning's messages: leave them with the user's own, if any
+        used = next((root for root in ROOTS if root in sys.modules), ROOTS[0])
+        found = tuple(dict.fromkeys(import_module(root).Callback for root in installed))
+        rank_zero.log = logging.getLogger(f"{used}.utilities.rank_zero")
+        return found
+
+    # both roots test `isinstance(callback, Callback)`, each with its own class
+    LightningCallback = type("LightningCallback", _installed_callbacks(), {"__module__": __name__})

@@ -1,0 +1,1 @@
+"""Dynamic mode decomposition: one small matrix in, a :class:`Spectrum` out."""

@@ -1,0 +1,151 @@
+r"""From snapshots to the small factor ``R`` that every spectrum is computed from.
+
+Dynamic mode decomposition never needs the snapshots :math:`W` (time, n) themselves, only some ``R`` with
+:math:`R^\top R = W W^\top`: any two matrices with equal Gram matrices have the same Ritz values, residuals and
+coefficients.  For a network, n is millions and R is at most (time, time).
+
+A Gram matrix of the raw weights is useless in floating point, because successive weights differ in the third or fourth
+digit only.  The Gram matrix of the *increments* :math:`e_t = w_t - w_{t-1}` (with :math:`e_0 = w_0`), formed in
+float64, is not: Cholesky's error is relative to each increment's own norm.  A cumulative sum over the columns of its
+factor then gives back the factor of the snapshots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import scipy.linalg
+import torch
+from scipy.linalg.blas import dsyrk
+from torch import Tensor
+
+from lightning_koopman._types import Array
+from lightning_koopman.dmd.blas import single_blas_thread
+
+CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
+CHUNKS = 64  # at least so many: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
+EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
+EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
+
+
+def factor(snapshots: Tensor, *, exact: bool = False) -> Array:
+    r"""Factor ``R`` with :math:`R^\top R = W W^\top` of the snapshots ``W``.
+
+    Args:
+        snapshots: Real tensor (time, n), float32 or float64, on any device: one row a snapshot.
+        exact: Factor by blocked Householder QR in float64 (on the CPU) instead of through the increment Gram matrix.
+
+    Returns:
+        Float64 array (r, time), r ≤ time, upper trapezoidal: column t represents snapshot t.
+
+    Raises:
+        ValueError: If a snapshot is not finite.
+    """
+    small = _blocked_qr(snapshots) if exact else increment_gram(snapshots)
+    if not np.isfinite(small).all():  # every NaN of the snapshots ends up in the small matrix: no pass of its own
+        raise ValueError("snapshots holds NaN or infinite values: cut the trajectory before the first of them.")
+    return small if exact else factor_from_increment_gram(small)
+
+
+def increment_gram(snapshots: Tensor) -> Array:
+    """Gram matrix (time, time) of the increments of snapshots (time, n), accumulated in float64 over column chunks."""
+    rows = snapshots.shape[0]
+    if snapshots.device.type != "cpu":
+        # LAPACK-free path: one matrix product a chunk, on the device that holds the snapshots
+        gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
+        for increments in _increment_chunks(snapshots, widest=2**18):
+            gram.addmm_(increments, increments.T)
+        return gram.cpu().numpy()
+    upper = np.zeros((rows, rows), order="F")
+    with single_blas_thread():
+        for increments in _increment_chunks(snapshots):
+            upper = dsyrk(1.0, increments.numpy().T, beta=1.0, c=upper, trans=1, overwrite_c=1)
+    return upper + np.triu(upper, 1).T
+
+
+def _increment_chunks(snapshots: Tensor, widest: int = CHUNK) -> Iterator[Tensor]:
+    """Yield the float64 increments of the snapshots, a chunk of columns at a time, in one buffer."""
+    increments = torch.empty(0)
+    for wide in wide_chunks([snapshots], CHUNKS, widest):
+        if increments.shape != wide.shape:
+            increments = torch.empty_like(wide)
+        increments[0].copy_(wide[0])
+        torch.sub(wide[1:], wide[:-1], out=increments[1:])
+        yield increments
+
+
+def wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Iterator[Tensor]:
+    """Yield the concatenated segments in float64, a chunk of columns at a time, in one buffer."""
+    rows = sum(segment.shape[0] for segment in segments)
+    columns = segments[0].shape[1]
+    width = min(widest, -(-columns // chunks) if columns > 2**14 else columns)
+    buffer = torch.empty(0)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        if buffer.shape != (rows, stop - start):
+            buffer = torch.empty(rows, stop - start, dtype=torch.float64, device=segments[0].device)
+        row = 0
+        for segment in segments:
+            buffer[row : row + segment.shape[0]].copy_(segment[:, start:stop])
+            row += segment.shape[0]
+        yield buffer
+
+
+def factor_from_increment_gram(gram: Array) -> Array:
+    """Factor ``R`` (r, time) of the snapshots from the Gram matrix (time, time) of their increments."""
+    norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    scale = np.where(norms > 0, norms, 1.0)
+    # unit diagonal first: Cholesky does not care, the eigendecomposition below does
+    scaled = gram / np.outer(scale, scale)
+    try:
+        root = scipy.linalg.cholesky(scaled, check_finite=False)
+    except np.linalg.LinAlgError:
+        # dependent increments (constant weights, an exact period): the nearest positive semidefinite Gram matrix
+        values, vectors = np.linalg.eigh(scaled)
+        root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+    return np.cumsum(root * scale, axis=1)
+
+
+def merge_oldest(gram: Array, count: int) -> Array:
+    """Increment Gram without the oldest ``count`` snapshots: their increments add up to the new base."""
+    merged = gram[count:, count:].copy()
+    base = gram[: count + 1].sum(axis=0)
+    merged[0, :] = merged[:, 0] = base[count:]
+    merged[0, 0] = base[: count + 1].sum()
+    return merged
+
+
+def hankel(factor: Array, delays: int) -> Array:
+    """Factor of the delay-embedded snapshots ``[w_t, …, w_{t+delays-1}]`` from the factor of the plain ones.
+
+    Stacking shifted factors has the Gram matrix of the stacked snapshots, so the embedding never touches the snapshots.
+
+    Args:
+        factor: Array (r, time).
+        delays: Number of consecutive snapshots in one embedded snapshot, 1 ≤ delays ≤ time.
+
+    Returns:
+        Array (r', time − delays + 1).
+    """
+    if delays == 1:
+        return factor
+    columns = factor.shape[1] - delays + 1
+    stacked = np.concatenate([factor[:, shift : shift + columns] for shift in range(delays)])
+    return stacked if stacked.shape[0] <= columns else triangle(stacked)
+
+
+def triangle(matrix: Array) -> Array:
+    """Triangular factor R (min(r, c), c) of a Householder QR of an array (r, c)."""
+    return np.asarray(np.linalg.qr(matrix, mode="r"))
+
+
+def _blocked_qr(snapshots: Tensor) -> Array:
+    """R of a float64 Householder QR of ``snapshots.T``, by blocks of columns (tall-skinny QR), in bounded memory."""
+    rows, columns = snapshots.shape
+    width = max(2 * rows, EXACT_SIZE // max(rows, 1))
+    root: Array = np.empty((0, rows))
+    for start in range(0, columns, width):
+        block = snapshots[:, start : start + width].T.to(device="cpu", dtype=torch.float64).numpy()
+        root = triangle(np.concatenate([root, block]))
+    return root

@@ -1,0 +1,75 @@
+"""The random walk that every spectrum is shown beside: what a training without any direction would look like."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_koopman._types import Array
+from lightning_koopman.dmd.rrr import decompose
+from lightning_koopman.dmd.spectrum import Spectrum
+
+
+def random_walk_spectrum(
+    step_norms: npt.ArrayLike,
+    start_norm: float,
+    n: int,
+    *,
+    tol: float = 1e-3,
+    max_rank: int | None = None,
+    delays: int = 1,
+    refine: bool = False,
+    seed: int = 0,
+) -> Spectrum:
+    r"""Spectrum of a random walk in n dimensions with given step lengths and independent, uniform directions.
+
+    A random walk too has one dominant eigenvalue at 1, so eigenvalues near 1 say something about a training only where
+    they differ from this surrogate's.
+
+    Only the Gram matrix of the directions matters, and its law is known (Bartlett's decomposition of a Wishart matrix):
+    no n-dimensional vector is drawn, and the cost is O(time³) for any n.
+
+    Args:
+        step_norms: Array (time − 1,) of step lengths, ≥ 0, for instance :meth:`Trajectory.step_norms`.
+        start_norm: Norm of the first snapshot, > 0, for instance :meth:`Trajectory.start_norm`.
+        n: Dimension of the walk, ≥ 1.
+        tol: As for :func:`dmd_rrr`.
+        max_rank: As for :func:`dmd_rrr`.
+        delays: As for :func:`dmd_rrr`.
+        refine: As for :func:`dmd_rrr`.
+        seed: Seed of the directions.
+
+    Raises:
+        ValueError: If ``step_norms`` is not one-dimensional or ``n`` is not positive.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import random_walk_spectrum
+        >>> walk = random_walk_spectrum(np.full(99, 0.1), start_norm=10.0, n=1_000_000)
+        >>> nearest = walk.eigenvalues[np.argmin(abs(walk.eigenvalues - 1))]
+        >>> bool(abs(nearest - 1) < 5e-3)
+        True
+    """
+    steps = np.asarray(step_norms, dtype=np.float64)
+    if steps.ndim != 1:
+        raise ValueError(f"step_norms must have shape (time - 1,), got {steps.shape}.")
+    if n < 1:
+        raise ValueError(f"n must be at least 1, got {n}.")
+    count = steps.size + 1
+    random = np.random.default_rng(seed)
+    directions = wishart_root(random, n, count)
+    directions /= np.linalg.norm(directions, axis=0)
+    root = np.cumsum(directions * np.concatenate([[start_norm], steps]), axis=1)
+    return decompose(root, tol=tol, max_rank=max_rank, delays=delays, refine=refine)
+
+
+def wishart_root(random: np.random.Generator, n: int, count: int) -> Array:
+    """Array (min(n, count), count) whose Gram matrix has the law of that of ``count`` standard normal n-vectors.
+
+    For n > count by Bartlett's decomposition: no n-dimensional vector is drawn.
+    """
+    root = random.standard_normal((min(n, count), count))
+    if n > count:
+        root = np.triu(root, 1)
+        np.fill_diagonal(root, np.sqrt(random.chisquare(n - np.arange(count))))
+    return root

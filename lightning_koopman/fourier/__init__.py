@@ -1,0 +1,1 @@
+"""Fourier modes and sample points, shared by the Sobolev loss and the depth estimate."""

@@ -1,0 +1,87 @@
+"""Where the points lie: the box that is one period, given or taken from the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_koopman._checks import is_number
+
+Interval = tuple[float, float]
+Domain = Interval | Sequence[Interval]
+
+
+def check_domain(domain: object) -> tuple[Interval, ...]:
+    """A domain as one interval a dimension; raise ValueError unless it is one."""
+    domain = domain.tolist() if isinstance(domain, (np.ndarray, Tensor)) else domain
+    pairs = tuple(domain) if isinstance(domain, Sequence) else ()
+    if len(pairs) == 2 and all(is_number(each) for each in pairs):
+        pairs = (pairs,)
+    good = bool(pairs) and all(
+        isinstance(pair, Sequence) and len(pair) == 2 and all(is_number(each) for each in pair) for pair in pairs
+    )
+    if not good or not all(low < high for low, high in pairs):
+        raise ValueError(
+            f"domain must be (low, high) with low < high, the ends of one period, or such a pair for each input, "
+            f"got {domain!r}."
+        )
+    return tuple((float(low), float(high)) for low, high in pairs)
+
+
+def check_points(points: Tensor, box: Sequence[Interval]) -> None:
+    """Raise ValueError unless all points (N, D) are finite and lie in the box."""
+    if torch.compiler.is_compiling():  # values are not known while a step is compiled
+        return
+    reach = torch.stack([points.detach().amin(0), points.detach().amax(0)]).tolist()  # NaN goes through both
+    for axis, ((low, high), least, most) in enumerate(zip(box, *reach, strict=True)):
+        rounding = 2 * torch.finfo(points.dtype).eps * max(abs(low), abs(high))
+        slack = (high - low) * 1e-5 + rounding  # of points and domain
+        if not (math.isfinite(least) and math.isfinite(most)):
+            raise ValueError("points hold NaN or infinite values: leave those samples out.")
+        if least < low - slack or most > high + slack:
+            raise ValueError(
+                f"points reach from {least:.6g} to {most:.6g} in input {axis}, outside of the period "
+                f"({low:.6g}, {high:.6g}): give domain=(low, high) that holds all points, validation and test too."
+            )
+
+
+def check_finite(points: Tensor) -> None:
+    """Raise ValueError unless all points are finite."""
+    if not torch.compiler.is_compiling() and not torch.isfinite(points).all():
+        raise ValueError("points hold NaN or infinite values: leave those samples out.")
+
+
+def match_domain(domain: tuple[Interval, ...], dim: int) -> tuple[Interval, ...]:
+    """The domain for points with ``dim`` inputs: a single interval holds for all."""
+    if len(domain) not in (1, dim):
+        raise ValueError(f"domain has {len(domain)} intervals, but the points have {dim} inputs: give one for each.")
+    return domain * dim if len(domain) == 1 else domain
+
+
+def observe_domain(points: Tensor) -> tuple[Interval, ...]:
+    """One period from the points (N, D): their range and one mean spacing more, exact where they form a grid.
+
+    Raises:
+        ValueError: If a point is not finite, or the points do not differ in one of the inputs.
+    """
+    check_finite(points)
+    if len(points) == 1:
+        raise ValueError("a single sample shows no period: give domain=(low, high).")
+    box = []
+    for axis, values in enumerate(points.detach().to(torch.float64).unbind(1)):
+        different = torch.unique(values)  # sorted
+        low, high = float(different[0]), float(different[-1])
+        if not low < high:
+            raise ValueError(f"points do not differ in input {axis}: leave that input out, or give domain=(low, high).")
+        box.append((low, high + (high - low) / (len(different) - 1)))
+    return tuple(box)
+
+
+def to_torus(points: Tensor, box: Sequence[Interval]) -> Tensor:
+    """Points (N, D) in units of the period, 0 for its beginning."""
+    low, high = points.new_tensor(box).unbind(1)
+    return (points - low) / (high - low)

@@ -1,1 +1,0 @@
-"""Losses on the Fourier modes of what a network misses (paper, section 6)."""

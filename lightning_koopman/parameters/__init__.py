@@ -1,0 +1,1 @@
+"""Which weights are observed, which process holds them, and how they are drawn."""

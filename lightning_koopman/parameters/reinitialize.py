@@ -1,0 +1,155 @@
+"""Draw the weights of chosen modules anew."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.parameters.select import match_names
+from lightning_koopman.parameters.sharded_modules import clean_name
+from lightning_koopman.parameters.shards import Chunk
+
+Scheme = Callable[[nn.Module], Any] | str | None
+SCHEMES: dict[str, Callable[[Tensor], Any]] = {
+    "he": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
+    "xavier": nn.init.xavier_normal_,
+    "orthogonal": nn.init.orthogonal_,
+}
+
+
+def check_scheme(scheme: object) -> None:
+    """Raise ValueError unless there is such a way to draw weights."""
+    if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
+        raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
+
+
+def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, scheme: Scheme) -> dict[str, nn.Module]:
+    """Modules by name that own parameters and can be initialised anew.
+
+    Args:
+        module: Any module.
+        patterns: Shell-style patterns over the names of ``module.named_modules()``, such as ``"head*"`` or
+            ``["*", "!backbone.*"]``; one that begins with ``!`` excludes (default: all that own a parameter which
+            requires a gradient).
+        scheme: As for :func:`reinitialize`.
+
+    Raises:
+        ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be initialised.
+    """
+    owners = {
+        clean_name(name): owner
+        for name, owner in module.named_modules()
+        if list(owner.parameters(recurse=False)) or hasattr(owner, "reset_running_stats")
+    }
+    if patterns is None:
+        chosen = {
+            name: owner
+            for name, owner in owners.items()
+            if any(parameter.requires_grad for parameter in owner.parameters(recurse=False))
+            or not list(owner.parameters(recurse=False))  # a norm without weights, which keeps statistics
+        }
+    else:
+        names = match_names(owners, patterns, argument="modules", kind="module that owns parameters")
+        chosen = {name: owners[name] for name in names}
+    if not any(list(owner.parameters(recurse=False)) for owner in chosen.values()):
+        raise ValueError("modules=None selects the modules with trainable parameters, but there are none: name them.")
+    if not callable(scheme):
+        for name, owner in chosen.items():
+            if _own_reset(owner) is None and not (scheme and _matrices(owner)):
+                raise ValueError(
+                    f"module {name or 'itself'!r} ({type(owner).__name__}) owns parameters but has no "
+                    "`reset_parameters`: give it one, pass a callable `scheme`, or exclude it from `modules` with '!'."
+                )
+    return chosen
+
+
+def reinitialize(
+    modules: Sequence[nn.Module],
+    scheme: Scheme = None,
+    *,
+    seed: int,
+    chunks: Sequence[Mapping[str, Chunk]] | None = None,
+) -> None:
+    """Draw the parameters of modules anew, reproducibly; the global random state stays as it was.
+
+    Args:
+        modules: The modules; only what they own themselves is touched.
+        scheme: None for each module's own ``reset_parameters``; ``"he"``, ``"xavier"`` or ``"orthogonal"`` for its
+            matrices and kernels, with zero biases (modules without any, such as norms, and embeddings use their own);
+            or a callable that is given each module.
+        seed: Seed of the draw.
+        chunks: For each module, what this process holds of its parameters, by their names in the module.  Sharded ones
+            are drawn whole, a module at a time, and cut: every process draws the same, and what a single one would.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman.parameters.reinitialize import reinitialize
+        >>> layer = torch.nn.Linear(3, 3)
+        >>> reinitialize([layer], "orthogonal", seed=0)
+        >>> bool(torch.allclose(layer.weight @ layer.weight.T, torch.eye(3), atol=1e-6))
+        True
+    """
+    devices = {parameter.device for module in modules for parameter in module.parameters(recurse=False)}
+    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            random.seed(seed)
+            for module, own in zip(modules, chunks or [{} for _ in modules], strict=True):
+                if all(chunk.whole for chunk in own.values()):
+                    _draw(module, scheme)
+                else:
+                    _draw_whole(module, scheme, own)
+    finally:  # a callable of the user's may fail
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        random.setstate(python_state)
+
+
+def _draw_whole(module: nn.Module, scheme: Scheme, chunks: Mapping[str, Chunk]) -> None:
+    """Draw what one module owns with whole parameters in place of sharded ones, and keep this process's part."""
+    twin: nn.Module = object.__new__(type(module))  # FSDP's layers cannot be copied
+    vars(twin).update({name: value for name, value in vars(module).items() if name not in chunks})
+    fresh = {name: torch.full(each.shape, math.nan).to(each.tensor) for name, each in chunks.items()}
+    twin._parameters = {name: nn.Parameter(value) for name, value in fresh.items()}
+    _draw(twin, scheme)
+    for name, chunk in chunks.items():
+        drawn = chunk.take(twin._parameters[name].detach())  # type: ignore[union-attr]
+        held = chunk.tensor.detach()
+        held.copy_(torch.where(torch.isnan(drawn), held, drawn))  # what a scheme leaves alone stays
+
+
+def _draw(module: nn.Module, scheme: Scheme) -> None:
+    """Draw what one module owns."""
+    if callable(scheme):
+        scheme(module)
+        return
+    own = _own_reset(module)
+    if own is not None:
+        own()  # with a named scheme too: it resets what is neither matrix nor bias, such as running statistics
+    matrices = _matrices(module)
+    if scheme is None or not matrices or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return
+    for matrix in matrices:
+        SCHEMES[scheme](matrix)
+    for name, parameter in module.named_parameters(recurse=False):
+        if "bias" in name:
+            parameter.zero_()
+
+
+def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
+    """The module's own way to draw its parameters (``nn.MultiheadAttention`` has it under a private name)."""
+    found: Callable[[], Any] | None = getattr(module, "reset_parameters", None) or getattr(
+        module, "_reset_parameters", None
+    )
+    return found
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters(recurse=False) if parameter.ndim >= 2]

@@ -1,0 +1,101 @@
+"""Which of a network's parameters are observed, and how they become one flat vector."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from lightning_koopman.parameters.sharded_modules import local_chunks
+
+
+def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """Parameters of a module by name; shared ones appear once.
+
+    Args:
+        module: Any module; under FSDP the outermost wrapped one.
+        patterns: Shell-style patterns over the names of ``module.named_parameters()``, such as ``"encoder.*"`` or
+            ``["*.weight", "!head.*"]``; one that begins with ``!`` excludes.  Default: all that require a gradient.
+
+    Returns:
+        Names and parameters, in the module's order.
+
+    Raises:
+        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter cannot be observed (lazy
+            or complex).
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_koopman import select_parameters
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> list(select_parameters(network, ["*.weight", "!0.*"]))
+        ['2.weight']
+    """
+    named = {name: chunk.parameter for name, chunk in local_chunks(module).items()}
+    if patterns is None:
+        chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+        if not chosen:
+            raise ValueError(
+                f"parameters=None selects the trainable parameters, but the module has none among "
+                f"{_listed(list(named)) or 'no parameters at all'}: name the ones to observe, or unfreeze some."
+            )
+    else:
+        names = match_names(named, patterns, argument="parameters", kind="parameter")
+        chosen = {name: named[name] for name in names}
+    for name, parameter in chosen.items():
+        _check_observable(name, parameter)
+    return chosen
+
+
+def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Patterns as the user gives them, one or several or none, in one form."""
+    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
+
+
+def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument: str, kind: str) -> list[str]:
+    """The names that match one of the shell-style patterns and none of those that begin with ``!``, in their order.
+
+    Args:
+        names: All names.
+        patterns: One pattern or several; ``"*"`` is understood where all exclude.
+        argument: The user's name of ``patterns``, for messages.
+        kind: What the names are names of, for messages.
+
+    Raises:
+        ValueError: If a pattern matches nothing, or nothing is left.
+    """
+    known = list(names)
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not wanted:
+        raise ValueError(f"{argument}={patterns!r} names nothing: give patterns, or leave it out.")
+    for pattern in wanted:
+        if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in known):
+            raise ValueError(f"{argument}={pattern!r} matches no {kind}; the module has {_listed(known) or 'none'}.")
+    include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
+    exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
+    chosen = [
+        name
+        for name in known
+        if any(fnmatchcase(name, pattern) for pattern in include)
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not chosen:
+        raise ValueError(f"{argument}={wanted!r} selects nothing: the exclusions remove every match.")
+    return chosen
+
+
+def _check_observable(name: str, parameter: nn.Parameter) -> None:
+    problem = None
+    if isinstance(parameter, UninitializedParameter):
+        problem = "is a lazy parameter without a shape yet: run one batch through the module before fitting"
+    elif parameter.is_complex():
+        problem = "is complex, which is not supported: exclude it with a '!' pattern"
+    if problem:
+        raise ValueError(f"parameter {name!r} {problem}.")
+
+
+def _listed(names: list[str]) -> str:
+    """The first few names, for messages."""
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

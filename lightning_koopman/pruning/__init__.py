@@ -1,0 +1,1 @@
+"""Masks and channel removal, for any PyTorch loop."""

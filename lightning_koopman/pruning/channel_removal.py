@@ -1,0 +1,179 @@
+"""What is left of a network without some of its channels, and giving another network the same sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.pruning.optimizer_state import replacement
+
+
+@dataclass(frozen=True)
+class ChannelRemoval:
+    """Channels and neurons removed from a network: what :func:`remove_channels` returns.
+
+    Attributes:
+        changes: By module name, the constructor arguments that changed: ``{"0": {"out_features": (32, 8)}}``.
+        removed: By layer name, the channels removed, as a sorted list of their old indices.
+        channels: By layer name, how many channels it had.
+        left_alone: By layer name, why no channel of it was removed.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_koopman import remove_channels
+        >>> network = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> removal = remove_channels(network, lambda network: network(torch.zeros(2, 8)), sparsity=0.75)
+        >>> removal.changes["0"], len(removal.removed["0"]), removal.share
+        ({'out_features': (32, 8)}, 24, 0.75)
+        >>> mask = torch.ones(32, 8)  # of the layer as it was
+        >>> removal.left_of("0.weight", mask).shape
+        torch.Size([8, 8])
+    """
+
+    changes: dict[str, dict[str, tuple[Any, Any]]]
+    removed: dict[str, list[int]]
+    channels: dict[str, int]
+    left_alone: dict[str, str]
+    kept: dict[str, tuple[Tensor, torch.Size]] = field(repr=False)
+    """By name of a changed parameter or buffer: flat indices of what is kept, and the new shape."""
+
+    @property
+    def share(self) -> float:
+        """Share of the removable channels that was removed, in [0, 1)."""
+        return sum(map(len, self.removed.values())) / max(1, sum(self.channels.values()))
+
+    def left_of(self, name: str, values: Tensor) -> Tensor:
+        """What is left of values that belong to a parameter or buffer, such as scores or a mask."""
+        if name not in self.kept:
+            return values
+        index, shape = self.kept[name]
+        return values.reshape(-1)[index.to(values.device)].reshape(shape)
+
+    def apply(
+        self, module: nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
+    ) -> None:
+        """Remove the same channels from a network of the same structure; where that fails, nothing is changed.
+
+        Args:
+            module: The network; its changed parameters are new objects.
+            optimizers: Optimizers that hold its parameters; what they remember is carried over.
+        """
+        held = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        smaller: list[tuple[nn.Module, str, Tensor]] = []
+        exchanged: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
+        for name, (index, shape) in self.kept.items():
+            path, _, leaf = name.rpartition(".")
+            owner = module.get_submodule(path)
+            old = getattr(owner, leaf)
+            index = index.to(old.device)
+            values = old.detach().reshape(-1)[index].reshape(shape)
+            if values.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last):
+                values = values.contiguous(memory_format=torch.channels_last)
+            if isinstance(old, nn.Parameter):
+                values = nn.Parameter(values, requires_grad=old.requires_grad)
+                vars(values).update(vars(old))
+                exchanged.append((old, values, index))
+            smaller.append((owner, leaf, values))
+        parts = {path: module.get_submodule(path) for path in self.changes}
+        commit = replacement(held, exchanged)
+        for owner, leaf, values in smaller:  # from here on nothing can fail
+            _put(owner, leaf, values)
+        for path, arguments in self.changes.items():
+            for argument, (_, now) in arguments.items():
+                setattr(parts[path], argument, now)
+        commit()
+
+    def table(self) -> str:
+        """What changed and what was left alone, a line each."""
+        return changes_table(self.changes, self.left_alone)
+
+
+def changes_table(
+    changes: Mapping[str, Mapping[str, tuple[Any, Any]]], left_alone: Mapping[str, str] | None = None
+) -> str:
+    """Changed constructor arguments by module name, and why others were left alone, a line each."""
+    texts = [
+        (name, ", ".join(f"{key} {old} → {now}" for key, (old, now) in arguments.items()))
+        for name, arguments in changes.items()
+    ]
+    texts += [(name, f"left alone: {reason}") for name, reason in (left_alone or {}).items()]
+    width = max((len(name) for name, _ in texts), default=0)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts)
+
+
+def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[Any, Any]]]:
+    """Give the layers of a network the sizes that a state dict has, so that it can be loaded.
+
+    Args:
+        module: The network as its constructor builds it.
+        state_dict: That of the same network with channels removed, for instance ``checkpoint["state_dict"]``.
+
+    Returns:
+        By module name, the constructor arguments that changed, old and new.
+
+    Raises:
+        ValueError: If a tensor of another size belongs to a module that is no convolution, linear layer, batch norm or
+            PReLU.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_koopman import resize_like
+        >>> network = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+        >>> resize_like(network, nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).state_dict())
+        {'0': {'out_features': (32, 8)}, '2': {'in_features': (32, 8)}}
+    """
+    plan = []
+    for path, part in module.named_modules():
+        own = {
+            leaf: state_dict[name].shape
+            for leaf, tensor in chain(part._parameters.items(), part._buffers.items())
+            if tensor is not None and (name := f"{path}.{leaf}" if path else leaf) in state_dict
+            if state_dict[name].shape != tensor.shape
+        }
+        if own:
+            plan.append((path, part, own, _resized(path, part, own)))
+    for _, part, own, arguments in plan:
+        for leaf, shape in own.items():
+            old = getattr(part, leaf)
+            new = old.detach().new_empty(shape)
+            is_parameter = isinstance(old, nn.Parameter)
+            _put(part, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+        for key, (_, now) in arguments.items():
+            setattr(part, key, now)
+    return {path: arguments for path, _, _, arguments in plan}
+
+
+def _put(part: nn.Module, leaf: str, values: Tensor) -> None:
+    """Exchange a parameter or a buffer, whether or not it is one that state dicts hold."""
+    own: dict[str, Any] = part._parameters if isinstance(values, nn.Parameter) else part._buffers
+    own[leaf] = values
+
+
+def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Any, Any]]:
+    """Constructor arguments of a layer whose tensors get other shapes, old and new."""
+    now: dict[str, Any] = {}
+    shape = next(iter(shapes.values()))  # the weight's, or that of a statistic
+    if isinstance(part, nn.Linear) and "weight" in shapes:
+        now = {"in_features": shape[1], "out_features": shape[0]}
+    elif isinstance(part, nn.modules.conv._ConvNd) and "weight" in shapes:
+        depthwise = part.groups == part.in_channels > 1
+        first, second = ("in_channels", "out_channels") if part.transposed else ("out_channels", "in_channels")
+        now = {first: shape[0], second: shape[0] if depthwise else shape[1] * part.groups}
+        if depthwise:
+            now["groups"] = shape[0]
+    elif isinstance(part, nn.modules.batchnorm._NormBase):
+        now = {"num_features": shape[0]}
+    elif isinstance(part, nn.PReLU):
+        now = {"num_parameters": shape[0]}
+    else:
+        raise ValueError(
+            f"{path!r} ({type(part).__name__}) has another size in the state dict: only convolutions, linear layers, "
+            "batch norms and PReLU can be resized. Build it with the size that the state dict has."
+        )
+    return {key: (getattr(part, key), value) for key, value in now.items() if getattr(part, key) != value}

@@ -1,0 +1,76 @@
+"""Remove whole channels and neurons from a network, so that it really gets smaller and faster."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.pruning.channel_graph import Run, Structure, agrees
+from lightning_koopman.pruning.channel_removal import ChannelRemoval
+from lightning_koopman.pruning.masks import SCOPES, check_share
+
+
+def remove_channels(
+    module: nn.Module,
+    run: Run,
+    *,
+    sparsity: float,
+    scores: Mapping[str, Tensor] | None = None,
+    scope: str = "tensor",
+    layers: str | Sequence[str] | None = None,
+    originals: Mapping[str, int] | None = None,
+    optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
+    copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+) -> ChannelRemoval:
+    """Remove the channels and neurons of least importance from a network, in place.
+
+    Layers that are coupled (by residual connections, batch norms, concatenations) lose the same channels; Torch-Pruning
+    finds them by tracing.  Only what can be removed without any side effect is: before the network is touched, a copy
+    with the channels removed must give the outputs of one in which they are zero, with weights drawn at random.
+
+    Args:
+        module: The network: convolutions, linear layers, batch norms and what lies between them.  Layers that are
+            coupled to anything else (attention, layer and group norms, grouped convolutions, embeddings, bare
+            parameters) and those whose outputs leave the network are left alone.
+        run: Called with copies of the network; returns what it computes from an example, a loss or outputs, with a
+            graph: for instance ``lambda network: network(images)``.  Layers that it does not reach keep their inputs:
+            let it run all that the network is used for.
+        sparsity: Share of the channels to remove, in (0, 1); each layer keeps at least one.
+        scores: Values to judge by, in place of the parameters of the same names: for instance the Koopman
+            reconstruction of the weights.  A channel's importance is the mean square of all weights that belong to it,
+            relative to its layer's mean (Torch-Pruning's group magnitude).
+        scope: ``"tensor"``: the share is removed from each layer; ``"global"``: from all together.
+        layers: Shell-style patterns of the names of the layers' weights; ``!`` excludes (default: all).
+        originals: By layer name, the channels that ``sparsity`` refers to, where earlier removals took some.
+        optimizers: Optimizers that hold the network's parameters; what they remember is carried over.
+        copy: How to copy the network.
+
+    Raises:
+        ModuleNotFoundError: If Torch-Pruning is not installed, or is too old.
+        ValueError: If no channel can be removed, or an argument is out of its range; the network is then unchanged.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import remove_channels
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+        >>> removal = remove_channels(network, lambda network: network(torch.ones(2, 4)), sparsity=0.75)
+        >>> print(removal.table())
+        0  out_features 32 → 8
+        2  in_features 32 → 8
+        2  left alone: its outputs leave the network
+    """
+    check_share(sparsity)
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
+    structure = Structure(module, run, layers=layers, copy=copy)
+    unfit = structure.unfit()
+    if unfit:
+        structure = Structure(module, run, layers=layers, copy=copy, refused=unfit)
+    removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
+    if not agrees(module, run, removal, copy):  # never seen where each group by itself agreed
+        raise ValueError("removing the chosen channels is not the same as setting them to zero: nothing was removed.")
+    removal.apply(module, optimizers)
+    return removal

@@ -1,0 +1,92 @@
+"""Hand a pruned network over to those who do not have this library."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_koopman.sobolev.loss import SobolevLoss
+
+
+def export_network(
+    network: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    changes: Mapping[str, Mapping[str, tuple[Any, Any]]] | None = None,
+    example: Any = None,
+) -> Path:
+    """Write a network as a plain state dict, or as ONNX.
+
+    Args:
+        network: The network, masked or with channels removed.  Of a module that holds a :class:`SobolevLoss` the
+            loss's own parameters are left out.
+        path: File to write.  With the suffix ``.onnx`` it is ONNX with a batch dimension of any size; else a file for
+            ``torch.load`` that holds a dict: ``state_dict``, and ``arguments``, by module name the constructor
+            arguments that differ from the original network.
+        changes: :attr:`KoopmanPruner.changes` or :attr:`ChannelRemoval.changes`, the source of ``arguments``.
+        example: For ONNX: a tensor (batch, …), or a tuple of them, that ``forward`` takes (default: the module's
+            ``example_input_array``).
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: If ONNX is asked for and not installed.
+        ValueError: If ONNX is asked for without an example.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from lightning_koopman import export_network, remove_channels
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 32), torch.nn.ReLU(), torch.nn.Linear(32, 3))
+        >>> removal = remove_channels(network, lambda network: network(torch.ones(2, 4)), sparsity=0.75)
+        >>> path = export_network(network, tempfile.mkdtemp() + "/small.pt", changes=removal.changes)
+        >>> torch.load(path)["arguments"]
+        {'0': {'out_features': 8}, '2': {'in_features': 8}}
+    """
+    target = Path(path)
+    if target.suffix != ".onnx":
+        arguments = {name: {key: now for key, (_, now) in each.items()} for name, each in (changes or {}).items()}
+        losses = tuple(
+            f"{name}." for name, part in network.named_modules(remove_duplicate=False) if isinstance(part, SobolevLoss)
+        )
+        state = {
+            name: value.detach().cpu().clone()
+            for name, value in network.state_dict().items()
+            if not name.startswith(losses)
+        }
+        torch.save({"state_dict": state, "arguments": arguments}, target)
+        return target
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"Writing ONNX needs {' and '.join(missing)}: pip install 'lightning_koopman[onnx]'", name=missing[0]
+        )
+    example = getattr(network, "example_input_array", None) if example is None else example
+    if example is None:
+        raise ValueError("example=None: ONNX is made by running the network, so give an input that `forward` takes.")
+    if isinstance(example, dict):
+        raise ValueError(
+            "example must be a tensor or a tuple of tensors in the order that `forward` takes, got a dict."
+        )
+    given = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    given = tuple(value.to(device) for value in given)
+    if given[0].shape[0] == 1:  # a batch of one would be taken for a fixed size
+        given = tuple(value.expand(2, *value.shape[1:]) for value in given)
+    modes = {part: part.training for part in network.modules()}
+    network.eval()
+    try:
+        batch = torch.export.Dim("batch")
+        torch.onnx.export(
+            network, given, target, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in given), verbose=False
+        )
+    finally:
+        for part, training in modes.items():
+            part.training = training
+    return target

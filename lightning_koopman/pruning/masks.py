@@ -1,0 +1,314 @@
+"""Masks that keep pruned weights at zero, in any PyTorch loop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.utils.parametrize
+from torch import Tensor, nn
+
+from lightning_koopman._types import AllSum
+from lightning_koopman.parameters.sharded_modules import local_chunks
+from lightning_koopman.parameters.shards import Chunk, Part, Shards
+from lightning_koopman.pruning.pin import Pin, _bits, _clear, takes_hooks
+from lightning_koopman.pruning.prunable import prunable_parameters
+from lightning_koopman.pruning.quantile import Ranked
+
+SCOPES = ("global", "tensor")
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """Boolean masks of a network's parameters by name: True survives, False is pruned.
+
+    The network stays an ordinary one: its parameters are set to zero in place, the names in its state dict do not
+    change, and loading a checkpoint without this library gives the sparse network.
+
+    Args:
+        masks: Boolean tensors by parameter name, each of its parameter's shape; copied to the CPU.
+
+    Raises:
+        ValueError: If there is no mask, or one is not boolean.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import MaskSet
+        >>> network = torch.nn.Linear(8, 4)
+        >>> optimizer = torch.optim.Adam(network.parameters())
+        >>> masks = MaskSet.from_scores({"weight": network.weight}, sparsity=0.75)
+        >>> pin = masks.pin(network, optimizer)  # from now on, whatever the optimizer does
+        >>> network(torch.ones(2, 8)).sum().backward()
+        >>> optimizer.step()
+        >>> int((network.weight == 0).sum()), masks.sparsity
+        (24, 0.75)
+    """
+
+    def __init__(self, masks: Mapping[str, Tensor]) -> None:
+        if not masks:
+            raise ValueError("masks must not be empty: give a boolean tensor by parameter name.")
+        for name, mask in masks.items():
+            if mask.dtype != torch.bool:
+                raise ValueError(f"masks[{name!r}] must be boolean (True survives), got {mask.dtype}.")
+        self._shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
+        # a bit a weight: in a sharded run every process holds the masks of the whole network
+        self._bits = {name: np.packbits(mask.detach().cpu().numpy()) for name, mask in masks.items()}
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape = self._shapes[name]
+        flat = np.unpackbits(self._bits[name], count=math.prod(shape))
+        return torch.from_numpy(flat.view(np.bool_)).reshape(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def __repr__(self) -> str:
+        return f"MaskSet({len(self)} tensors, {self.pruned:,} of {self.numel:,} weights pruned, {self.sparsity:.2%})"
+
+    @cached_property
+    def numel(self) -> int:
+        """Number of weights in the masked tensors."""
+        return sum(map(math.prod, self._shapes.values()))
+
+    @cached_property
+    def pruned(self) -> int:
+        """Number of weights pruned."""
+        return sum(mask.numel() - int(mask.sum()) for mask in self.values())
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the masked tensors' weights that is pruned, in [0, 1]."""
+        return self.pruned / max(1, self.numel)
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Mapping[str, Tensor],
+        *,
+        sparsity: float | None = None,
+        threshold: float | None = None,
+        scope: str = "global",
+        within: MaskSet | None = None,
+        allow_empty: bool = False,
+        shards: Shards | None = None,
+    ) -> MaskSet:
+        """Prune the weights whose score is smallest in magnitude (paper, Algorithms 1 and 2).
+
+        With the Koopman reconstruction for scores (:func:`persistent_weights`) this is the paper's rule, with the
+        weights themselves it is magnitude pruning, with random numbers the baseline of a random mask.
+
+        Args:
+            scores: Real tensors by parameter name.
+            sparsity: Share to prune, in (0, 1), hit exactly up to rounding to whole weights; or
+            threshold: the paper's ε > 0: what is smaller in magnitude is pruned.
+            scope: ``"global"``: one quantile over all tensors; ``"tensor"``: the share is pruned in each tensor.
+            within: Masks of earlier rounds: what they prune stays pruned, also where it is more than the share, or has
+                no scores any more.
+            allow_empty: Whether a tensor may lose all its weights.
+            shards: Where several processes train the network: the scores are then flat, each process's own part, and
+                all processes have to call this together.  The masks are those of the whole network, equal in all.
+
+        Raises:
+            ValueError: If not exactly one of ``sparsity`` and ``threshold`` is given, one is out of range, a score is
+                not finite, or a tensor would lose all its weights.
+        """
+        check_amount(sparsity, threshold, scope)
+        if not scores:
+            raise ValueError("scores must not be empty: give a tensor by parameter name.")
+        parts = shards or Shards({name: Chunk.of(score) for name, score in scores.items()})
+        earlier: Mapping[str, Tensor] = within or {}
+        sizes = {name: score.detach().reshape(-1).abs() for name, score in scores.items()}
+        finite = np.array([float(not torch.isfinite(size).all()) for size in sizes.values()])
+        all_sum = parts.processes.all_sum
+        for name, count in zip(sizes, all_sum(finite), strict=True):
+            if count:
+                raise ValueError(f"scores[{name!r}] holds NaN or infinite values: they give no order.")
+        before = {name: parts[name].take(earlier[name]) if name in earlier else None for name in sizes}
+        if threshold is not None:
+            kept = {name: size.cpu() >= threshold for name, size in sizes.items()}
+        else:
+            kept = {}
+            for names in [list(sizes)] if scope == "global" else [[name] for name in sizes]:
+                kept |= _keep_largest(
+                    {name: (sizes[name], parts[name], before[name]) for name in names}, sparsity or 0.0, all_sum
+                )
+        for name, mask in kept.items():
+            known = before[name]
+            if known is not None:
+                mask &= known
+        left = all_sum(np.array([float(mask.sum()) for mask in kept.values()]))
+        empty = [name for name, count in zip(kept, left, strict=True) if not count and parts[name].chunk.numel]
+        if empty and not allow_empty:
+            asked = f"sparsity={sparsity}" if threshold is None else f"threshold={threshold}"
+            spread = sparsity is not None and scope == "global"
+            itself = "prune each tensor by itself (scope='tensor'), " if spread else ""
+            raise ValueError(
+                f"{asked} prunes all weights of {', '.join(map(repr, empty[:4]))}{', …' if len(empty) > 4 else ''}: "
+                f"nothing would pass through. Take a smaller one, leave them out, {itself}or set allow_empty=True."
+            )
+        masks = {name: parts.assemble(name, mask) for name, mask in kept.items()}
+        return cls({**{name: mask for name, mask in earlier.items() if name not in masks}, **masks})
+
+    @classmethod
+    def from_zeros(cls, module: nn.Module, parameters: str | Sequence[str] | None = None) -> MaskSet:
+        """The masks that a sparse network already has: where its weights are zero.
+
+        Args:
+            module: For instance one loaded from a checkpoint that holds weights only.
+            parameters: As for :func:`prunable_parameters`.
+
+        Raises:
+            ValueError: As :func:`prunable_parameters`.
+        """
+        return cls({name: weight.detach() != 0 for name, weight in prunable_parameters(module, parameters).items()})
+
+    def agreement(self, other: MaskSet) -> float:
+        """Share of the weights in [0, 1] on which two sets of masks over the same tensors agree."""
+        return sum(int((mask == other[name]).sum()) for name, mask in self.items()) / self.numel
+
+    # -- holding ------------------------------------------------------------------------------------------------------
+
+    def apply(self, module: nn.Module) -> None:
+        """Set the pruned weights to zero, in place.
+
+        Raises:
+            ValueError: If a parameter is missing or has another shape; nothing is changed then.
+        """
+        for chunk, bits in self._matched(module).values():
+            _clear(chunk.tensor, bits)
+
+    def pin(self, module: nn.Module, *optimizers: torch.optim.Optimizer) -> Pin:
+        """Keep the pruned weights at zero while the network is trained.
+
+        They are set to zero now and after every step of the optimizers, of whatever kind; their gradients are zero
+        before anything reads them, and so is what the optimizers remember of them (momentum), now and later.
+
+        Args:
+            module: The network.
+            *optimizers: All optimizers that step it.
+
+        Returns:
+            A handle; :meth:`Pin.remove` or leaving a ``with`` block lets go.
+
+        Raises:
+            ValueError: As :meth:`apply`.
+            TypeError: If an optimizer takes no step hooks.
+        """
+        for optimizer in optimizers:
+            if not takes_hooks(optimizer):
+                raise TypeError(
+                    f"{type(optimizer).__name__} takes no step hooks (it did not call torch.optim.Optimizer.__init__): "
+                    "leave it out, and call `clear` of what `pin` returns after its steps."
+                )
+        return Pin(self._matched(module), optimizers)
+
+    def _matched(self, module: nn.Module) -> dict[str, tuple[Chunk, Tensor]]:
+        """What this process holds of the parameters, with their masks as bits, on the parameters' devices."""
+        named = local_chunks(module, remove_duplicate=False)
+        for name, shape in self._shapes.items():
+            if name not in named:
+                raise ValueError(f"the module has no parameter {name!r} that the masks could apply to.")
+            if named[name].shape != shape:
+                raise ValueError(f"the mask of {name!r} has shape {shape}, but the parameter {named[name].shape}.")
+        return {name: (named[name], _bits(named[name].take(mask), named[name].tensor)) for name, mask in self.items()}
+
+    # -- telling ------------------------------------------------------------------------------------------------------
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a tensor: ``parameter``, ``shape``, ``pruned``, ``weights`` and ``sparsity`` in [0, 1]."""
+        return [
+            _row(name, "×".join(map(str, mask.shape)), mask.numel() - int(mask.sum()), mask.numel())
+            for name, mask in self.items()
+        ]
+
+    def table(self, module: nn.Module | None = None) -> str:
+        """The sparsity of each tensor and overall, as a table.
+
+        Args:
+            module: The network; its total then counts the parameters without masks too.
+        """
+        rows = self.rows()
+        rows.append(_row("masked tensors", "", self.pruned, self.numel))
+        if module is not None:
+            rows.append(_row("all parameters", "", self.pruned, sum(each.numel() for each in module.parameters())))
+        lines = [("parameter", "shape", "pruned", "of", "sparsity")]
+        lines += [
+            (row["parameter"], row["shape"], f"{row['pruned']:,}", f"{row['weights']:,}", f"{row['sparsity']:.2%}")
+            for row in rows
+        ]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        text = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line[:2], widths[:2], strict=True)),
+                       *(cell.rjust(width) for cell, width in zip(line[2:], widths[2:], strict=True))]).rstrip()
+            for line in lines
+        ]  # fmt: skip
+        return "\n".join(text)
+
+    # -- storing ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """One bit a weight with names and shapes, safe for ``torch.load(weights_only=True)``."""
+        flat = np.concatenate([mask.reshape(-1).numpy() for mask in self.values()])
+        return {
+            "names": list(self),
+            "shapes": [list(mask.shape) for mask in self.values()],
+            "bits": torch.from_numpy(np.packbits(flat)),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> MaskSet:
+        """The masks from :meth:`state_dict`."""
+        counts = [math.prod(shape) for shape in state["shapes"]]
+        flat = torch.from_numpy(np.unpackbits(state["bits"].cpu().numpy(), count=sum(counts)).astype(bool))
+        named = state["names"], state["shapes"], torch.split(flat, counts)
+        return cls({name: part.reshape(shape) for name, shape, part in zip(*named, strict=True)})
+
+
+def _keep_largest(
+    given: Mapping[str, tuple[Tensor, Part, Tensor | None]], sparsity: float, all_sum: AllSum
+) -> dict[str, Tensor]:
+    """Boolean tensors by name: all but the share of the smallest sizes; among equal ones the first are pruned."""
+    places, at = [], 0
+    for _, part, _ in given.values():
+        places.append(lambda local, part=part, at=at: part.places(local) + at)
+        at += part.chunk.numel
+    sizes, _, before = zip(*given.values(), strict=True)
+    ranked = Ranked(sizes, places, before)
+    return dict(zip(given, ranked.kept(round(sparsity * at), all_sum), strict=True))
+
+
+def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:
+    return {"parameter": name, "shape": shape, "pruned": pruned, "weights": of, "sparsity": pruned / max(1, of)}
+
+
+def check_share(sparsity: object) -> None:
+    """Raise ValueError unless a sparsity is in its range."""
+    if not isinstance(sparsity, Real) or not 0 < float(sparsity) < 1:
+        raise ValueError(f"sparsity must lie in (0, 1), got {sparsity!r}: it is the share to prune, such as 0.75.")
+
+
+def check_amount(sparsity: object, threshold: object, scope: str) -> None:
+    """Raise ValueError unless exactly one of sparsity and threshold is given, in its range."""
+    if sparsity is not None and threshold is not None:
+        raise ValueError(f"sparsity={sparsity} and threshold={threshold} exclude each other: give one of them.")
+    if sparsity is None and threshold is None:
+        raise ValueError(
+            "sparsity=None and threshold=None say nothing: give the share to prune, such as sparsity=0.75."
+        )
+    if sparsity is not None:
+        check_share(sparsity)
+    if threshold is not None and (not isinstance(threshold, Real) or not 0 < float(threshold) < math.inf):
+        raise ValueError(f"threshold must be positive and finite, got {threshold!r}: smaller weights are pruned.")
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
+    if threshold is not None and scope != "global":
+        raise ValueError(f"scope={scope!r} goes with a sparsity, got threshold={threshold}: it is the same everywhere.")

@@ -1,0 +1,82 @@
+"""Which parameters of a network can be pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from lightning_koopman.parameters.select import match_names, select_parameters
+from lightning_koopman.parameters.sharded_modules import local_chunks
+
+NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
+
+
+def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """Parameters to prune by name; a tied one appears once, under its first name.
+
+    Args:
+        module: Any module.
+        patterns: Shell-style patterns over the parameters' names, all of a tied one's too; one that begins with ``!``
+            excludes.  Default: matrices and kernels, that is what has two dimensions or more, requires a gradient, is
+            no part of a norm and is no parameter that others are computed from (weight norm and the like).
+
+    Raises:
+        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy, complex,
+            frozen, or one that others are computed from.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_koopman import prunable_parameters
+        >>> list(prunable_parameters(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))))
+        ['0.weight', '2.weight']
+    """
+    chunks = local_chunks(module, remove_duplicate=False)
+    named = {name: chunk.parameter for name, chunk in chunks.items()}
+    first = {id(parameter): name for name, parameter in reversed(named.items())}
+    derived = _underlying(module)
+    if patterns is None:
+        norms = {id(each) for part in module.modules() if isinstance(part, NORMS) for each in part.parameters()}
+        chosen = [
+            name
+            for name, chunk in chunks.items()
+            if chunk.parameter.requires_grad and len(chunk.shape) >= 2 and id(chunk.parameter) not in norms | derived
+        ]
+        if not chosen:
+            raise ValueError(
+                "parameters=None selects trainable matrices and kernels, but the module has none: name what to prune."
+            )
+    else:
+        chosen = match_names(named, patterns, argument="parameters", kind="parameter")
+    selected = {first[id(named[name])]: named[name] for name in chosen}
+    select_parameters(module, list(selected))  # refuses what cannot be observed
+    for name, parameter in selected.items():
+        if id(parameter) in derived:
+            raise ValueError(
+                f"parameters={patterns!r} selects {name!r}, from which a weight is computed (a parametrization), so "
+                "that zeros in it are none in the weight: exclude it with '!', or remove the parametrization first."
+            )
+    frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"parameters={patterns!r} selects {frozen[0]!r}, which is frozen (requires_grad=False) and so has no "
+            "trajectory to be pruned by: unfreeze it, or exclude it with '!'."
+        )
+    return selected
+
+
+def _underlying(module: nn.Module) -> set[int]:
+    """Ids of the parameters that weights are computed from: parametrizations, weight norm, PyTorch's own pruning."""
+    lists = (part for part in module.modules() if isinstance(part, nn.utils.parametrize.ParametrizationList))
+    found = {id(parameter) for part in lists for parameter in part.parameters()}
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            stem, _, kind = name.rpartition("_")
+            if stem and kind in ("g", "v", "orig") and stem not in part._parameters and hasattr(part, stem):
+                found.add(id(parameter))
+    return found

@@ -1,0 +1,96 @@
+"""The smallest of many numbers, wherever they lie: exact quantiles by histograms, which processes can add up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_koopman._types import AllSum
+
+DIGIT = 16  # bits looked at in one pass
+PIECE = 2**22  # numbers turned into keys at a time
+PLACES = 48  # bits of a place: room for 2.8e14 weights
+
+
+class Ranked:
+    """Magnitudes to be ranked, with the places that decide between equal ones: the first counts as the smaller.
+
+    Args:
+        magnitudes: Real, finite tensors (n,).
+        places: For each, a function that gives the numbers' places from their indices (tensor of int64); those in all
+            tensors, in all processes, are distinct.
+        earlier: For each, None or a boolean tensor (n,): where False, the number counts as smaller than all others.
+    """
+
+    def __init__(
+        self,
+        magnitudes: Sequence[Tensor],
+        places: Sequence[Callable[[Tensor], Tensor]],
+        earlier: Sequence[Tensor | None],
+    ) -> None:
+        self._parts = list(zip(magnitudes, places, earlier, strict=True))
+        self._bits = 64 if any(part.dtype == torch.float64 for part in magnitudes) else 32
+
+    def kept(self, count: int, all_sum: AllSum) -> list[Tensor]:
+        """Boolean tensors (n,): all but the ``count`` smallest of the numbers in all processes."""
+        if count <= 0:
+            return [torch.ones(part.numel(), dtype=torch.bool) for part, _, _ in self._parts]
+        bound, below = _select([self._keys(at) for at in range(len(self._parts))], self._bits, count, all_sum)
+        kept, found = [], []
+        for at, (_, places, _) in enumerate(self._parts):
+            mask, ties, start = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.int64)], 0
+            for keys in self._keys(at)():
+                mask.append(keys > bound)
+                ties.append(torch.nonzero(keys == bound).reshape(-1) + start)
+                start += keys.numel()
+            kept.append(torch.cat(mask))
+            found.append((torch.cat(ties), places(torch.cat(ties))))
+        # among equal ones the first are pruned
+        last, _ = _select([partial(_all_at_once, place) for _, place in found], PLACES, count - below, all_sum)
+        for survivors, (tie, place) in zip(kept, found, strict=True):
+            survivors[tie[place > last]] = True
+        return kept
+
+    def _keys(self, at: int) -> Callable[[], Iterator[Tensor]]:
+        """Whole numbers in the order of the magnitudes, a piece at a time."""
+        part, _, earlier = self._parts[at]
+
+        def keys() -> Iterator[Tensor]:
+            for start in range(0, part.numel(), PIECE):
+                values = part[start : start + PIECE].abs()
+                wide = values.double() if self._bits == 64 else values.float()
+                # the bits of positive numbers are in the order of the numbers
+                key = wide.view(torch.int64 if self._bits == 64 else torch.int32).to(torch.int64).cpu() + 1
+                yield key if earlier is None else key.masked_fill_(~earlier[start : start + PIECE], 0)
+
+        return keys
+
+
+def _all_at_once(keys: Tensor) -> Iterator[Tensor]:
+    yield keys
+
+
+def _select(
+    sources: Sequence[Callable[[], Iterator[Tensor]]], bits: int, count: int, all_sum: AllSum
+) -> tuple[int, int]:
+    """The key of rank ``count`` (1: the smallest) among those in all processes, and how many are smaller.
+
+    Digit by digit from the highest: a histogram of the next one, of the keys that agree so far.
+    """
+    prefix, below = 0, 0
+    for shift in range(bits - DIGIT, -1, -DIGIT):
+        histogram = torch.zeros(2**DIGIT, dtype=torch.int64)
+        for source in sources:
+            for keys in source():
+                alike = keys[(keys >> (shift + DIGIT)) == prefix] if shift + DIGIT < 64 else keys
+                histogram += torch.bincount((alike >> shift) & (2**DIGIT - 1), minlength=2**DIGIT)
+        counts = all_sum(histogram.double().numpy())
+        up_to = below + np.cumsum(counts)
+        digit = int(np.searchsorted(up_to, count))
+        below = int(up_to[digit] - counts[digit])
+        prefix = (prefix << DIGIT) + digit
+    return prefix, below

@@ -1,0 +1,1 @@
+"""Sobolev losses and the noise estimate beside them."""

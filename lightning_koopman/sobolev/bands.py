@@ -1,0 +1,205 @@
+r"""Fourier modes on the torus, the bands they form, and their weights in a Sobolev norm (paper, section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+from lightning_koopman._checks import is_count, is_number
+from lightning_koopman.fourier.modes import half_space
+
+LOWEST = 4  # mode at which geometric scales begin: a network has no trouble with fewer
+NORMS = (1, 2)
+KINDS = ("geometric", "linear", "exponential")
+KEPT = 8  # bands at a time: millions of modes take hundreds of megabytes
+
+
+def sobolev_scales(
+    n_layers: int,
+    kind: str | Callable[[int], float] = "geometric",
+    *,
+    highest: float | None = None,
+    lowest: float | None = None,
+    start: int = 1,
+) -> tuple[float, ...]:
+    r"""Scale function :math:`s(\ell)` of each layer: the highest mode that the layer is trained on.
+
+    Args:
+        n_layers: Number of layers L ≥ 1 with an output, the network's own among them.
+        kind: ``"geometric"``: whole numbers from ``lowest`` to ``highest`` in equal ratios; the paper's two, section 6,
+            ``"linear"``, :math:`s(\ell) = \ell`, and ``"exponential"``, :math:`s(\ell) = 2^\ell`; or a callable of
+            :math:`\ell` that does not decrease.
+        highest: Last scale of ``"geometric"``, which needs it; see :func:`suggest_scales`.
+        lowest: First scale of ``"geometric"`` (default: 4, or ``highest`` if that is less).
+        start: First :math:`\ell` of the other kinds: 1 as in equation 7, 0 as in equation 8.
+
+    Returns:
+        L scales in cycles per period, none less than the one before.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a scale is negative, not finite or less than its predecessor.
+
+    Example:
+        >>> from lightning_koopman import sobolev_scales
+        >>> sobolev_scales(9, highest=64)
+        (4, 6, 8, 11, 16, 23, 32, 45, 64)
+        >>> sobolev_scales(4, "linear"), sobolev_scales(4, "exponential"), sobolev_scales(3, lambda layer: 3 * layer)
+        ((1, 2, 3, 4), (2, 4, 8, 16), (3, 6, 9))
+    """
+    if not is_count(n_layers):
+        raise ValueError(f"n_layers must be a whole number ≥ 1, got {n_layers!r}.")
+    if kind == "geometric":
+        if highest is None:
+            raise ValueError("highest=None: geometric scales need the highest mode; suggest_scales(x, y) finds one.")
+        first = min(LOWEST, highest) if lowest is None else lowest
+        if not (is_number(first) and is_number(highest) and 0 < first <= highest):
+            raise ValueError(f"lowest and highest must be 0 < lowest ≤ highest, got {first!r} and {highest!r}.")
+        ratio = (highest / first) ** (1 / max(1, n_layers - 1))
+        inner = [min(round(first * ratio**layer), highest) for layer in range(n_layers - 1)]
+        return check_scales((*inner, highest))
+    if highest is not None or lowest is not None:
+        raise ValueError(f"highest and lowest belong to kind='geometric', got kind={kind!r}: leave them out.")
+    if not (callable(kind) or kind in KINDS):
+        raise ValueError(f"kind must be one of {KINDS} or a callable, got {kind!r}.")
+    function = kind if callable(kind) else {"linear": lambda layer: layer, "exponential": lambda layer: 2**layer}[kind]
+    return check_scales([function(layer) for layer in range(start, start + n_layers)])
+
+
+def check_scales(scales: object) -> tuple[float, ...]:
+    """Scales as a tuple; raise ValueError unless they are numbers ≥ 0 that do not decrease."""
+    given = tuple(scales) if isinstance(scales, (Sequence, np.ndarray)) else (scales,)
+    if not given or not all(is_number(each) for each in given) or min(given) < 0:
+        raise ValueError(
+            f"scales must be the highest mode, a number ≥ 0, or one such number a layer, got {scales!r}: "
+            f"see sobolev_scales(n_layers, kind)."
+        )
+    if any(after < before for before, after in pairwise(given)):
+        raise ValueError(f"scales must not decrease from layer to layer, got {scales!r}: sort them.")
+    return tuple(int(each) if float(each).is_integer() else float(each) for each in given)
+
+
+@dataclass(frozen=True)
+class SobolevNorm:
+    r"""Which modes count for which layer, and how much: :math:`w_k = (1 + (2\pi\|k\|_2)^2)^s` in bands of modes.
+
+    Args:
+        scales: Scale of each layer; a single one stands for the highest of all layers, geometric from 4 on.
+        exponent: :math:`s`, usually negative (default: −1/2 as in equations 7 and 8 where ``literal``, else −1/4).
+        literal: Whether a layer has the shell :math:`\|k\| = s(\ell)`, as in the paper, or the ball
+            :math:`\|k\| \le s(\ell)`.
+        norm: 1 or 2, the norm of the mode that is compared with the scale.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+    """
+
+    scales: tuple[float, ...]
+    exponent: float | None = None
+    literal: bool = False
+    norm: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", check_scales(self.scales))
+        if self.exponent is not None and not is_number(self.exponent):
+            raise ValueError(f"exponent must be a finite number or None, got {self.exponent!r}.")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm must be 1 or 2, got {self.norm!r}.")
+
+    def bands(self, n_layers: int, dim: int) -> Bands:
+        """The modes in ``dim`` dimensions and their weights for each of ``n_layers`` outputs.
+
+        Raises:
+            ValueError: If the number of scales is neither 1 nor that of the outputs, or a shell holds no mode.
+        """
+        return make_bands(self.per_layer(n_layers), n_layers, dim, self.index, self.literal, self.norm)
+
+    def tensors(self, n_layers: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Modes (m, D) and weights (L, m) of the bands, in the dtype and on the device of a tensor."""
+        rule = (tuple(map(fixed, self.per_layer(n_layers))), n_layers, dim, fixed(self.index), self.literal, self.norm)
+        return cast("tuple[Tensor, Tensor]", constant_tensors(like.dtype, like.device, *rule))
+
+    @property
+    def index(self) -> float:
+        """The exponent s, given or by default."""
+        return (-0.5 if self.literal else -0.25) if self.exponent is None else self.exponent
+
+    def per_layer(self, n_layers: int) -> tuple[float, ...]:
+        """Scale of each layer; all of them for a single output."""
+        scales = self.scales
+        if n_layers > 1 and len(scales) == 1:
+            return sobolev_scales(n_layers, highest=scales[0])
+        if n_layers > 1 and len(scales) != n_layers:
+            raise ValueError(f"scales={scales!r} are {len(scales)}, but {n_layers} outputs are trained: give as many.")
+        return scales
+
+
+@dataclass(frozen=True, eq=False)
+class Bands:
+    """Modes of half of the space, for those of the other half have the same power, and their weights.
+
+    Attributes:
+        modes: Whole numbers (m, D), by increasing norm: of each pair k and −k one, and the zero mode.
+        weights: Array (L, m), ≥ 0: weight of a mode for a layer, that of k and −k together.
+    """
+
+    modes: npt.NDArray[np.int32]
+    weights: npt.NDArray[np.float64]
+
+    @property
+    def n_functions(self) -> int:
+        """Number of real functions, cosines and sines, that the modes stand for."""
+        return 2 * len(self.modes) - int(not self.modes.any(axis=1).all())
+
+
+def fixed(value: float) -> float:
+    """The number itself where the compiler has made a symbol of it, as of any that differs between two calls."""
+    return cast("float", guard_scalar(value)) if torch.compiler.is_compiling() else value
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
+def constant_tensors(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """:func:`make_tensors`, which the compiler is not to look into."""
+    return make_tensors(*arguments)
+
+
+@lru_cache(maxsize=KEPT)
+def make_tensors(dtype: torch.dtype, device: torch.device, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The bands where they are needed."""
+    bands = make_bands(*arguments)
+    with torch.inference_mode(mode=False):  # usable for training wherever they were made
+        return torch.tensor(bands.modes, device=device), torch.tensor(bands.weights, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=KEPT)
+def make_bands(scales: tuple[float, ...], n_layers: int, dim: int, exponent: float, literal: bool, norm: int) -> Bands:
+    """See :class:`SobolevNorm`."""
+    modes = half_space(scales[-1], dim, norm)
+    squares = (modes.astype(np.int64) ** 2).sum(axis=1)
+    sizes = np.abs(modes).sum(axis=1) if norm == 1 else squares
+    order = np.argsort(sizes, kind="stable")
+    modes, squares, sizes = modes[order], squares[order], sizes[order]
+    limits = np.asarray(scales, dtype=np.float64) ** norm
+    if literal:
+        members = np.isclose(sizes, limits[:, None], rtol=1e-9, atol=1e-9)
+        for scale, member in zip(scales, members, strict=True):
+            if not member.any():
+                raise ValueError(
+                    f"scales={scales!r}: no mode k has ‖k‖_{norm} = {scale!r}, so its shell is empty: "
+                    "take a whole number, or literal=False for the ball ‖k‖ ≤ s(ℓ)."
+                )
+    else:
+        members = sizes <= limits[:, None] * (1 + 1e-9)
+    if n_layers == 1:  # equation 8: all bands of one output; of nested balls the last holds them all
+        members = members.sum(axis=0, keepdims=True) if literal else members[-1:]
+    counted = members.any(axis=0)
+    decay = (1 + (2 * np.pi) ** 2 * squares) ** exponent * np.where(squares > 0, 2.0, 1.0)
+    return Bands(modes[counted], (members * decay)[:, counted])

@@ -1,0 +1,304 @@
+r"""The Sobolev loss as a function: what the network misses, mode by mode (paper, equations 6 to 8)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from functools import partial, reduce
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from lightning_koopman._checks import is_number
+from lightning_koopman.fourier.basis import BasisCache, fourier_basis, modes_at_once
+from lightning_koopman.fourier.domain import (
+    Domain,
+    Interval,
+    check_domain,
+    check_points,
+    match_domain,
+    observe_domain,
+    to_torus,
+)
+from lightning_koopman.sobolev.bands import Bands, SobolevNorm
+
+
+def sobolev_loss(
+    outputs: Tensor | Sequence[Tensor],
+    targets: Tensor,
+    points: Tensor | None = None,
+    *,
+    scales: float | Sequence[float],
+    exponent: float | None = None,
+    literal: bool = False,
+    norm: int = 1,
+    domain: Domain | None = None,
+    weights: Tensor | None = None,
+    n_samples: float | None = None,
+) -> Tensor:
+    r"""Squared negative Sobolev norm of what a network misses, in bands of Fourier modes (paper, equations 6 to 8).
+
+    .. math:: \sum_{\ell=1}^{L} \sum_{m=1}^{M} \sum_{\|k\| \le s(\ell)} (1 + (2\pi\|k\|_2)^2)^s
+        \, |\hat r_{\ell m}(k)|^2, \qquad \hat r(k) = \sum_{i=1}^{N} w_i \, (y_i - f_i) \, e^{-2\pi i k \cdot t_i}
+
+    with the points t in units of the period.  One output is Sobolev loss 2 of the paper, one a layer Sobolev loss 1.
+    :class:`SobolevLoss` is the same as a module, which keeps the basis from step to step and finds the layers.
+
+    Args:
+        outputs: The network's values f: tensor (N, M) at the points, or (N,) for one output; or one such tensor a
+            layer, the network's own last.  Without ``points``: (B, M, n_1, …, n_D) on equidistant grids that span a
+            period.
+        targets: Samples y, as the shape of one output.
+        points: Tensor (N, D), or (N,) for one input, in the unit of ``domain``; None for values on a grid.
+        scales: Highest mode, in cycles per period, or one such number for each of the outputs (for a single output they
+            are united); of a single one for several outputs geometric scales are made, :func:`sobolev_scales`.
+        exponent: :math:`s` (default: −1/2, as in the paper, where ``literal``, else −1/4).
+        literal: Shells :math:`\|k\| = s(\ell)`, as equations 7 and 8 are written, in place of balls.
+        norm: 1 as in the paper, or 2: the norm of the mode that is compared with the scale.
+        domain: ``(low, high)``, the ends of one period, or such a pair for each input (default: the range of the points
+            and one mean spacing more).
+        weights: Quadrature weights (N,), that sum to 1 over the whole data set (default: all equal).
+        n_samples: Number of samples in the whole data set where the call has a random part of it.  The value is then
+            without bias: its mean over all parts of B ≥ 2 samples is the value of the whole.  It may be negative.
+            ``math.inf``: without bias for the loss of infinitely many samples; it has no lower bound.
+
+    Returns:
+        Scalar in the widest dtype of outputs, targets and points, at least float32, whatever autocast says.
+
+    Raises:
+        TypeError: If an input is complex, or not floating point.
+        ValueError: If shapes do not match, a point lies outside of the period, a shell holds no mode, or an argument is
+            out of its range.  (Within a compiled step points are not looked at, and there are no warnings.)
+
+    Warns:
+        UserWarning: If there are more modes than the samples can tell apart, or the points have half precision, which
+            high modes do not bear.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import sobolev_loss
+        >>> x = torch.arange(8) / 8
+        >>> missed = torch.cos(2 * torch.pi * 3 * x)  # power 1/4 in each of the modes 3 and −3
+        >>> sobolev_loss(missed, torch.zeros(8), x, scales=3, exponent=0.0)
+        tensor(0.5000)
+        >>> sobolev_loss(missed, torch.zeros(8), x, scales=2, exponent=0.0) < 1e-12
+        tensor(True)
+    """
+    rule = SobolevNorm(cast("tuple[float, ...]", scales), exponent, literal, norm)
+    box = None if domain is None else check_domain(domain)
+    check_n_samples(n_samples)
+    stack, targets, points = check_tensors(outputs, targets, points)
+    if points is None:
+        check_grid_arguments(box, weights, n_samples)
+        if not torch.compiler.is_compiling():
+            warn_of_aliases(rule.bands(len(stack), targets.dim() - 2), targets.shape[2:])
+        return grid_loss(stack, targets, rule)
+    weights = check_weights(weights, targets, n_samples)
+    box = observe_domain(points) if box is None else match_domain(box, points.shape[1])
+    check_points(points, box)
+    if not torch.compiler.is_compiling():
+        warn_of_modes(rule.bands(len(stack), points.shape[1]), len(targets) if n_samples is None else n_samples)
+    return scattered_loss(stack, targets, points, rule, box, weights, n_samples)
+
+
+def scattered_loss(
+    outputs: Sequence[Tensor],
+    targets: Tensor,
+    points: Tensor,
+    rule: SobolevNorm,
+    box: tuple[Interval, ...],
+    weights: Tensor | None,
+    n_samples: float | None,
+    cache: BasisCache | None = None,
+) -> Tensor:
+    """The loss at points; all arguments are checked."""
+    dtype = precision(*outputs, targets, points)
+    n_points = len(targets)
+    with torch.autocast(points.device.type, enabled=False):
+        points = points.to(dtype)
+        missed = torch.cat([targets.to(dtype) - output.to(dtype) for output in outputs], dim=1)  # (N, L M)
+        scaled = missed / n_points if weights is None else missed * weights.to(dtype)[:, None]
+        modes, factors = rule.tensors(len(outputs), points.shape[1], points)
+        step = modes_at_once(len(modes), n_points, dtype)
+        if step >= len(modes):
+            if cache is None or points.requires_grad or torch.compiler.is_compiling():
+                basis = fourier_basis(to_torus(points, box), modes)
+            else:
+                basis = cache.get(points, box, modes)
+            total = weighted_power(basis @ scaled, factors)
+        else:
+            torus_points, total = to_torus(points, box), scaled.new_zeros(())
+            for some, their in zip(torch.split(modes, step), torch.split(factors, step, dim=1), strict=True):
+                piece = partial(power_of_modes, some, their)
+                if torch.is_grad_enabled():  # the piece of the basis is made again for the gradient
+                    total = total + checkpoint(
+                        piece, torus_points, scaled, use_reentrant=False, preserve_rng_state=False
+                    )
+                else:
+                    total = total + piece(torus_points, scaled)
+        return total if n_samples is None else without_bias(total, scaled, factors, n_samples)
+
+
+def precision(*tensors: Tensor) -> torch.dtype:
+    """The widest dtype of all, at least float32."""
+    return reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
+
+
+def power_of_modes(modes: Tensor, factors: Tensor, torus_points: Tensor, scaled: Tensor) -> Tensor:
+    """What some of the modes contribute."""
+    return weighted_power(fourier_basis(torus_points, modes) @ scaled, factors)
+
+
+def weighted_power(coefficients: Tensor, factors: Tensor) -> Tensor:
+    """Sum of |r̂|² over modes, layers and outputs, weighted, from real coefficients (2m, L M) and weights (L, m)."""
+    n_layers, n_modes = factors.shape
+    power = coefficients.square().view(2, n_modes, n_layers, -1).sum(dim=(0, 3))
+    return (power * factors.mT).sum()
+
+
+def without_bias(total: Tensor, scaled: Tensor, factors: Tensor, n_samples: float) -> Tensor:
+    """The loss of N samples estimated from that of B of them.
+
+    It is a sum over pairs of samples, of which a part holds B (B − 1) out of N (N − 1), and over samples with
+    themselves, of which it holds B out of N, and which are alike for all modes.
+    """
+    n_points = len(scaled)
+    alone = (scaled.square().view(n_points, len(factors), -1).sum(dim=(0, 2)) * factors.sum(1)).sum()
+    rest = 1 - 1 / n_samples  # (N − 1) / N, also for N = ∞
+    pairs = n_points / (n_points - 1) * rest if n_points > 1 else 0.0  # a single sample has none
+    return pairs * (total - alone) + n_points / n_samples * alone
+
+
+def grid_loss(outputs: Sequence[Tensor], targets: Tensor, rule: SobolevNorm) -> Tensor:
+    """The loss of values on grids (B, M, n_1, …, n_D) that span one period: the mean over B; arguments are checked."""
+    sizes = targets.shape[2:]
+    axes = tuple(range(-len(sizes), 0))
+    dtype = precision(*outputs, targets)
+    with torch.autocast(targets.device.type, enabled=False):
+        missed = torch.stack([targets.to(dtype) - output.to(dtype) for output in outputs])  # (L, B, M, n_1, …, n_D)
+        transformed = torch.view_as_real(torch.fft.rfftn(missed, dim=axes, norm="forward"))
+        power = transformed.square().sum(-1).mean(1).sum(1).flatten(1)  # (L, number of stored modes)
+        modes, factors = rule.tensors(len(outputs), len(sizes), power)
+        return (power[:, stored_at(modes, sizes)] * factors).sum()
+
+
+def stored_at(modes: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Where a real FFT of that size has the power of each mode; of modes beyond its half that of their negative."""
+    extent = torch.tensor(sizes, device=modes.device)
+    half = sizes[-1] // 2
+    wrapped = modes % extent
+    wrapped = torch.where(wrapped[:, -1:] > half, -modes % extent, wrapped)
+    index = torch.zeros(len(modes), dtype=torch.int64, device=modes.device)
+    for column, size in zip(wrapped.unbind(1), (*sizes[:-1], half + 1), strict=True):
+        index = index * size + column
+    return index
+
+
+def check_tensors(
+    outputs: Tensor | Sequence[Tensor], targets: Tensor, points: Tensor | None
+) -> tuple[list[Tensor], Tensor, Tensor | None]:
+    """Outputs and targets (N, M), points (N, D), or grids (B, M, n_1, …); raise unless they belong together."""
+    outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [cast("Tensor", outputs)]
+    if not outputs:
+        raise ValueError("outputs is an empty list: give the network's values, or one tensor a layer.")
+    named = [(f"outputs[{index}]" if len(outputs) > 1 else "outputs", each) for index, each in enumerate(outputs)]
+    named += [("targets", targets)] + ([] if points is None else [("points", points)])
+    for name, tensor in named:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+        if tensor.is_complex():
+            raise TypeError(f"{name} is complex ({tensor.dtype}): give real and imaginary part as two outputs.")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name} must be floating point, got {tensor.dtype}: convert it with .float().")
+    for name, tensor in named[: len(outputs)]:
+        if tensor.shape != targets.shape:
+            raise ValueError(
+                f"{name} has the shape {tuple(tensor.shape)}, targets {tuple(targets.shape)}: they must be the same, "
+                "nothing is broadcast."
+            )
+    for name, tensor in named:
+        if tensor.device != targets.device:
+            raise ValueError(f"{name} is on {tensor.device}, targets on {targets.device}: move them to one device.")
+    if not targets.numel():
+        raise ValueError(f"targets are empty, {tuple(targets.shape)}: there is nothing to compare.")
+    if points is None:
+        if targets.dim() < 3:
+            raise ValueError(
+                f"points=None is for values on a grid, (B, M, n_1, …, n_D), but targets have the shape "
+                f"{tuple(targets.shape)}: give points (N, D)."
+            )
+        return outputs, targets, None
+    if targets.dim() not in (1, 2) or points.dim() not in (1, 2) or len(points) != len(targets) or not points.numel():
+        raise ValueError(
+            f"targets must be (N, M) and points (N, D) with the same N ≥ 1, got {tuple(targets.shape)} and "
+            f"{tuple(points.shape)}; leave points out for values on a grid."
+        )
+    if points.dtype.itemsize < 4 and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"points are {points.dtype}, which rounds them by more than high modes bear: give them in float32 (as "
+            "precision='bf16-mixed' does, unlike 'bf16-true').",
+            stacklevel=3,
+        )
+    if targets.dim() == 1:
+        outputs, targets = [each[:, None] for each in outputs], targets[:, None]
+    return outputs, targets, points[:, None] if points.dim() == 1 else points
+
+
+def check_n_samples(n_samples: object) -> None:
+    """Raise ValueError unless it is None or a number ≥ 1."""
+    if n_samples is not None and not (
+        (is_number(n_samples) or n_samples == math.inf) and cast("float", n_samples) >= 1
+    ):
+        raise ValueError(f"n_samples must be the number of samples in the data set, ≥ 1, or None, got {n_samples!r}.")
+
+
+def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | None) -> Tensor | None:
+    """Quadrature weights for this part of the data set; raise ValueError unless they and ``n_samples`` fit it."""
+    n_points = len(targets)
+    if n_samples is not None and n_samples < n_points:
+        raise ValueError(f"n_samples={n_samples!r} is less than the {n_points} samples of this call: give the total.")
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor) or weights.shape != targets.shape[:1] or weights.is_complex():
+        got = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
+        raise ValueError(f"weights must be a real tensor ({n_points},), one for each sample, got {got}.")
+    if n_samples == math.inf:
+        raise ValueError("weights of infinitely many samples are all zero: leave weights or n_samples=inf out.")
+    if not torch.compiler.is_compiling():
+        total = float(weights.detach().sum())
+        if not total <= 1.01 or (n_samples in (None, n_points) and total < 0.99):
+            raise ValueError(f"weights sum to {total:.6g}, not to 1: divide them by their sum over the whole data set.")
+    return weights if n_samples is None else weights * (n_samples / n_points)
+
+
+def check_grid_arguments(box: object, weights: object, n_samples: object) -> None:
+    """Raise ValueError for what has no meaning on a grid."""
+    for name, value in (("domain", box), ("weights", weights), ("n_samples", n_samples)):
+        if value is not None:
+            raise ValueError(f"{name} is for scattered points: a grid spans one period, all of it, with equal weights.")
+
+
+def warn_of_modes(bands: Bands, n_samples: float) -> None:
+    """Warn where the modes outnumber the samples."""
+    if bands.n_functions > n_samples:
+        warnings.warn(
+            f"scales: the {bands.n_functions} cosines and sines up to the highest mode are more than the "
+            f"{n_samples} samples, which cannot tell them apart: noise is fitted. Take a lower highest mode.",
+            stacklevel=3,
+        )
+
+
+def warn_of_aliases(bands: Bands, sizes: Sequence[int]) -> None:
+    """Warn where a grid is too coarse for a mode."""
+    highest = abs(bands.modes).max(axis=0).tolist()
+    for axis, (size, mode) in enumerate(zip(sizes, highest, strict=True)):
+        if 2 * mode > size:
+            warnings.warn(
+                f"scales: the grid has {size} points in dimension {axis}, which cannot tell mode {mode} from a lower "
+                f"one: take no mode above {min(sizes) // 2}.",
+                stacklevel=3,
+            )
+            return

@@ -1,0 +1,101 @@
+"""Listen to a network's layers."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.parameters.select import match_names
+
+
+class Tap:
+    """Forward hook that keeps what a layer returned last, until it is taken, for as long as its loss lives."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.value: Any = None
+        self.calls = 0  # with gradients
+        self.with_grad = True
+        self._owner: weakref.ref[nn.Module] | None = None
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        """Called by PyTorch after the layer."""
+        with_grad = torch.is_grad_enabled()
+        if not torch.compiler.is_compiling():
+            if self._owner is None or self._owner() is None:  # in a copy of the network without its loss
+                return
+            if torch._C._current_graph_task_id() != -1:  # run again by a checkpoint within a backward pass
+                return
+            self.calls += with_grad
+        self.value, self.with_grad = output, with_grad
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"name": self.name}  # activations have no place in a copy, and its loss says whose it is
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def belong_to(self, loss: nn.Module) -> None:
+        """Listen on behalf of that loss."""
+        self._owner = weakref.ref(loss)
+
+    def take(self) -> Tensor:
+        """The value, once."""
+        value: Any = self.value
+        self.value, self.calls, self.with_grad = None, 0, True
+        if value is None:
+            raise RuntimeError(
+                f"layer {self.name!r} has not run since the loss was last called: call the network first, with all of "
+                "the samples at once; a network that is compiled must not have run before its loss is made."
+            )
+        if not isinstance(value, Tensor):
+            raise TypeError(f"layer {self.name!r} returns a {type(value).__name__}: name layers that return a tensor.")
+        return value
+
+
+def layer_names(network: nn.Module, layers: str | Sequence[str]) -> list[str]:
+    """Names of the layers that match.
+
+    Raises:
+        ValueError: If a pattern matches no layer.
+    """
+    if not isinstance(layers, str) and not all(isinstance(each, str) for each in layers):
+        raise ValueError(f"layers must be names of layers, got {layers!r}: see network.named_modules().")
+    named = [name for name, _ in network.named_modules() if name]
+    return match_names(named, layers, argument="layers", kind="layer")
+
+
+def run_once(network: nn.Module, example: Any, layers: Sequence[str]) -> tuple[Tensor, dict[str, list[Any]]]:
+    """The network's output for an example, with nothing of the network changed, and what its layers returned.
+
+    Raises:
+        ValueError: If the network fails on it, or returns no tensor.
+    """
+    modes = {part: part.training for part in network.modules()}
+    heard: dict[str, list[Any]] = {}  # in the order in which they run
+
+    def hear(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        heard.setdefault(name, []).append(output)
+
+    hooks = [network.get_submodule(name).register_forward_hook(partial(hear, name)) for name in layers]
+    network.eval()
+    try:
+        with torch.no_grad():
+            output = network(*example) if isinstance(example, tuple) else network(example)
+    except Exception as error:
+        raise ValueError(
+            f"the network fails on the example that shows its layers' widths: {type(error).__name__}: {error}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for part, training in modes.items():
+            part.training = training
+    if not isinstance(output, Tensor):
+        raise ValueError(f"the network returns a {type(output).__name__} for the example, not one tensor.")
+    return output, heard

@@ -1,0 +1,1 @@
+"""Rules that judge numbers: converged, or badly started."""

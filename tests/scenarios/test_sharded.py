@@ -1,0 +1,228 @@
+"""Two processes on the CPU against the single-process result, under each strategy."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from problems import distance
+from torch import nn
+
+from lightning_koopman import MaskSet, Trajectory, dmd_rrr, persistent_weights
+from lightning_koopman.callbacks.restart import FAR_SEED
+from lightning_koopman.parameters.reinitialize import reinitialize
+
+SCRIPT = Path(__file__).parents[1] / "processes.py"
+STRATEGIES = ["ddp", "fsdp2", "fsdp"]
+SHAPES = {"net.0.weight": (25, 64), "net.0.bias": (25,), "net.1.weight": (25,), "net.1.bias": (25,),
+          "net.3.weight": (10, 25), "net.3.bias": (10,)}  # fmt: skip
+PRUNED = ["net.0.weight", "net.3.weight"]
+
+
+def environments(devices: int) -> list[dict[str, str]]:
+    """What torchrun would tell each process; Lightning's own launcher sleeps for seconds before it starts them."""
+    if devices == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    size = str(devices)
+    return [
+        {**shared, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        for rank in map(str, range(devices))
+    ]
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Trains in processes of its own and returns what each of them wrote."""
+
+    def run(
+        name: str, strategy: str, *callbacks: Any, devices: int = 2, fails: bool = False, **options: Any
+    ) -> list[Any]:
+        folder = tmp_path / name
+        folder.mkdir()
+        asked = {"strategy": strategy, "devices": devices, "folder": str(folder), "epochs": 14, **options}
+        command = [sys.executable, str(SCRIPT), json.dumps({**asked, "callbacks": callbacks})]
+        with ExitStack() as files:
+            logs = [files.enter_context((folder / f"log{rank}").open("w")) for rank in range(devices)]
+            started = [
+                subprocess.Popen(command, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT)
+                for env, log in zip(environments(devices), logs, strict=True)
+            ]
+            codes = [process.wait(timeout=240) for process in started]
+        told = "".join((folder / f"log{rank}").read_text()[-2000:] for rank in range(devices))
+        assert all(codes) if fails else not any(codes), told
+        ranks = [folder / f"rank{rank}.pt" for rank in range(devices)]
+        return [torch.load(path, weights_only=False) for path in ranks if path.exists()]
+
+    return run
+
+
+def parts_of(flat: np.ndarray) -> dict[str, torch.Tensor]:
+    """Flat weights by parameter."""
+    sizes = [int(np.prod(shape)) for shape in SHAPES.values()]
+    pieces = torch.split(torch.from_numpy(flat.copy()), sizes)
+    return {name: piece.reshape(shape) for (name, shape), piece in zip(SHAPES.items(), pieces, strict=True)}
+
+
+def check_spectra(ranks: list[Any], whole: np.ndarray) -> None:
+    """Each epoch's eigenvalues and residuals, in each process, are those of the gathered weights."""
+    for rank in ranks:
+        assert rank["spectra"]
+        for times, eigenvalues, residuals in rank["spectra"]:
+            exact = dmd_rrr(whole[times])
+            assert distance(eigenvalues, exact.eigenvalues) < 1e-10
+            np.testing.assert_allclose(np.sort(residuals), np.sort(exact.residuals), atol=1e-10)
+        np.testing.assert_array_equal(rank["spectra"][-1][1], ranks[0]["spectra"][-1][1])  # to the last bit
+
+
+def trajectory_of(snapshots: np.ndarray, **options: Any) -> Trajectory:
+    trajectory = Trajectory(snapshots.shape[1], **options)
+    for snapshot in snapshots:
+        trajectory.append(snapshot)
+    return trajectory
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_all_callbacks_give_the_single_process_result(train, strategy):
+    ranks = train(
+        "run",
+        strategy,
+        ("monitor", {"window": 10}),
+        ("stop", {"mode": "report"}),
+        ("restart", {}),
+        ("prune", {"sparsity": 0.6, "epoch": 12, "survivors": "reconstruction"}),
+    )
+    whole = ranks[0]["whole"]
+    assert ranks[0]["names"] == list(SHAPES)
+    assert ranks[0]["warnings"] == []
+    assert [rank["monitor"]["total"] for rank in ranks] == [1935, 1935]
+    sizes = [rank["monitor"]["n"] for rank in ranks]
+    assert sum(sizes) == 1935  # nothing counts twice
+    assert max(sizes) < 1100  # and both have their share
+    before = whole[:13]
+    check_spectra([{**rank, "spectra": rank["spectra"][:11]} for rank in ranks], before)
+    # masks and survivors
+    kept = persistent_weights(trajectory_of(before))
+    scores = {name: value for name, value in parts_of(kept.values.numpy()).items() if name in PRUNED}
+    expected = MaskSet.from_scores(scores, sparsity=0.6)
+    for rank in ranks:
+        masks = MaskSet.from_state_dict(rank["prune"]["masks"])
+        assert all(torch.equal(masks[name], expected[name]) for name in PRUNED)
+    now, last = parts_of(whole[13]), parts_of(whole[-1])  # set when the epoch began
+    for name in PRUNED:
+        torch.testing.assert_close(now[name], scores[name] * expected[name], rtol=1e-5, atol=1e-7)
+        assert torch.equal(last[name] != 0, expected[name])
+    # the first process alone writes the history; all hold the same messages
+    row = ranks[0]["prune"]["history"][0]
+    assert (row["snapshots"], row["modes"], row["rank"]) == (13, kept.n_modes, kept.spectrum.rank)
+    assert [row["epoch"] for row in ranks[0]["monitor"]["history"]] == list(range(1, 15))
+    assert len({rank["stop"]["message"] for rank in ranks}) == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_drawing_anew_gives_every_process_what_a_single_one_would_draw(train, strategy):
+    bad = {"epochs": 13, "scale": 60.0, "lr": 1e-3}
+    ranks = train(
+        "run",
+        strategy,
+        ("restart", {"check_epoch": 3, "max_restarts": 1}),
+        (
+            "prune",
+            {"sparsity": 0.5, "epoch": 9, "rounds": 2, "round_epochs": 3, "survivors": "reinit", "scope": "tensor"},
+        ),
+        **bad,
+    )
+    assert ranks[0]["restart"]["restarts"] == ranks[1]["restart"]["restarts"]
+    assert [row["epoch"] for row in ranks[0]["restart"]["restarts"]] == [3]
+    net = nn.Sequential(nn.Linear(64, 25), nn.LayerNorm(25), nn.ReLU(), nn.Linear(25, 10))
+    reinitialize([net[0], net[1], net[3]], seed=FAR_SEED)
+    drawn = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
+    whole = ranks[0]["whole"]
+    np.testing.assert_array_equal(whole[4], drawn)  # 0 … 3, then the new start
+    # two rounds, each followed by a draw with its own seed
+    masks = MaskSet.from_state_dict(ranks[0]["prune"]["masks"])
+    assert all(row["sparsity"] == pytest.approx(0.5, abs=0.01) for row in masks.rows())
+    reinitialize([net[0], net[1], net[3]], seed=2)
+    masks.apply(nn.ModuleDict({"net": net}))
+    drawn = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
+    assert any(np.array_equal(each, drawn) for each in whole)
+    assert torch.equal(ranks[0]["prune"]["masks"]["bits"], ranks[1]["prune"]["masks"]["bits"])
+
+
+@pytest.mark.parametrize(
+    ("strategy", "then", "devices"),
+    [("ddp", "single", 1), ("fsdp2", "fsdp2", 3), ("fsdp", "fsdp", 2), ("single", "ddp", 2)],
+)
+def test_resuming_in_another_number_of_processes(train, tmp_path, strategy, then, devices):
+    callbacks = ("monitor", {"window": 8}), ("prune", {"sparsity": 0.5, "epoch": 4})
+    before = 1 if strategy == "single" else 2
+    first = train("first", strategy, *callbacks, devices=before, epochs=9)
+    checkpoint = tmp_path / "first" / "checkpoints" / "epoch=8.ckpt"
+    ranks = train("then", then, *callbacks, devices=devices, epochs=12, checkpoint=str(checkpoint))
+    assert ranks[0]["warnings"] == []
+    # weights by time: pruning set them anew after epoch 4, so the trajectory starts there
+    whole = np.concatenate([first[0]["whole"][[*range(4), *range(5, 11)]], ranks[0]["whole"][1:]])
+    assert len(whole) == 13
+    assert ranks[0]["spectra"][0][0] == list(range(4, 11))[-8:]
+    check_spectra(ranks, whole)
+    assert [row["epoch"] for row in ranks[0]["monitor"]["history"]] == list(range(1, 13))
+    bits = {tuple(rank["prune"]["masks"]["bits"].tolist()) for rank in (*first, *ranks)}
+    assert len(bits) == 1
+    masks = MaskSet.from_state_dict(ranks[0]["prune"]["masks"])
+    assert all(torch.equal(parts_of(ranks[0]["whole"][-1])[name] != 0, masks[name]) for name in PRUNED)
+
+
+def test_a_process_that_dies_ends_the_run_and_what_was_saved_goes_on(train, tmp_path):
+    strategy = "fsdp2"
+    callbacks = [("monitor", {"window": 8})]
+    assert train("first", strategy, *callbacks, epochs=9, dies=[6, 1], fails=True) == []
+    saved = sorted((tmp_path / "first" / "checkpoints").glob("*.ckpt"))
+    assert saved[-1].name == "epoch=5.ckpt"
+    ranks = train("then", strategy, *callbacks, devices=1, epochs=9, checkpoint=str(saved[-1]))
+    assert ranks[0]["warnings"] == []
+    assert ranks[0]["spectra"][0][0] == list(range(8))
+    assert ranks[0]["monitor"]["times"] == list(range(2, 10))
+
+
+def test_whatever_is_kept_of_a_snapshot_works_in_shards(train):
+    options = [
+        {"storage": "sketch", "sketch": 101, "prefix": "a"},
+        {"dtype": "bfloat16", "prefix": "b", "background": True},
+        {"storage": "disk", "prefix": "c", "window": None},
+        {"every_n_steps": 3, "prefix": "d"},
+    ]
+    ranks = train("run", "fsdp2", *(("monitor", each) for each in options), epochs=9)
+    whole = ranks[0]["whole"]
+    sketched = trajectory_of(whole, storage="sketch", sketch=101)
+    rounded = trajectory_of(whole, dtype=torch.bfloat16)
+    for rank in ranks:
+        assert rank["warnings"] == []
+        sketch, half, disk, steps = rank["all"]
+        assert distance(sketch["eigenvalues"], sketched.spectrum().eigenvalues) < 1e-9
+        assert distance(half["eigenvalues"], rounded.spectrum().eigenvalues) < 1e-9
+        assert distance(disk["eigenvalues"], dmd_rrr(whole).eigenvalues) < 1e-10
+        assert steps["times"] == list(range(16))  # 45 steps
+    assert [row["step"] for row in ranks[0]["all"][3]["history"]] == list(range(3, 46, 3))
+    assert [row["epoch"] for row in ranks[0]["all"][1]["history"]] == list(range(1, 10))  # none is lost at the end
+
+
+def test_replicas_of_shards_count_once(train):
+    callbacks = ("monitor", {"window": 6}), ("prune", {"sparsity": 0.5, "epoch": 4})
+    ranks = train("run", "hybrid", *callbacks, devices=4, epochs=6)
+    sizes = [rank["monitor"]["n"] for rank in ranks]
+    assert sum(sizes) == 1935
+    assert min(sizes) > 400
+    check_spectra([{**rank, "spectra": rank["spectra"][:3]} for rank in ranks], ranks[0]["whole"])
+    assert len({tuple(rank["prune"]["masks"]["bits"].tolist()) for rank in ranks}) == 1
