@@ -1,7 +1,7 @@
 """Treat training as a dynamical system: the Koopman spectrum of a network's weights, for PyTorch Lightning."""
 
-from lightning_koopman.callbacks.base import KoopmanWarning
 from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalues
+from lightning_koopman.callbacks.guard import KoopmanWarning
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
 from lightning_koopman.callbacks.restart import RestartOnBadInitialization

@@ -73,3 +73,15 @@ def record(data: Any, epochs: int) -> np.ndarray:
             optimizer.step()
         snapshots.append(nn.utils.parameters_to_vector(model.parameters()).detach().numpy().copy())
     return np.stack(snapshots)
+
+
+def held(trajectory: object) -> np.ndarray:
+    """The snapshots that a trajectory holds, in float64: its increments, added up without rounding."""
+    rows = [trajectory._oldest, *(trajectory._rows.row(trajectory._first + t) for t in range(1, len(trajectory)))]
+    return np.cumsum([row.double().numpy() for row in rows], axis=0)
+
+
+def assert_recorded(found: object, expected: object) -> None:
+    """Snapshots are kept to one rounding of a step between two of them."""
+    found, expected = np.asarray(found), np.asarray(expected)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-23 * np.abs(expected).max())

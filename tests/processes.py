@@ -155,7 +155,7 @@ def main() -> None:
         def look(self, epoch: int) -> None:
             for (kind, _), callback in zip(options["callbacks"], callbacks, strict=True):
                 recorder = callback.recorder
-                if kind == "monitor" and len(recorder) > 2 and not callback._background:
+                if kind == "monitor" and len(recorder) > 2:
                     spectrum = recorder.trajectory.spectrum()
                     self.spectra.append((list(recorder.epochs), spectrum.eigenvalues, spectrum.residuals))
 

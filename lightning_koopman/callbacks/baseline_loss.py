@@ -1,4 +1,4 @@
-"""The loss at chance, measured: what the user's own training step gives for a network that ignores its input."""
+"""The baseline loss, measured: what the user's own training step gives for a network that ignores its input."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman._checks import check_positive
-from lightning_koopman.callbacks.base import TrajectoryCallback, outermost
-from lightning_koopman.callbacks.dry_run import can_rehearse, quiet_copy, rehearsal
+from lightning_koopman.callbacks.dry_run import can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.sharded_modules import local_chunks
-from lightning_koopman.stopping.evidence import Chance
+from lightning_koopman.stopping.evidence import Baseline
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 TUNED, SCORED, ENOUGH = 8, 16, 4  # batches that set the constant output, that measure its loss, that will do
 
 
-class ChanceProbe:
+class BaselineProbe:
     """Runs ``training_step`` on the first batches with a copy of the module that can only give a constant output.
 
     All trainable weights of the copy are zero.  Its biases are set by one Newton step along their mean gradient, which
@@ -40,15 +40,44 @@ class ChanceProbe:
         """Forget what was measured."""
         self._copy: pl.LightningModule | None = None
         self._biases: list[nn.Parameter] = []
-        self._gradients: list[Tensor] = []
-        self._losses: list[Tensor] = []
+        self._values: list[Tensor] | None = None  # of the biases, from a checkpoint
+        self._gradient_sum: Tensor | None = None
+        self._gradients = 0
+        self._losses: list[float] = []
         self._tuned = False
         self._last: tuple[int, int] | None = None
         self.wanted = True  # whether another batch helps
 
+    def __getstate__(self) -> dict[str, Any]:  # a copy elsewhere makes its own copy of the module
+        return {**vars(self), "_copy": None, "_biases": [], "_values": self._bias_values()}
+
     def finish(self) -> None:
         """Measure no more."""
-        self.wanted, self._copy, self._biases, self._gradients = False, None, [], []
+        self.wanted, self._copy, self._biases, self._values, self._gradient_sum = False, None, [], None, None
+
+    def _bias_values(self) -> list[Tensor] | None:
+        return [bias.detach().clone() for bias in self._biases] if self._copy is not None else self._values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; tensors and primitives."""
+        return {
+            "wanted": self.wanted,
+            "last": self._last,
+            "tuned": self._tuned,
+            "losses": list(self._losses),
+            "gradient_sum": self._gradient_sum,
+            "gradients": self._gradients,
+            "biases": self._bias_values(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.restart()
+        last = state["last"]
+        self._last = None if last is None else (int(last[0]), int(last[1]))
+        self.wanted, self._tuned, self._gradients = bool(state["wanted"]), bool(state["tuned"]), int(state["gradients"])
+        self._losses = [float(each) for each in state["losses"]]
+        self._gradient_sum, self._values = state["gradient_sum"], state["biases"]
 
     def observe(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure one batch, once; any failure ends the measurement."""
@@ -67,19 +96,24 @@ class ChanceProbe:
     def _measure(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, later: bool
     ) -> None:
-        if not can_rehearse(module):
+        if not can_dry_run(module):
             self.finish()
             return
         if self._copy is None:
             self._copy, self._biases = _constant(module, outermost(trainer, module))
+            with torch.no_grad():
+                for bias, value in zip(self._biases, self._values or [], strict=self._values is not None):
+                    bias.copy_(value)
         network = self._copy
-        with rehearsal(trainer, module, batch, batch_idx) as loss:
+        with dry_run(trainer, module, batch, batch_idx) as loss:
             if self._tuned:
-                self._losses.append(loss(network).detach().double().cpu())
+                self._losses.append(float(loss(network).detach()))
                 return
-            self._gradients.append(self._gradient(value := loss(network)))
-            if later or len(self._gradients) == TUNED:  # a full batch is an epoch
-                self._tune(float(value.detach()), lambda: loss(network))
+            gradient = self._gradient(value := loss(network))
+            self._gradient_sum = gradient if self._gradient_sum is None else self._gradient_sum + gradient
+            self._gradients += 1
+            if later or self._gradients == TUNED:  # a full batch is an epoch
+                self._tune(float(value.detach()), gradient, lambda: loss(network))
 
     def _gradient(self, loss: Tensor) -> Tensor:
         """Gradient of all biases, flat."""
@@ -88,13 +122,14 @@ class ChanceProbe:
         found = torch.autograd.grad(loss, self._biases, allow_unused=True, materialize_grads=True)
         return torch.cat([gradient.reshape(-1).double().cpu() for gradient in found])
 
-    def _tune(self, before: float, loss: Callable[[], Tensor]) -> None:
+    def _tune(self, before: float, gradient: Tensor, loss: Callable[[], Tensor]) -> None:
         """Set the biases: a Newton step along the mean gradient, with the curvature seen on this batch."""
         self._tuned = True
-        step = torch.stack(self._gradients).mean(dim=0)
+        assert self._gradient_sum is not None
+        step = self._gradient_sum / self._gradients
         length = float(step @ step)
         usable = 0 < length < math.inf
-        slope = float(self._gradients[-1] @ step)
+        slope = float(gradient @ step)
         if usable:
             self._shift(-step)
         after = float(loss().detach())  # in any case: the step may talk to the other ranks
@@ -108,92 +143,91 @@ class ChanceProbe:
             for bias, part in zip(self._biases, parts, strict=True):
                 bias.add_(part.reshape(bias.shape).to(bias))
 
-    def measured(self) -> Chance | None:
+    def measured(self) -> Baseline | None:
         """The mean with its standard error, or None where nothing sensible was measured."""
         if len(self._losses) < ENOUGH:
             return None
-        losses = torch.stack(self._losses)
+        losses = torch.tensor(self._losses, dtype=torch.float64)
         mean = float(losses.mean())
-        return Chance(mean, float(losses.std()) / math.sqrt(len(losses))) if 0 < mean < math.inf else None
+        return Baseline(mean, float(losses.std()) / math.sqrt(len(losses))) if 0 < mean < math.inf else None
 
 
-class ChanceCallback(TrajectoryCallback):
-    """Base of the callbacks that compare the loss with that at chance, given or measured.
+class BaselineLoss:
+    """The baseline loss of a run, given or measured; the stop and the restart hold one each, and share the measurement.
 
     Args:
-        chance_loss: The loss at chance, > 0, or None to measure it.
-        **options: Those of :class:`TrajectoryCallback`.
+        baseline_loss: Mean loss of a network that ignores its input, > 0, or None to measure it.
+        chance_loss: Its former name.
+
+    Raises:
+        ValueError: If it is out of its range, or both are given.
     """
 
-    def __init__(self, chance_loss: float | None, **options: Any) -> None:
-        super().__init__(**options)
-        if chance_loss is not None:
-            check_positive("chance_loss", chance_loss)
-        self.chance_loss = chance_loss
-        self._own_probe = self._probe = ChanceProbe()
+    def __init__(self, baseline_loss: float | None, chance_loss: float | None) -> None:
+        if baseline_loss is not None and chance_loss is not None:
+            raise ValueError(f"baseline_loss={baseline_loss} and chance_loss={chance_loss} are the same: give one.")
+        name = "chance_loss" if baseline_loss is None else "baseline_loss"
+        given = chance_loss if baseline_loss is None else baseline_loss
+        self.given = None if given is None else check_positive(name, given)
+        self._own = self.probe = BaselineProbe()
         self._batch: Any = None
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Begin as for a first fit."""
-        self.chance = None if self.chance_loss is None else Chance(self.chance_loss)
+        self.value = None if self.given is None else Baseline(self.given)
+
+    def share(self, first: BaselineLoss) -> None:
+        """Share the measurement of another callback."""
+        self.probe = first._own
+
+    def start(self, *, resumed: bool) -> None:
+        """Training starts."""
+        if not resumed:
+            self._own.restart()
 
     @property
-    def _needs_chance(self) -> bool:
-        """Whether the loss at chance is of use."""
-        return True
+    def measures(self) -> bool:
+        """Whether another batch helps."""
+        return self.value is None and self.probe.wanted
 
-    @property
-    def _measures(self) -> bool:
-        """Whether the present batch is to be measured."""
-        return self._active and self.chance is None and self._needs_chance and self._probe.wanted
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        found = [other for other in trainer.callbacks if isinstance(other, ChanceCallback)]  # type: ignore[attr-defined]
-        self._probe = found[0]._own_probe  # one measurement serves all
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if not self._resumed:
-            self._own_probe.restart()
-        if self._active and self._anew:
-            self._forget()
-        self.chance = trainer.strategy.broadcast(self.chance)  # restored on global rank zero only
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
-        if self._measures:
-            self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch  # steps may take it apart
-
-    def after_batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._measures:
-            with self._guard("measuring the loss at chance"):
-                self._probe.observe(trainer, pl_module, self._batch, batch_idx)
+    def batch_begins(self, batch: Any) -> None:
+        """Keep a batch that is to be measured; steps may take it apart."""
         self._batch = None
+        if self.measures:
+            self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch
 
-    def _agree_on_chance(self, trainer: pl.Trainer) -> None:
-        """Take what is known at an epoch's end on all ranks, which also agree on whether to go on measuring."""
-        known, wanted = trainer.strategy.broadcast((self.chance or self._probe.measured(), self._probe.wanted))
-        if trainer.strategy.reduce_boolean_decision(
-            known is not None or not (wanted and self._probe.wanted), all=False
-        ):
-            self._probe.finish()
-        self.chance = known
+    def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
+        """Measure the batch."""
+        batch, self._batch = self._batch, None
+        if self.measures and batch is not None:
+            self.probe.observe(trainer, pl_module, batch, batch_idx)
+
+    def agree(self, trainer: pl.Trainer) -> None:
+        """Take what is known at a round's end on all ranks, which also agree on whether to go on measuring."""
+        known, wanted = trainer.strategy.broadcast((self.value or self.probe.measured(), self.probe.wanted))
+        if trainer.strategy.reduce_boolean_decision(known is not None or not (wanted and self.probe.wanted), all=False):
+            self.probe.finish()
+        self.value = known
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if state:
-            state["chance"] = None if self.chance is None else [self.chance.loss, self.chance.error]
-        return state
+        """What a checkpoint needs: a measurement that has begun goes on with the same batches."""
+        value = None if self.value is None else [self.value.loss, self.value.error]
+        return {"value": value, "probe": self.probe.state_dict()}
 
-    def _restore_state(self, state: dict[str, Any]) -> None:
-        super()._restore_state(state)
-        self._forget()
-        if self.chance is None and state["chance"] is not None:
-            self.chance = Chance(*state["chance"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.forget()
+        if self.value is None and state["value"] is not None:
+            loss, error = state["value"]
+            self.value = Baseline(float(loss), float(error))
+        self._own.load_state_dict(state["probe"])
+
+
+def share_baseline(callback: Any, trainer: pl.Trainer) -> None:
+    """Let a callback that holds a baseline loss share the first one's measurement."""
+    held = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    callback.baseline_loss.share(next(each for each in held if isinstance(each, BaselineLoss)))
 
 
 def _constant(module: pl.LightningModule, root: nn.Module) -> tuple[pl.LightningModule, list[nn.Parameter]]:

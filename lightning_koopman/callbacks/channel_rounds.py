@@ -9,46 +9,58 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_koopman.callbacks.averages import averaging_callbacks
-from lightning_koopman.callbacks.dry_run import can_rehearse, quiet_copy, rehearsal
+from lightning_koopman.callbacks.dry_run import can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.mask_rounds import Pruned
+from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.pruning.channel_graph import Structure, agrees, torch_pruning
-from lightning_koopman.pruning.channel_removal import ChannelRemoval, resize_like
+from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_table, resize_like
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
 class ChannelRounds:
-    """What is known of a module's channels through several rounds.
+    """Prunes by removing channels, in rounds; knows of a module's channels what was found out at the first batch.
 
     Args:
         layers: Shell-style patterns of the names of the layers' weights, or None for all.
         scope: ``"global"`` or ``"tensor"``.
+        owner: Name of the callback, for messages.
     """
 
-    def __init__(self, layers: Sequence[str] | None, scope: str) -> None:
-        self.layers, self.scope = layers, scope
-        self.restart()
+    unit = "channels"
+    needs_batch = True  # to trace the module with
 
-    def restart(self) -> None:
-        """Forget the module."""
+    def __init__(self, layers: Sequence[str] | None, scope: str, owner: str) -> None:
+        self.layers, self.scope, self.owner = layers, scope, owner
+        self._loading: Any = None
+        self._names: list[str] = []
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:  # the handle belongs to this module
+        return {**vars(self), "_loading": None}
+
+    def forget(self) -> None:
         self.refused: dict[str, str] | None = None  # by layer, why it must not lose channels; None: not yet tried
         self.originals: dict[str, int] = {}  # by layer, the channels it began with
         self.removed = 0  # channels
         self.changes: dict[str, dict[str, tuple[Any, Any]]] = {}
         self.shapes: dict[str, list[int]] = {}  # of tensors that changed, by name, as they were
-        self.last: ChannelRemoval | None = None
 
     @property
     def share(self) -> float:
         """Share of the removable channels that is gone, in [0, 1)."""
         return self.removed / max(1, sum(self.originals.values()))
 
-    @staticmethod
-    def check_run(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def table(self, module: nn.Module | None) -> str:
+        return changes_table(self.changes) if self.changes else "nothing has been pruned yet"
+
+    def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise an error for runs whose module cannot be given other sizes, or without the tracer."""
         torch_pruning()
         if trainer.world_size > 1:
@@ -62,16 +74,57 @@ class ChannelRounds:
                 "leave that callback out, or prune with structured=False."
             )
         kept = [value for other in trainer.callbacks for value in vars(other).values()]  # type: ignore[attr-defined]
-        if any(isinstance(each, AveragedModel) for each in (*module.modules(), *kept)):
+        if any(isinstance(each, AveragedModel) for each in (*pl_module.modules(), *kept)):
             raise ValueError(
                 "structured=True cannot give other sizes to an AveragedModel, which the module or a callback keeps: "
                 "leave it out, or prune with structured=False."
             )
-        if module.example_input_array is None and not can_rehearse(module):
+        if pl_module.example_input_array is None and not can_dry_run(pl_module):
             raise ValueError(
                 "structured=True traces `training_step`, which under manual optimization steps the optimizers: set "
                 "the module's `example_input_array`, and `forward` is traced instead."
             )
+
+    def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
+        self._names = list(names)
+        self._stop_loading()  # Lightning has loaded what there was to load
+
+    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Find out which layers can lose channels, and say so, once."""
+        if self.refused is not None:
+            return
+        structure = self.try_out(trainer, pl_module, batch, batch_idx)
+        reasons = {**structure.left_alone, **(self.refused or {})}
+        skipped = "; ".join(f"{name} ({reason})" for name, reason in reasons.items()) or "no layer"
+        rank_zero_info(
+            f"{self.owner}: {sum(self.originals.values()):,} channels and neurons of {len(self.originals)} independent "
+            f"groups can be removed. Left alone: {skipped}."
+        )
+
+    def prune(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, shards: Shards, scores: dict[str, Tensor],
+        target: float, batch: Any, batch_idx: int,
+    ) -> Pruned:  # fmt: skip
+        shaped = {name: value.reshape(shards.chunks[name].shape) for name, value in scores.items()}
+        agreement, removal = self.remove(trainer, pl_module, batch, batch_idx, scores=shaped, sparsity=target)
+        values = {name: removal.left_of(name, shaped[name]).reshape(-1) for name in self._names}
+        left = sum(parameter.numel() for parameter in pl_module.parameters())
+        return Pruned(self.removed, sum(self.originals.values()), left, agreement, values, removal=removal)
+
+    def accept(self, pruned: Pruned) -> None:
+        """The module has been changed already: there is one process."""
+
+    def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Removed channels stay away by themselves."""
+
+    def again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
+        """As for :meth:`hold`."""
+
+    def release(self) -> None:
+        self._stop_loading()
+
+    def follow(self, removal: ChannelRemoval) -> None:
+        """The next round traces the module anew."""
 
     def try_out(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Structure:
         """Find out on copies which layers can lose channels.
@@ -96,8 +149,12 @@ class ChannelRounds:
         *,
         scores: Mapping[str, Tensor],
         sparsity: float,
-    ) -> float:
-        """Remove channels up to a share of the original ones; returns on how many magnitudes would agree, in [0, 1]."""
+    ) -> tuple[float, ChannelRemoval]:
+        """Remove channels up to a share of the original ones.
+
+        Returns:
+            On how many of them magnitudes would agree, in [0, 1], and what was removed.
+        """
         with self._tracing(trainer, module, batch, batch_idx) as run:
             structure = self._structure(module, run)
             known = [name for name in structure.channels if name in self.originals]  # others were not tried out
@@ -116,11 +173,10 @@ class ChannelRounds:
         shapes = {name: list(value.shape) for name, value in module.state_dict().items() if name in removal.kept}
         removal.apply(module, trainer.optimizers)
         self.shapes = {**shapes, **self.shapes}
-        self.last = removal
         self.removed += sum(map(len, removal.removed.values()))
         self.note(removal.changes)
         differ = sum(len(set(chosen[name]) ^ set(plain[name])) for name in chosen)
-        return 1 - differ / max(1, sum(structure.channels[name] for name in known))
+        return 1 - differ / max(1, sum(structure.channels[name] for name in known)), removal
 
     def note(self, changes: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> None:
         """Add changed constructor arguments to those of earlier rounds."""
@@ -133,11 +189,11 @@ class ChannelRounds:
             if not known:
                 del self.changes[path]
 
-    def load_smaller(self, module: pl.LightningModule) -> Any:
-        """Let the module take a state dict with fewer channels; returns a handle to remove that again."""
+    def prepare(self, pl_module: pl.LightningModule) -> None:
+        """Let the module take a state dict with fewer channels, until training starts."""
 
         def resize(_: Any, state_dict: Mapping[str, Tensor], *__: Any) -> None:
-            own = module.state_dict()
+            own = pl_module.state_dict()
             shapes = [
                 (self.shapes.get(name, own[name].shape), value.shape)
                 for name, value in state_dict.items()
@@ -145,19 +201,29 @@ class ChannelRounds:
             ]
             if all(len(a) == len(b) and all(x >= y for x, y in zip(a, b, strict=True)) for a, b in shapes):
                 before = {name: list(value.shape) for name, value in own.items()}
-                self.note(resize_like(module, state_dict))  # else it is another network: PyTorch tells how they differ
-                after = {name: list(value.shape) for name, value in module.state_dict().items()}
+                self.note(
+                    resize_like(pl_module, state_dict)
+                )  # else it is another network: PyTorch tells how they differ
+                after = {name: list(value.shape) for name, value in pl_module.state_dict().items()}
                 changed = {name: shape for name, shape in before.items() if after.get(name) != shape}
                 self.shapes = {**changed, **self.shapes}
 
-        register: Any = module._register_load_state_dict_pre_hook
-        return register(resize, with_module=True)
+        self._stop_loading()
+        register: Any = pl_module._register_load_state_dict_pre_hook
+        self._loading = register(resize, with_module=True)
 
-    def state_dict(self) -> dict[str, Any]:
+    def _stop_loading(self) -> None:
+        if self._loading is not None:
+            self._loading.remove()
+            self._loading = None
+
+    def state_dict(self) -> dict[str, Any] | None:
         return {"originals": dict(self.originals), "removed": self.removed}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.originals, self.removed = dict(state["originals"]), state["removed"]
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        if state is not None:
+            self.originals = {str(name): int(count) for name, count in state["originals"].items()}
+            self.removed = int(state["removed"])
 
     def _structure(
         self, module: pl.LightningModule, run: Callable[[Any], Any], also: Sequence[Callable[[Any], Any]] = ()
@@ -186,11 +252,11 @@ class ChannelRounds:
     ) -> Iterator[Callable[[Any], Any]]:
         """Context that gives a function which runs copies of the module on an example, in full precision."""
         device = module.device.type
-        with rehearsal(trainer, module, batch, batch_idx) as loss:
+        with dry_run(trainer, module, batch, batch_idx) as loss:
 
             def run(network: pl.LightningModule) -> Any:
                 with torch.autocast(device, enabled=False):
-                    if not can_rehearse(module):
+                    if not can_dry_run(module):
                         return _forward(trainer, network)
                     network.on_train_batch_start(batch, batch_idx)  # Lightning calls the module's after ours
                     return loss(network)

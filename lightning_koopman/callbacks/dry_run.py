@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_koopman.callbacks.loss_meter import batch_loss
+from lightning_koopman.callbacks.observables import batch_loss
 from lightning_koopman.parameters.sharded_modules import is_kind
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # to other processes: they cannot 
 LARGE = 2**26  # bytes of a tensor on the module above which copies share it
 
 
-def can_rehearse(module: pl.LightningModule) -> bool:
+def can_dry_run(module: pl.LightningModule) -> bool:
     """Whether ``training_step`` only computes a loss from a batch."""
     return module.automatic_optimization and "dataloader_iter" not in _parameters(module)
 
@@ -85,7 +85,7 @@ def _is_of_torch(hook: Any) -> bool:
 
 
 @contextlib.contextmanager
-def rehearsal(
+def dry_run(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
 ) -> Iterator[Callable[[pl.LightningModule], Tensor]]:
     """Context in which copies of a module can be given a batch; the function it gives returns the loss."""

@@ -9,44 +9,45 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-from lightning_koopman._checks import check_count, check_positive
-from lightning_koopman.callbacks.base import TRAIN_LOSS, WEIGHTS, checked_prefix
-from lightning_koopman.callbacks.baseline_loss import ChanceCallback
+from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
+from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
+from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
 from lightning_koopman.callbacks.lr_schedule import planned_rates
-from lightning_koopman.stopping.evidence import rate_will_matter
+from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
+from lightning_koopman.stopping.evidence import Baseline, rate_will_matter
 from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, Hold, StoppingReason, Verdict
+from lightning_koopman.trajectory.recorder import WEIGHTS
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-SPARE = 2  # snapshots, so that a checkpoint older than the file of snapshots by so many epochs loses none it needs
 MODES = ("stop", "report")
 LOGGED = ("predicted_change", "actual_change", "predicted_then", "weights_unit_fraction")
 COLUMNS = ("epoch", "step", "value", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
-class EarlyStopOnUnitEigenvalues(ChanceCallback):
+class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     r"""Stop when the weights' eigenvalues cluster at 1 and the loss is predicted to stand still (paper, section 3).
 
     The paper proposes to end a training when Koopman eigenvalues cluster around 1.  Alone that is no sign of
-    convergence: a random walk has it too, and a frozen bad start.  So it takes two witnesses, ``patience`` epochs
+    convergence: a random walk has it too, and a frozen bad start.  So two criteria must be met, ``patience`` epochs
     running:
 
     - the weights: at least ``fraction`` of the importance of the last ``horizon`` + 1 snapshots lies within ``radius``
       of 1;
     - the loss: the delay-embedded DMD of its last ``horizon`` + 2 values predicts that within ``horizon`` epochs its
-      level will change by no more than ``tolerance`` times the loss at chance.
+      level will change by no more than ``tolerance`` times the baseline loss.
 
-    and none of these doubts: the loss is no better than at chance; the steps of the weights cannot be told from a
+    A stop is blocked while the loss is no better than the baseline; the steps of the weights cannot be told from a
     random walk's; they have a direction that does not fade (a saddle); the learning rate is scheduled to change by more
     than it already has without effect (warm-up, next cycle, next decay).
 
-    The loss at chance is measured: that of ``training_step`` on the first batches for a copy of the module which can
+    The baseline loss is measured: that of ``training_step`` on the first batches for a copy of the module which can
     only give a constant (ln C for C equally frequent classes, the targets' variance for a squared error).  No
     validation data are used; hence a network that overfits while its training loss stands still is stopped, one whose
     training loss falls on is not.
 
-    Each epoch is a row of ``history.csv``, with what still speaks against stopping; logged are
+    Each epoch is a row of ``history.csv``, with what still blocks a stop; logged are
     ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
     last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/weights_unit_fraction``;
     none of them before it is known.
@@ -58,26 +59,27 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         fraction: Least share of the weights' importance in it, in (0, 1].
         horizon: Epochs to look ahead, and back, ≥ 6.  No decision falls before epoch ``horizon`` + 2 + ``patience`` −
             1.
-        tolerance: Largest predicted change that counts as none, relative to the loss at chance, > 0.  Where chance is
+        tolerance: Largest predicted change that counts as none, relative to the baseline loss, > 0.  Where that is
             unknown (a metric, manual optimization), relative to the range of the values so far.
-        patience: Epochs running for which all must agree, ≥ 1.
+        patience: Epochs running for which they must be met, ≥ 1.
         min_epochs: Epochs that are trained in any case, ≥ 0; the Trainer's ``min_epochs`` is kept as well.
         every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
             epochs.
         mode: ``"stop"``, or ``"report"`` to train on and only say when it would have stopped.
         parameters: Shell-style patterns of the names of the weights to observe (default: all that require a gradient).
-        chance_loss: The loss at chance, > 0, in place of the measurement.
+        baseline_loss: The baseline loss, > 0, in place of the measurement.
+        chance_loss: Its former name.
         dirpath: Local folder below which ``koopman_stop`` is made for the history and the snapshots that checkpoints
             refer to (default: the run's log folder).
         prefix: First part of the logged names and of that folder's; give two of them on one Trainer different ones.
 
     Attributes:
         stopping_reason: :class:`StoppingReason`.
-        message: Why it stopped, or what speaks against it, in plain words.
+        message: Why it stopped, in plain words.
         stopped_epoch: Completed epochs when it stopped, or None.
         would_stop_epoch: Completed epochs when the rule was first met, or None; in mode ``"report"`` training goes on.
         history: List of dicts, one an epoch, with the columns of ``history.csv``.
-        chance: The loss at chance, or None.
+        chance: The baseline loss with its standard error, or None.
 
     Raises:
         ValueError: At construction or before training starts, for arguments out of range.
@@ -87,7 +89,7 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         >>> import pytorch_lightning as pl
         >>> from pytorch_lightning.demos.boring_classes import BoringModel
         >>> from lightning_koopman import EarlyStopOnUnitEigenvalues
-        >>> stop = EarlyStopOnUnitEigenvalues(mode="report", chance_loss=1.0)
+        >>> stop = EarlyStopOnUnitEigenvalues(mode="report", baseline_loss=1.0)
         >>> trainer = pl.Trainer(
         ...     max_epochs=3, callbacks=stop, accelerator="cpu", logger=False, default_root_dir=tempfile.mkdtemp(),
         ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
@@ -113,6 +115,7 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         every_n_steps: int | None = None,
         mode: str = "stop",
         parameters: str | Sequence[str] | None = None,
+        baseline_loss: float | None = None,
         chance_loss: float | None = None,
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
@@ -122,31 +125,27 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
                 f"observable must be 'train_loss' or the name of a logged metric, got {observable!r}: the weights are "
                 "observed in any case."
             )
-        check_count("horizon", horizon, LEAST_HORIZON)
-        check_count("patience", patience, 1)
-        check_count("min_epochs", min_epochs, 0)
+        horizon = check_count("horizon", horizon, LEAST_HORIZON)
         super().__init__(
-            chance_loss,
-            parameters=parameters,
-            every_n_steps=every_n_steps,
-            window=horizon + 1 + SPARE,
-            dirpath=dirpath,
+            parameters=parameters, every_n_steps=every_n_steps, window=horizon + 1, dirpath=dirpath, prefix=prefix
         )
-        check_positive("radius", radius)
-        check_positive("tolerance", tolerance)
-        if not 0 < fraction <= 1:
-            raise ValueError(f"fraction must lie in (0, 1], got {fraction}: it is a share of the weights' importance.")
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}.")
-        self.observable = self._watched = observable
-        self.enough = horizon + 1
-        self.prefix = checked_prefix(prefix)
-        self.folder = f"{self.prefix}_stop"
-        self.rule = ConvergenceRule(radius, fraction, horizon, tolerance)
-        self.patience, self.min_epochs, self.mode = patience, min_epochs, mode
+        self.rule = ConvergenceRule(
+            check_positive("radius", radius),
+            check_share("fraction", fraction, "it is a share of the weights' importance", closed=True),
+            horizon,
+            check_positive("tolerance", tolerance),
+        )
+        self.patience = check_count("patience", patience, 1)
+        self.min_epochs = check_count("min_epochs", min_epochs, 0)
+        self.mode = check_choice("mode", mode, MODES)
+        self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
+        self.observable, self.folder = observable, f"{self.prefix}_stop"
+        self.recording.metric = Metric(observable)
+        self.forget()
 
-    def _forget(self) -> None:
-        super()._forget()
+    def forget(self) -> None:
+        super().forget()
+        self.baseline_loss.forget()
         self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
         self.stopped_epoch: int | None = None
         self.would_stop_epoch: int | None = None
@@ -164,60 +163,72 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
             prefix=self.prefix,
         )
 
+    @property
+    def chance(self) -> Baseline | None:
+        return self.baseline_loss.value
+
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._check_prefix(trainer)
+            check_prefix_is_free(self, trainer)
         super().setup(trainer, pl_module, stage)
+        share_baseline(self, trainer)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        known = (self.would_stop_epoch, self.message)  # restored on global rank zero only
-        self.would_stop_epoch, self.message = trainer.strategy.broadcast(known)
+    def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.baseline_loss.start(resumed=self.resumed)
+
+    def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._needs_baseline:
+            self.baseline_loss.batch_begins(batch)
+
+    def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        with self.guard("measuring the baseline loss"):
+            self.baseline_loss.batch_ends(trainer, pl_module, batch_idx)
 
     @property
-    def _needs_chance(self) -> bool:
+    def _needs_baseline(self) -> bool:
         return self.observable == TRAIN_LOSS
 
-    def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        logged, met = None, False
-        if self._needs_chance:
-            self._agree_on_chance(trainer)
-        value = self._scalar(trainer)
-        if self._zero and value is not None:
-            with self._guard("judging convergence"):
-                met = self._judge(trainer, epoch, value, recorded)
-                logged = {name: self.history[-1][name] for name in LOGGED}
-        known = trainer.strategy.broadcast(logged) or {}
-        self._log(trainer, pl_module, {name: value for name, value in known.items() if not math.isnan(value)})
+    def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+        if self._needs_baseline:
+            self.baseline_loss.agree(trainer)
+        value: float | None = None
+        with self.guard("reading the observed metric"):
+            value = self.recording.value(trainer)
+        judged = self.on_zero(trainer, "judging convergence", lambda: self._judge(trainer, epoch, value, recorded))
+        met, logged = judged or (False, {})
+        self.log_values(trainer, pl_module, {name: value for name, value in logged.items() if not math.isnan(value)})
         if trainer.strategy.reduce_boolean_decision(met, all=False):
             self._conclude(trainer, epoch)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         values = {row["epoch"]: row["value"] for row in self.history}
         met = self.would_stop_epoch
-        if self._active and self.mode == "report" and met is not None and met in values:
+        if self.mode == "report" and met is not None and met in values:
             last = self.history[-1]
             rank_zero_info(
-                f"{type(self).__name__}: stopping after {self._when(met)} would have saved "
-                f"{self._span(last['epoch'] - met)}, in which {self.observable} changed by "
+                f"{type(self).__name__}: stopping after {self.clock.when(met)} would have saved "
+                f"{self.clock.span(last['epoch'] - met)}, in which {self.observable} changed by "
                 f"{last['value'] - values[met]:+.2g}."
             )
 
-    def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().start_segment(trainer, pl_module)
+    def segment_begins(self) -> None:
         self._segment, self._agreed = len(self.history), 0
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _judge(self, trainer: pl.Trainer, epoch: int, value: float, recorded: bool) -> bool:
-        """Add the epoch's row to the history; returns whether the rule is met."""
+    def _judge(
+        self, trainer: pl.Trainer, epoch: int, value: float | None, recorded: bool
+    ) -> tuple[bool, dict[str, float]]:
+        """Add the epoch's row to the history; returns whether the rule is met, and what to log."""
+        if value is None:
+            return False, {}
         horizon, trajectory = self.rule.horizon, self.recorder.trajectory
         values = [*(row["value"] for row in self.history[self._segment :]), value]
         agreed, self._agreed = self._agreed, 0
         factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
-        verdict = self.rule.judge(values, factor, self.chance)
+        verdict = self.rule.judge(values, factor, self.baseline_loss.value)
         hold = verdict.hold
         if hold is None and not verdict.at_floor and self._rate_will_matter(trainer, values, verdict):
             hold = Hold.SCHEDULE
@@ -242,13 +253,13 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
             }
         )
         self._rates.append(self.rates)
-        self._write_history()
-        return hold is None
+        self.write_history()
+        return hold is None, {name: self.history[-1][name] for name in LOGGED}
 
     def _rate_will_matter(self, trainer: pl.Trainer, values: list[float], verdict: Verdict) -> bool:
         """Whether the schedule speaks against stopping; one that cannot be read ahead does not."""
         planned: list[list[float]] = []
-        with self._guard("reading the learning rates ahead"):
+        with self.guard("reading the learning rates ahead"):
             planned = planned_rates(trainer, self.settings.every_n_steps)
         tolerance = self.rule.tolerance * verdict.scale
         past = [*self._rates[self._segment :], self.rates]
@@ -262,15 +273,16 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
         stops = self.mode == "stop"
         if stops or self.would_stop_epoch is None:
             self.would_stop_epoch = epoch
-            if self._zero:
+            if self.guard.zero:
                 row = self.history[-1]
                 self.message = (
-                    f"{type(self).__name__}: {'stopped' if stops else 'would have stopped'} after {self._when(epoch)}: "
+                    f"{type(self).__name__}: {'stopped' if stops else 'would have stopped'} after "
+                    f"{self.clock.when(epoch)}: "
                     f"{row['weights_unit_fraction']:.0%} of the weights' importance lies within {self.rule.radius:g} "
                     f"of eigenvalue 1, and {self.observable} = {row['value']:.3g} is predicted to change by "
-                    f"{row['predicted_change']:+.1g} over the next {self._span(self.rule.horizon)}, at most "
+                    f"{row['predicted_change']:+.1g} over the next {self.clock.span(self.rule.horizon)}, at most "
                     f"{row['bound']:.1g}: less than {self.rule.tolerance:g} of {row['scale']:.3g}, "
-                    f"{'its range so far' if self.chance is None else 'the loss at chance'}."
+                    f"{'its range so far' if self.chance is None else 'the baseline loss'}."
                 )
             self.message = trainer.strategy.broadcast(self.message)
             rank_zero_info(self.message)
@@ -280,19 +292,20 @@ class EarlyStopOnUnitEigenvalues(ChanceCallback):
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if state:
-            state |= {
-                "rates": list(self._rates),
-                "segment": self._segment,
-                "agreed": self._agreed,
-                "would_stop_epoch": self.would_stop_epoch,
-                "message": self.message,
-            }
-        return state
+    def own_state(self) -> dict[str, Any]:
+        return {
+            "rates": [list(rates) for rates in self._rates],
+            "segment": self._segment,
+            "agreed": self._agreed,
+            "would_stop_epoch": self.would_stop_epoch,
+            "message": self.message,
+            "baseline": self.baseline_loss.state_dict(),
+        }
 
-    def _restore_state(self, state: dict[str, Any]) -> None:
-        super()._restore_state(state)
-        self._rates, self._segment, self._agreed = state["rates"], state["segment"], state["agreed"]
-        self.would_stop_epoch, self.message = state["would_stop_epoch"], state["message"]
+    def restore_own(self, state: dict[str, Any]) -> None:
+        self.forget()
+        self.baseline_loss.load_state_dict(state["baseline"])
+        self._rates = [[float(rate) for rate in rates] for rates in state["rates"]]
+        self._segment, self._agreed = int(state["segment"]), int(state["agreed"])
+        met = state["would_stop_epoch"]
+        self.would_stop_epoch, self.message = None if met is None else int(met), str(state["message"])

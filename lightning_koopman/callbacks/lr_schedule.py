@@ -6,6 +6,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,8 +21,9 @@ WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is
 
 
 def current_rates(trainer: pl.Trainer) -> list[float]:
-    """Learning rates of all parameter groups of all optimizers."""
-    return [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    """Learning rates of all parameter groups of all optimizers; those that set none themselves are left out."""
+    given = (group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    return [float(rate) for rate in given if isinstance(rate, (Real, torch.Tensor))]
 
 
 def planned_rates(trainer: pl.Trainer, every_n_steps: int | None = None) -> list[list[float]]:
@@ -45,7 +47,7 @@ def planned_rates(trainer: pl.Trainer, every_n_steps: int | None = None) -> list
         if isinstance(scheduler, ReduceLROnPlateau):
             _reduce(scheduler)
     planned: list[list[float]] = []
-    # a schedule may end before the epochs do; its advice on the order of steps does not concern a rehearsal
+    # a schedule may end before the epochs do; its advice on the order of steps does not concern a dry run
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")
         for due in _times(trainer, every_n_steps):

@@ -6,21 +6,21 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import Future, wait
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 
-from lightning_koopman._checks import check_positive
-from lightning_koopman.callbacks.base import WEIGHTS, TrajectoryCallback, checked_prefix
+from lightning_koopman._checks import check_count, check_positive
+from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
 from lightning_koopman.callbacks.figures import deliver
+from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.dmd.random_walk import random_walk_spectrum
 from lightning_koopman.dmd.rrr import check_options
 from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.dmd.summary import summarize
 from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectrum
+from lightning_koopman.trajectory.recorder import WEIGHTS
 from lightning_koopman.trajectory.trajectory import SKETCH, Trajectory
 
 if TYPE_CHECKING:
@@ -76,14 +76,13 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         radius: Radius of the disc around 1 for the unit fraction, > 0.
         tol: Relative singular value below which directions count as zero, in [0, 1).
         max_residual: Largest residual of a trusted eigenvalue, > 0.
-        storage: ``"ram"``; ``"disk"`` for a memory-mapped file, ``trajectory.bin`` in the folder below, of which a few
-            hundred MB are in memory at a time; or ``"sketch"`` to keep a few thousand random combinations of each
-            snapshot, whatever its size: the history then has the standard error of the eigenvalues.
+        storage: ``"ram"``; ``"disk"`` for a mapped file without a name in the folder below, of which the system keeps
+            in memory what there is room for; or ``"sketch"`` to keep a few thousand random combinations of each
+            snapshot, whatever its size, computed where the weights are: the history then has the standard error of the
+            eigenvalues.
         dtype: ``"float32"``, or ``"bfloat16"`` to keep increments at half the size; that moves
             eigenvalues by about 1e-4.
         sketch: Numbers kept of a snapshot with ``storage="sketch"``, ≥ 2, best a prime; the error falls as 1/√sketch.
-        background: Work on a snapshot while the next epoch is trained.  The run then waits only for a copy of the
-            weights, and what is logged belongs to the snapshot before; the history has each in its own row.
         log_figure: Draw the spectrum and the history when training ends; with a number k, also every k epochs.
             Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
         dirpath: Local folder below which a folder named like ``prefix`` is made for everything written to disk; where
@@ -122,6 +121,10 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     columns = COLUMNS
     storable = True
+    advice = (
+        "take a smaller window, observe fewer `parameters`, or set storage='disk'",
+        "take a smaller window, observe fewer `parameters`, or pass another `dirpath`",
+    )
 
     def __init__(
         self,
@@ -137,7 +140,6 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         storage: str = "ram",
         dtype: str = "float32",
         sketch: int = SKETCH,
-        background: bool = False,
         log_figure: bool | int = False,
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
@@ -151,21 +153,18 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             storage=storage,
             dtype=dtype,
             sketch=sketch,
-            background=background,
             dirpath=dirpath,
+            prefix=prefix,
         )
         check_options(tol=tol, max_rank=None, delays=1)
-        for name, value in (("radius", radius), ("max_residual", max_residual)):
-            check_positive(name, value)
-        if log_figure is not True and log_figure < 0:
-            raise ValueError(f"log_figure must be True, False or a number of epochs ≥ 1, got {log_figure}.")
-        self.radius, self.tol, self.max_residual = radius, tol, max_residual
-        self.log_figure, self.prefix = log_figure, checked_prefix(prefix)
-        self.folder = self.prefix
+        self.radius, self.tol = check_positive("radius", radius), float(tol)
+        self.max_residual = check_positive("max_residual", max_residual)
+        if not isinstance(log_figure, (bool, np.bool_)):
+            log_figure = check_count("log_figure", log_figure, 0, "it is True, False or a number of epochs")
+        self.log_figure, self.folder = log_figure, self.prefix
         self.spectrum: Spectrum | None = None
         self.surrogate: Spectrum | None = None
         self.figure_paths: list[Path] = []
-        self._analysis: Future[dict[str, float] | None] | None = None
 
     @property
     def state_key(self) -> str:
@@ -196,83 +195,51 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             unit="epochs" if self.settings.every_n_steps is None else "steps",
         )
 
+    # -- when ---------------------------------------------------------------------------------------------------------
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            self._check_prefix(trainer)
+            check_prefix_is_free(self, trainer)
             if self.log_figure:
                 check_matplotlib()
         super().setup(trainer, pl_module, stage)
 
+    def forget(self) -> None:
+        super().forget()
+        self.spectrum, self.surrogate, self.figure_paths = None, None, []
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._analysis = None
-        if self._active and self._anew:
-            self.spectrum, self.surrogate, self.figure_paths = None, None, []
-        known = self._logged(self.history[-1]) if self.history and not self._anew else None
-        self._publish(trainer, trainer.strategy.broadcast(known))
+        if not self.active:  # stock callbacks look for the scalars all the same
+            self._publish(trainer, None)
 
-    def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        now = epoch, trainer.global_step, self.train_loss, self._record_seconds
-        if self._background:
-            logged = self._finished_analysis()
-            self._analysis = self.recorder.submit(partial(self._analyse_guarded, *now)) if self._zero else None
-        else:
-            logged = self._analyse_guarded(*now) if self._zero else None
-        logged = trainer.strategy.broadcast(logged)
+    def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._publish(trainer, self._logged(self.history[-1]) if self.history and not self.anew else None)
+
+    def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+        logged = self.on_zero(trainer, "analysing the spectrum", lambda: self._analyse(trainer, epoch))
         if logged is None:
             self._publish(trainer, None)
         else:
-            self._log(trainer, pl_module, logged)
-        if self._zero and self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
-            self.recorder.settle()
+            self.log_values(trainer, pl_module, logged)
+        if self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
             self._draw(trainer)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._active:
-            return
-        with self._guard("recording a snapshot"):
-            self._take_in()
-        if self._background:
-            logged = trainer.strategy.broadcast(self._finished_analysis())
-            if logged is not None:
-                self._publish(trainer, logged)
-        if self.log_figure and self._zero:
+    def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.log_figure:
             self._draw(trainer)
 
-    def _finished_analysis(self) -> dict[str, float] | None:
-        """What the worker has found out about the last snapshot it was given."""
-        analysis, self._analysis = self._analysis, None
-        return None if analysis is None else analysis.result()
+    # -- what ---------------------------------------------------------------------------------------------------------
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_analysis": None}
-
-    def state_dict(self) -> dict[str, Any]:
-        if self._analysis is not None:
-            wait([self._analysis])  # its row belongs to the history
-        return super().state_dict()
-
-    def _mend(self, in_memory: bool) -> str:
-        other = "set storage='disk'" if in_memory else "pass another `dirpath`"
-        return f"take a smaller window, observe fewer `parameters`, or {other}"
-
-    def _analyse_guarded(
-        self, epoch: int, step: int, loss: float | None, record_seconds: float
-    ) -> dict[str, float] | None:
-        logged = None
-        with self._guard("analysing the spectrum"):
-            logged = self._analyse(epoch, step, loss, record_seconds)
-        return logged  # noqa: RET504  # the guard may have swallowed a failure
-
-    def _analyse(self, epoch: int, step: int, loss: float | None, record_seconds: float) -> dict[str, float] | None:
+    def _analyse(self, trainer: pl.Trainer, epoch: int) -> dict[str, float] | None:
         """Spectrum and surrogate of the window, a row of the history, and the scalars to log."""
         started = time.perf_counter()
-        trajectory = self.recorder.trajectory
+        trajectory, loss = self.recorder.trajectory, self.recording.train_loss
         delays = self._delays(len(self.recorder))
         scalars: dict[str, float] = dict.fromkeys(NO_EVIDENCE, math.nan)
         still = trajectory is not None and delays is not None and not trajectory.step_norms().any()
         if still:
-            self._warn(
+            self.guard.warn(
                 "constant",
                 f"the observable {self.settings.observable!r} has not changed over the last {len(self.recorder)} "
                 "snapshots: its only eigenvalue is 1. Are these weights in the optimizer, at a learning rate > 0?",
@@ -281,21 +248,21 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         error = math.nan
         if recorded and trajectory is not None and delays is not None and not (still and trajectory.start_norm() == 0):
             self.spectrum = trajectory.spectrum(tol=self.tol, delays=delays)
-            self.surrogate = self._walk()
+            self.surrogate = self._walk(trajectory, self.spectrum)
             scalars = self._scalars(self.spectrum, self.surrogate)
             error = self.spectrum.sketch_error()
         self.history.append(
             {
                 "epoch": epoch,
-                "step": step,
+                "step": trainer.global_step,
                 "n_snapshots": len(self.recorder),
                 "train_loss": math.nan if loss is None else loss,
                 **scalars,
                 "sketch_error": error,
-                "seconds": record_seconds + time.perf_counter() - started,
+                "seconds": self.recording.seconds + time.perf_counter() - started,
             }
         )
-        self._write_history()
+        self.write_history()
         return self._logged(scalars)
 
     def _logged(self, row: dict[str, float]) -> dict[str, float] | None:
@@ -306,19 +273,16 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def _publish(self, trainer: pl.Trainer, scalars: dict[str, float] | None) -> None:
         """Show scalars to callbacks that monitor, not to loggers, whose curves should hold only what was analysed."""
-        shown = {f"{self.prefix}/{name}": torch.tensor(value) for name, value in (scalars or NO_EVIDENCE).items()}
-        trainer.callback_metrics.update(shown)
+        publish(trainer, {f"{self.prefix}/{name}": value for name, value in (scalars or NO_EVIDENCE).items()})
 
-    def _walk(self, *, refine: bool = False) -> Spectrum:
+    def _walk(self, trajectory: Trajectory, spectrum: Spectrum, *, refine: bool = False) -> Spectrum:
         """The random walk's spectrum, under the same settings as the training's."""
-        assert self.trajectory is not None
-        assert self.spectrum is not None
         return random_walk_spectrum(
-            self.trajectory.step_norms(),
-            self.trajectory.start_norm(),
-            self.trajectory.total,
+            trajectory.step_norms(),
+            trajectory.start_norm(),
+            trajectory.total,
             tol=self.tol,
-            delays=self.spectrum.delays,
+            delays=spectrum.delays,
             refine=refine,
         )
 
@@ -340,22 +304,19 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         }
 
     def _draw(self, trainer: pl.Trainer) -> None:
-        if self.spectrum is None:
+        if self.spectrum is None or self.trajectory is None or not self.guard.zero:
             return
-        with self._guard("drawing figures"):
+        with self.guard("drawing figures"):
+            walk = self._walk(self.trajectory, self.spectrum, refine=True)
+            title = self.settings.observable
             figures = {
-                "spectrum": plot_spectrum(
-                    self.spectrum,
-                    self._walk(refine=True),
-                    radius=self.radius,
-                    title=self.settings.observable,
-                ),
+                "spectrum": plot_spectrum(self.spectrum, walk, radius=self.radius, title=title),
                 "history": plot_history(self.history),
             }
             for name, figure in figures.items():
-                where = (trainer.loggers, trainer.global_step, self._directory)
+                where = (trainer.loggers, trainer.global_step, self.run_folder.path)
                 path, failures = deliver(figure, f"{self.prefix}/{name}", *where)
                 if path is not None and path not in self.figure_paths:
                     self.figure_paths.append(path)
                 for failure in failures:
-                    self._warn("logger", failure)
+                    self.guard.warn("logger", failure)

@@ -12,12 +12,14 @@ from torch import nn
 
 from lightning_koopman._checks import check_count
 from lightning_koopman.callbacks.averages import averaging_callbacks
-from lightning_koopman.callbacks.base import draw_anew, start_segments
-from lightning_koopman.callbacks.baseline_loss import ChanceCallback
+from lightning_koopman.callbacks.base import TrajectoryCallback, start_segments
+from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
 from lightning_koopman.callbacks.lr_schedule import warming_up
-from lightning_koopman.parameters.reinitialize import check_scheme, select_modules
+from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.parameters.reinitialize import check_scheme, reinitialize_by_name, select_modules
 from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.stopping.bad_start import bad_start
+from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.forecast import RECENT
 from lightning_koopman.stopping.rule import StoppingReason
 
@@ -27,16 +29,16 @@ if TYPE_CHECKING:
 FAR_SEED = 7_919_000_000  # far from the seed that drew the bad start, or the same weights would be drawn again
 
 
-class RestartOnBadInitialization(ChanceCallback):
-    """Draw the weights anew where the initialisation was bad: the loss is no better than chance after some epochs.
+class RestartOnBadInitialization(TrajectoryCallback):
+    """Reinitialize the weights where the loss, after some epochs, is no better than that of a constant output.
 
     The paper's third initialisation, standard normal weights, leaves the network at a loss above that of guessing
     (section 3), with weights that look converged: frozen.  After ``check_epoch`` epochs a start counts as bad if the
     loss
 
     - is not finite (this is seen at once);
-    - or is no better than chance, the loss of a network that ignores its input, and began at more than twice that, or
-      neither falls nor is predicted to.
+    - or is no better than the baseline, the loss of a network that ignores its input, and began at more than twice
+      that, or neither falls nor is predicted to.
 
     Then, before the next epoch, the chosen modules are initialised anew, optimizers and schedulers are built anew by
     ``configure_optimizers``, and every Koopman callback starts a new trajectory.  After ``max_restarts`` such restarts
@@ -52,7 +54,8 @@ class RestartOnBadInitialization(ChanceCallback):
         modules: Shell-style patterns of the names of the modules to draw anew, such as ``["*", "!backbone.*"]``
             (default: all that own a parameter which requires a gradient).
         seed: Seed of the first restart, ≥ 0; later ones count up.  The run's own random state is left alone.
-        chance_loss: The loss at chance, > 0, in place of the measurement; manual optimization needs it.
+        baseline_loss: The baseline loss, > 0, in place of the measurement; manual optimization needs it.
+        chance_loss: Its former name.
         every_n_steps: Optimizer steps that take the place of an epoch above, ≥ 1, for trainings of few, long epochs.
         dirpath: Local folder below which ``koopman_restart`` is made for the snapshots that checkpoints refer to
             (default: the run's log folder).
@@ -75,7 +78,6 @@ class RestartOnBadInitialization(ChanceCallback):
     """
 
     folder = "koopman_restart"
-    enough = RECENT
     any_window = True
 
     def __init__(
@@ -86,27 +88,24 @@ class RestartOnBadInitialization(ChanceCallback):
         scheme: Callable[[nn.Module], Any] | str | None = None,
         modules: str | Sequence[str] | None = None,
         seed: int = 0,
+        baseline_loss: float | None = None,
         chance_loss: float | None = None,
         every_n_steps: int | None = None,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
-        check_count("check_epoch", check_epoch, 1)
-        check_count("max_restarts", max_restarts, 0)
-        check_count("seed", seed, 0)
-        super().__init__(
-            chance_loss,
-            window=RECENT,
-            every_n_steps=every_n_steps,
-            dirpath=dirpath,
-        )
+        super().__init__(window=RECENT, every_n_steps=every_n_steps, dirpath=dirpath)
+        self.check_epoch = check_count("check_epoch", check_epoch, 1)
+        self.max_restarts = check_count("max_restarts", max_restarts, 0)
+        self.seed = check_count("seed", seed, 0)
         check_scheme(scheme)
-        self.check_epoch, self.max_restarts, self.seed = check_epoch, max_restarts, seed
-        self.scheme = scheme
-        self.modules = as_patterns(modules)
+        self.scheme, self.modules = scheme, as_patterns(modules)
+        self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
         self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began
+        self.forget()
 
-    def _forget(self) -> None:
-        super()._forget()
+    def forget(self) -> None:
+        super().forget()
+        self.baseline_loss.forget()
         self.restarts: list[dict[str, Any]] = []
         self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
         self.stopped_epoch: int | None = None
@@ -119,92 +118,96 @@ class RestartOnBadInitialization(ChanceCallback):
         self._start_losses: list[float] = []
         self._start_rates: list[float] = []
 
+    @property
+    def chance(self) -> Baseline | None:
+        return self.baseline_loss.value
+
     # -- when ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        share_baseline(self, trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
-        if self._active:
+        if self.active:
             self._chosen = list(select_modules(pl_module, self.modules, self.scheme))
-            if not pl_module.automatic_optimization and self.chance_loss is None:
-                self._warn(
-                    "chance",
-                    "the loss at chance cannot be measured under manual optimization, so only losses that are not "
-                    "finite are found: pass `chance_loss`, for instance ln C for C classes.",
+            if not pl_module.automatic_optimization and self.baseline_loss.given is None:
+                self.guard.warn(
+                    "baseline",
+                    "the baseline loss cannot be measured under manual optimization, so only losses that are not "
+                    "finite are found: pass `baseline_loss`, for instance ln C for C classes.",
                 )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        if not self._active:
-            return
-        if self._anew:
-            self._settled = self._rounds > 0  # resumed from a checkpoint that knows nothing of us
-        if not self._resumed:
+    def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.baseline_loss.start(resumed=self.resumed)
+        if self.anew:
+            self._settled = self.clock.rounds > 0  # resumed from a checkpoint that knows nothing of us
+        if not self.resumed:
             self._due = None  # of an earlier fit
-            self._begin(self._rounds)
-        self._share_state(trainer)
+            self._begin(self.clock.rounds)
 
-    def on_round_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_round_start(trainer, pl_module)
-        if self._active and self._due is not None:
-            with self._guard("drawing the weights anew"):
-                self._restart(trainer, pl_module, self._due)
-            self._due = None
+    def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        reason, self._due = self._due, None
+        if reason is not None:
+            with self.guard.together("drawing the weights anew", self.recording.weights.processes):
+                self._restart(trainer, pl_module, reason)
+            start_segments(trainer, pl_module)
 
-    @property
-    def _needs_chance(self) -> bool:
-        return not self._settled
+    def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._settled:
+            self.baseline_loss.batch_begins(batch)
 
-    def on_snapshot(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+    def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        with self.guard("measuring the baseline loss"):
+            self.baseline_loss.batch_ends(trainer, pl_module, batch_idx)
+
+    def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         if self._settled or self._due is not None:
             return
-        self._agree_on_chance(trainer)
-        reason = None
-        if self._zero:
-            with self._guard("judging the start"):
-                reason = self._judge(trainer, epoch)
-        reason, settled = trainer.strategy.broadcast((reason, self._settled))
-        self._settled = bool(settled)
+        self.baseline_loss.agree(trainer)
+        judged = self.on_zero(trainer, "judging the start", lambda: self._judge(trainer, epoch))
+        reason, self._settled = judged or (None, False)
         if reason is not None:
             self._act(trainer, epoch, reason)
-        if self._settled and self._alone:
-            self.recorder.clear()  # and nothing more is recorded: see `_due_at`
+        if self._settled and self.recording.alone:
+            self.recorder.clear()  # and nothing more is recorded: see `is_due`
 
     @property
-    def _finished(self) -> bool:
+    def finished(self) -> bool:
         return self._settled
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _judge(self, trainer: pl.Trainer, epoch: int) -> str | None:
-        """Why the start is bad, or None."""
-        loss = self.train_loss
+    def _judge(self, trainer: pl.Trainer, epoch: int) -> tuple[str | None, bool]:
+        """Why the start is bad, or None; and whether that is settled."""
+        loss = self.recording.train_loss
         if loss is not None and not math.isfinite(loss):
-            return f"the loss is {loss}"
-        if not self.finite:
-            return "the weights are not finite"
+            return f"the loss is {loss}", False
+        if not self.recording.finite:
+            return "the weights are not finite", False
         if loss is not None:
             self._start_losses.append(loss)
         self._start_rates.append(max(self.rates, default=0.0))
         if epoch < self._start + self.check_epoch:
-            return None
-        if not self._start_losses or (self.chance is None and not self._probe.wanted):
-            self._settled = True
-            self._warn(
-                "chance",
-                "the loss at chance is not known, so only losses that are not finite are found: pass `chance_loss`, "
+            return None, False
+        baseline = self.baseline_loss.value
+        if not self._start_losses or (baseline is None and not self.baseline_loss.probe.wanted):
+            self.guard.warn(
+                "baseline",
+                "the baseline loss is not known, so only losses that are not finite are found: pass `baseline_loss`, "
                 "for instance ln C for C classes, and return the loss from `training_step`.",
             )
-            return None
-        if self.chance is None:
-            return None
-        with self._guard("reading the learning rates ahead"):
+            return None, True
+        if baseline is None:
+            return None, False
+        with self.guard("reading the learning rates ahead"):
             if warming_up(trainer, self._start_rates, self.settings.every_n_steps):
-                return None
+                return None, False
         trajectory = self.recorder.trajectory
         factor = trajectory.factor(last=RECENT) if trajectory is not None and len(trajectory) else None
-        reason = bad_start(self._start_losses, factor, self.chance, horizon=self.check_epoch)
-        self._settled = reason is None
-        return reason or None
+        reason = bad_start(self._start_losses, factor, baseline, horizon=self.check_epoch)
+        return reason or None, reason is None
 
     def _act(self, trainer: pl.Trainer, epoch: int, reason: str) -> None:
         """Restart before the next epoch, so that this epoch's checkpoints hold what this epoch trained; or give up."""
@@ -215,42 +218,38 @@ class RestartOnBadInitialization(ChanceCallback):
             self.stopping_reason, self.stopped_epoch = StoppingReason.BAD_START, epoch
             self._settled = trainer.should_stop = True
             follow = f"training ends after {len(self.restarts)} restarts"
-        self.message = f"{type(self).__name__}: bad start, after {self._when(epoch)} {reason}; {follow}."
+        self.message = f"{type(self).__name__}: bad start, after {self.clock.when(epoch)} {reason}; {follow}."
         rank_zero_info(self.message)
 
     def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
         seed = FAR_SEED + self.seed + len(self.restarts)
-        draw_anew(trainer, pl_module, self._chosen, self.scheme, seed)
+        root, processes = outermost(trainer, pl_module), self.recording.weights.processes
+        reinitialize_by_name(root, self._chosen, self.scheme, seed=seed, processes=processes)
         trainer.strategy.setup_optimizers(trainer)
-        self.restarts.append({"epoch": self._rounds, "step": trainer.global_step, "reason": reason})
-        self._begin(self._rounds)
+        self.restarts.append({"epoch": self.clock.rounds, "step": trainer.global_step, "reason": reason})
+        self._begin(self.clock.rounds)
         for other in averaging_callbacks(trainer):
-            self._warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
-        start_segments(trainer, pl_module)
+            self.guard.warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict()
-        if state:
-            state |= {
-                "restarts": [dict(row) for row in self.restarts],
-                "message": self.message,
-                "start": [self._start, list(self._start_losses), list(self._start_rates)],
-                "settled": self._settled,
-                "due": self._due,
-                "chosen": list(self._chosen),
-            }
-        return state
+    def own_state(self) -> dict[str, Any]:
+        return {
+            "restarts": [dict(row) for row in self.restarts],
+            "message": self.message,
+            "start": [self._start, list(self._start_losses), list(self._start_rates)],
+            "settled": self._settled,
+            "due": self._due,
+            "chosen": list(self._chosen),
+            "baseline": self.baseline_loss.state_dict(),
+        }
 
-    def _restore_state(self, state: dict[str, Any]) -> None:
-        super()._restore_state(state)
-        self.restarts, self.message = state["restarts"], state["message"]
-        self._start, self._start_losses, self._start_rates = state["start"]
-        self._settled, self._due, self._chosen = state["settled"], state["due"], state["chosen"]
-
-    def _share_state(self, trainer: pl.Trainer) -> None:
-        """Give every rank what was restored on global rank zero."""
-        known = (self.restarts, self.message, self._start, self._settled, self._due, self._chosen)
-        known = trainer.strategy.broadcast(known)
-        self.restarts, self.message, self._start, self._settled, self._due, self._chosen = known
+    def restore_own(self, state: dict[str, Any]) -> None:
+        self.forget()
+        self.baseline_loss.load_state_dict(state["baseline"])
+        self.restarts, self.message = [dict(row) for row in state["restarts"]], str(state["message"])
+        start, losses, rates = state["start"]
+        self._start = int(start)
+        self._start_losses, self._start_rates = [float(each) for each in losses], [float(each) for each in rates]
+        self._settled, self._due = bool(state["settled"]), state["due"]
+        self._chosen = [str(name) for name in state["chosen"]]

@@ -12,7 +12,7 @@ factor then gives back the factor of the snapshots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import scipy.linalg
@@ -25,6 +25,9 @@ from lightning_koopman.dmd.blas import single_blas_thread
 
 CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
 CHUNKS = 64  # at least so many: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
+BLOCK = 2**21  # bytes of a block of rows: about the second-level cache
+WIDTHS = 1024, 16384  # least and most columns of a block, whose products are summed in its own precision
+PRECISE = 2**19  # columns below which float64 throughout costs milliseconds
 EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
 EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
 
@@ -90,6 +93,42 @@ def wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Ite
             buffer[row : row + segment.shape[0]].copy_(segment[:, start:stop])
             row += segment.shape[0]
         yield buffer
+
+
+def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
+    """Inner products of a vector with stored rows, and with itself: one new row of a Gram matrix.
+
+    One pass over the rows by BLAS, a block of columns at a time: in float64 below 524,288 columns and for float64 rows,
+    else in float32, whose sums over blocks are added up in float64.
+
+    Args:
+        segments: CPU tensors (rows_i, n), of any dtype.
+        *addends: CPU tensors (n,) that add up to the vector.
+
+    Returns:
+        Float64 array (rows + 1,), the vector's square last.
+    """
+    columns = addends[0].shape[0]
+    wide = columns < PRECISE or any(each.dtype == torch.float64 for each in (*addends, *segments))
+    work = torch.float64 if wide else torch.float32
+    rows = sum(len(segment) for segment in segments)
+    found = torch.zeros(rows + 1, dtype=torch.float64)
+    width = min(max(WIDTHS[0], BLOCK // (work.itemsize * (rows + 1))), WIDTHS[1])
+    buffer = torch.empty(max((len(each) for each in segments), default=0), width, dtype=work)
+    for start in range(0, columns, width):
+        stop = min(start + width, columns)
+        vector = addends[0][start:stop].to(work)
+        for other in addends[1:]:
+            vector = vector + other[start:stop].to(work)
+        row = 0
+        for segment in segments:
+            block = segment[:, start:stop]
+            if block.dtype != work:
+                block = buffer[: len(block), : stop - start].copy_(block)
+            found[row : row + len(block)] += block.mv(vector)
+            row += len(block)
+        found[-1] += vector.dot(vector)
+    return found.numpy()
 
 
 def factor_from_increment_gram(gram: Array) -> Array:

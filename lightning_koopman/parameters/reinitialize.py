@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.select import match_names
-from lightning_koopman.parameters.sharded_modules import clean_name
+from lightning_koopman.parameters.sharded_modules import clean_name, local_chunks
 from lightning_koopman.parameters.shards import Chunk
 
 Scheme = Callable[[nn.Module], Any] | str | None
@@ -110,6 +111,31 @@ def reinitialize(
     finally:  # a callable of the user's may fail
         np.random.set_state(numpy_state)  # noqa: NPY002
         random.setstate(python_state)
+
+
+def reinitialize_by_name(
+    root: nn.Module, names: Sequence[str], scheme: Scheme, *, seed: int, processes: Processes
+) -> None:
+    """Draw the parameters of some modules of a network anew, the same in all processes.
+
+    Args:
+        root: The network; under FSDP the outermost wrapped module.
+        names: Names of the modules, without what wrappers add.
+        scheme: As for :func:`reinitialize`.
+        seed: As for :func:`reinitialize`.
+        processes: All that train the network.
+    """
+    chunks = local_chunks(root, remove_duplicate=False)
+    owned: dict[str, dict[str, Chunk]] = {}
+    for name, chunk in chunks.items():
+        owner, _, leaf = name.rpartition(".")
+        owned.setdefault(owner, {})[leaf] = chunk
+    # the innermost of those that wrappers give the same name
+    modules = {clean_name(name): module for name, module in root.named_modules()}
+    reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=[owned.get(name, {}) for name in names])
+    whole = {id(chunk.tensor): chunk.tensor.detach() for chunk in chunks.values() if chunk.whole}
+    for tensor in (*whole.values(), *root.buffers()):  # other kinds of processors may draw otherwise
+        processes.copy_from_first(tensor)
 
 
 def _draw_whole(module: nn.Module, scheme: Scheme, chunks: Mapping[str, Chunk]) -> None:

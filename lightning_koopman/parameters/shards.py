@@ -126,9 +126,9 @@ class Shards(Mapping[str, Part]):
         self._sharing: list[tuple[int, ...]]
         self._groups: dict[tuple[int, ...], Any]
         self._marks = np.array([_mark(name, chunk) for name, chunk in self.chunks.items()], dtype=np.float64)
-        # names and shapes of the whole are the same in all processes, so that they decide alike whether to ask anew
         self._kind = [(name, chunk.shape) for name, chunk in self.chunks.items()]
-        if like is not None and like._kind == self._kind and np.array_equal(like._marks, self._marks):
+        changed = like is None or like._kind != self._kind or not np.array_equal(like._marks, self._marks)
+        if not self.processes.any(changed) and like is not None:
             self._holders, self._sharing, self._groups = like._holders, like._sharing, like._groups
         else:
             table = self.processes.table(self._marks)
@@ -170,15 +170,14 @@ class Shards(Mapping[str, Part]):
         return dict(zip(self, torch.split(flat, sizes), strict=True))
 
     def complete(self, name: str, own: Tensor) -> Tensor:
-        """Numbers of the chunk that this process holds, from those of its own part and of its co-holders' parts."""
+        """Numbers of the chunk that this process holds, from those of its own part and of its replicas' parts."""
         chunk, part = self.chunks[name], self[name]
         filled = torch.zeros(chunk.tensor.numel(), dtype=own.dtype)
         filled[part.start : part.stop] = own.cpu()
         self._make_groups()
         group = self._groups.get(self._holders[name])
-        if group is not None and filled.numel():
-            filled = self.processes.add_up(filled, group)
-        return filled.reshape(chunk.tensor.shape)
+        shared = self.processes.add_up(filled if group is not None else filled[:0], group)
+        return (filled if group is None else shared).reshape(chunk.tensor.shape)
 
     def assemble(self, name: str, own: Tensor) -> Tensor:
         """Mask of the whole parameter's shape from all processes' parts: a byte a weight is sent, no weights."""
@@ -197,7 +196,9 @@ class Shards(Mapping[str, Part]):
         return Part(chunk, start, stop, *_cut(chunk.starts, chunk.lengths, start, stop))
 
     def _make_groups(self) -> None:
-        """A group of processes for each set of co-holders; made by all processes together, at first need."""
+        """A group of processes for each set of replicas; made by all processes together, at first need."""
+        if self._sharing and not self._groups:
+            self.processes.any(False)  # all of them are here
         everyone = tuple(range(self.processes.size))
         for ranks in self._sharing if not self._groups else ():
             own = ranks == everyone
@@ -214,7 +215,7 @@ def _sharing(table: npt.NDArray[np.float64]) -> list[tuple[int, ...]]:
 
 
 def one_run(start: int, length: int) -> tuple[Indices, Indices]:
-    """Starts and lengths of so many successive numbers, as a single run or, of none, as no run."""
+    """One contiguous range as run-length arrays (empty if length is 0)."""
     kept = slice(None) if length else slice(0)
     return np.array([start], dtype=np.int64)[kept], np.array([length], dtype=np.int64)[kept]
 

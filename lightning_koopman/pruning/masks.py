@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from numbers import Real
 from typing import Any
@@ -186,7 +186,12 @@ class MaskSet(Mapping[str, Tensor]):
         for chunk, bits in self._matched(module).values():
             _clear(chunk.tensor, bits)
 
-    def pin(self, module: nn.Module, *optimizers: torch.optim.Optimizer) -> Pin:
+    def pin(
+        self,
+        module: nn.Module,
+        *optimizers: torch.optim.Optimizer,
+        on_error: Callable[[Exception], None] | None = None,
+    ) -> Pin:
         """Keep the pruned weights at zero while the network is trained.
 
         They are set to zero now and after every step of the optimizers, of whatever kind; their gradients are zero
@@ -195,6 +200,7 @@ class MaskSet(Mapping[str, Tensor]):
         Args:
             module: The network.
             *optimizers: All optimizers that step it.
+            on_error: Called with what fails in the middle of a step, in place of raising it there.
 
         Returns:
             A handle; :meth:`Pin.remove` or leaving a ``with`` block lets go.
@@ -209,7 +215,7 @@ class MaskSet(Mapping[str, Tensor]):
                     f"{type(optimizer).__name__} takes no step hooks (it did not call torch.optim.Optimizer.__init__): "
                     "leave it out, and call `clear` of what `pin` returns after its steps."
                 )
-        return Pin(self._matched(module), optimizers)
+        return Pin(self._matched(module), optimizers, on_error)
 
     def _matched(self, module: nn.Module) -> dict[str, tuple[Chunk, Tensor]]:
         """What this process holds of the parameters, with their masks as bits, on the parameters' devices."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,19 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Pin:
-    """Holds masked parameters at zero through training, until :meth:`remove`; made by :meth:`MaskSet.pin`."""
+    """Holds masked parameters at zero through training, until :meth:`remove`; made by :meth:`MaskSet.pin`.
+
+    Args:
+        matched: By name, what this process holds of a parameter and its mask as bits.
+        optimizers: Those that step them.
+        on_error: Called with what fails in a hook, in place of raising it in the middle of a step.
+    """
 
     def __init__(
         self,
         matched: Mapping[str, tuple[Chunk, Tensor]],
         optimizers: Sequence[torch.optim.Optimizer],
+        on_error: Callable[[Exception], None] | None = None,
     ) -> None:
         self._matched = list({id(chunk.parameter): (chunk, bits) for chunk, bits in matched.values()}.values())
         self._optimizers = [id(optimizer) for optimizer in optimizers]
@@ -34,12 +41,12 @@ class Pin:
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # it may be thawed later, and takes no hook before
             hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in PyTorch
-            self._handles.append(hook(_GradientMask(chunk, bits)))
+            self._handles.append(hook(_Hook(_GradientMask(chunk, bits), on_error)))
             parameter.requires_grad_(not frozen)
         self.clear_gradients()
         for optimizer in optimizers:
             self._forget_pruned(optimizer)
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles.append(optimizer.register_step_post_hook(_Hook(self._after_step, on_error)))
 
     def remove(self) -> None:
         """Let the pruned weights move again."""
@@ -82,7 +89,22 @@ class Pin:
                 if isinstance(value, Tensor) and value.shape == chunk.parameter.shape and value.is_floating_point():
                     held = chunk.like(value)
                     if held is not None:
-                        _clear(held, _bits(bits != 0, held))
+                        _clear(held, bits)
+
+
+class _Hook:
+    """A function that PyTorch calls, whose failure is told to somebody else if that is asked for."""
+
+    def __init__(self, function: Callable[..., None], on_error: Callable[[Exception], None] | None) -> None:
+        self.function, self.on_error = function, on_error
+
+    def __call__(self, *given: Any) -> None:
+        try:
+            self.function(*given)
+        except Exception as error:
+            if self.on_error is None:
+                raise
+            self.on_error(error)
 
 
 class _GradientMask:
@@ -97,15 +119,17 @@ class _GradientMask:
             rows = gradient.coalesce()
             parameter.grad = rows
             values = rows._values()
-            _clear(values, _bits(self.bits != 0, values)[rows._indices()[0]])
+            _clear(values, self.bits[rows._indices()[0]])
             return
         held = self.chunk.like(gradient)
         if held is not None:
-            _clear(held, self.bits if held.dtype == self.chunk.tensor.dtype else _bits(self.bits != 0, held))
+            _clear(held, self.bits)
 
 
 def _clear(values: Tensor, bits: Tensor) -> None:
     """Set to zero, in place, where the bits are zero; integers need no gradient mode."""
+    if bits.dtype.itemsize != values.dtype.itemsize or bits.device != values.device:  # the module was converted
+        bits = _bits(bits != 0, values)
     values.detach().view(bits.dtype).bitwise_and_(bits.reshape(values.shape))
 
 

@@ -7,40 +7,40 @@ import numpy.typing as npt
 
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Real
-from lightning_koopman.stopping.evidence import MARGIN, Chance
+from lightning_koopman.stopping.evidence import MARGIN, Baseline
 from lightning_koopman.stopping.forecast import RECENT, forecast_change
 
-WILD = 2.0  # times the loss at chance in the first epoch: weights of a wrong scale
+WILD = 2.0  # times the baseline loss in the first epoch: weights of a wrong scale
 
 
-def bad_start(losses: npt.ArrayLike, factor: Real | None, chance: Chance, *, horizon: int) -> str | None:
+def bad_start(losses: npt.ArrayLike, factor: Real | None, baseline: Baseline, *, horizon: int) -> str | None:
     """Why a training started badly, in words; "" if it is too early to say, None if it did not.
 
-    A start is bad if the loss is no better than chance, and either began far above it, as no network at a sane scale of
-    its weights does, or neither falls nor is predicted to.  The weights of both kinds look converged (paper, section
-    3).
+    A start is bad if the loss is no better than the baseline, and either began far above it, as no network at a sane
+    scale of its weights does, or neither falls nor is predicted to.  The weights of both kinds look converged (paper,
+    section 3).
 
     Args:
         losses: Array (t,): the losses of all epochs since the start, newest last.
         factor: Factor (r, time) of the newest weights (None: unknown), for the words only.
-        chance: Loss of a network that ignores its input.
+        baseline: Loss of a network that ignores its input.
         horizon: Epochs to look ahead, ≥ 1.
     """
     values = np.asarray(losses, dtype=np.float64)
     newest = values[-RECENT:]
-    order = chance.compare(newest[-1])
+    order = baseline.compare(newest[-1])
     if order < 0:
         return None
-    if values[0] <= WILD * chance.loss:
+    if values[0] <= WILD * baseline.loss:
         if newest.size < 2:
             return ""
         slope = (newest[-1] - newest[0]) / (newest.size - 1)
         change = forecast_change(newest, horizon).change if newest.size == RECENT else slope * horizon
         fallen = values[values.size // 2] - values[-1]
-        if max(-change, fallen) > MARGIN * chance.loss:
+        if max(-change, fallen) > MARGIN * baseline.loss:
             return ""
     reason = (
-        f"the loss, {newest[-1]:.3g}, is {'worse' if order > 0 else 'no better'} than {chance.loss:.3g}, that of a "
+        f"the loss, {newest[-1]:.3g}, is {'worse' if order > 0 else 'no better'} than {baseline.loss:.3g}, that of a "
         "network which ignores its input"
     )
     if factor is not None and factor.shape[1] >= 3 and np.any(factor[:, :-1]):

@@ -12,19 +12,19 @@ from lightning_koopman.dmd.spectrum import Real
 
 SUSPECT_WALK = 5.0  # standard errors; a walk hardly ever exceeds them, a training nearly always does
 APART = 3  # epochs between steps that momentum does not link
-MARGIN = 0.02  # share of the chance loss by which a network must differ from it
+MARGIN = 0.02  # share of the baseline loss by which a network must differ from it
 SAME_RATE = 1.1  # ratio of two learning rates that count as equal
 
 
 @dataclass(frozen=True)
-class Chance:
+class Baseline:
     """Mean loss of a network that ignores its input, and the standard error of that mean."""
 
     loss: float
     error: float = 0.0
 
     def compare(self, loss: float) -> int:
-        """1 for a loss that is worse than chance, 0 for one that cannot be told from it, -1 for a better one."""
+        """1 for a loss that is worse than the baseline, 0 for one that cannot be told from it, -1 for a better one."""
         doubt = MARGIN * self.loss + 2 * self.error
         return int(loss > self.loss + doubt) - int(loss < self.loss - doubt)
 

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Real
-from lightning_koopman.stopping.evidence import SUSPECT_WALK, Chance, drifts, walk_score
+from lightning_koopman.stopping.evidence import SUSPECT_WALK, Baseline, drifts, walk_score
 from lightning_koopman.stopping.forecast import UNKNOWN, ChangeForecast, forecast_change
 
 LEAST_HORIZON = 6  # fewer steps are too often mistaken for no random walk
@@ -33,23 +33,23 @@ class StoppingReason(Enum):
 
 
 class Hold(Enum):
-    """What speaks against stopping now."""
+    """What blocks stopping now."""
 
     TOO_EARLY = "too few epochs to tell"
     NOT_FINITE = "the loss or the weights were not finite lately"
-    CHANCE = "the loss is no better than that of a network which ignores its input"
+    BASELINE = "the loss is no better than that of a network which ignores its input"
     MOVING = "the loss is predicted to move on"
     SWINGING = "the loss fluctuates too much to tell"
     SPREAD = "the eigenvalues of the weights do not cluster at 1"
     WALK = "the weights' steps cannot be told from a random walk"
     DRIFT = "the weights move along a direction that does not fade"
     SCHEDULE = "the learning rate is about to change more than it has without effect"
-    PATIENCE = "all witnesses agree, but not yet for long enough"
+    PATIENCE = "all criteria are met, but not yet for long enough"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the witnesses say after an epoch: NaN where unknown; ``hold`` is None if all of them say converged.
+    """The criteria after an epoch: NaN where unknown; ``hold`` is what blocks a stop, None if nothing does.
 
     ``scale`` is what the tolerance is relative to; ``at_floor`` says that the loss is so close to 0 that no drop can be
     large, whatever the weights or the learning rate have in store.
@@ -64,12 +64,12 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ConvergenceRule:
-    """Two witnesses, and four doubts that overrule them.
+    """Two criteria, and four conditions that block a stop even where both are met.
 
     A training has converged when the importance of its weights' trajectory lies at eigenvalue 1 (paper, section 3)
     *and* its loss is predicted to stand still over the horizon.  Both are also true of trainings that have not
-    converged; hence they do not count while the loss is no better than chance, where the steps are a random walk's
-    (:func:`walk_score`), or have a direction that does not fade (:func:`drifts`).
+    converged; hence they do not count while the loss is no better than the baseline, where the steps are a random
+    walk's (:func:`walk_score`), or have a direction that does not fade (:func:`drifts`).
 
     Attributes:
         radius: Radius of the disc around 1, > 0.
@@ -83,13 +83,13 @@ class ConvergenceRule:
     horizon: int = 10
     tolerance: float = 1.5e-3
 
-    def judge(self, losses: npt.ArrayLike, factor: Real | None, chance: Chance | None) -> Verdict:
+    def judge(self, losses: npt.ArrayLike, factor: Real | None, baseline: Baseline | None) -> Verdict:
         """Hear the witnesses.
 
         Args:
             losses: Array (t,): the losses of all epochs since the start, newest last.
             factor: Factor (r, time) of the newest weights, ``horizon + 1`` snapshots (None: they are not finite).
-            chance: Loss of a network that ignores its input; without it, or where losses are negative, their range is
+            baseline: Loss of a network that ignores its input; without it, or where losses are negative, their range is
                 the scale.
         """
         values = np.asarray(losses, dtype=np.float64)
@@ -99,9 +99,9 @@ class ConvergenceRule:
         if newest.size < self.horizon + 2 or factor.shape[1] < self.horizon + 1:
             return Verdict(Hold.TOO_EARLY)
         finite = values[np.isfinite(values)]
-        bounded = chance is not None and finite.min() >= 0.0  # a loss that can be negative has no floor
-        # without chance: the range, less the first epoch, which may have started anywhere
-        scale = chance.loss if chance is not None and bounded else float(np.ptp(finite[1:]))
+        bounded = baseline is not None and finite.min() >= 0.0  # a loss that can be negative has no floor
+        # without a baseline: the range, less the first epoch, which may have started anywhere
+        scale = baseline.loss if baseline is not None and bounded else float(np.ptp(finite[1:]))
         forecast = forecast_change(newest, self.horizon)
         fraction = 1.0
         if np.any(factor[:, :-1]):
@@ -109,8 +109,8 @@ class ConvergenceRule:
         loss, steps = float(newest[-1]), np.diff(factor, axis=1)
         at_floor = bounded and loss <= FLOOR * self.tolerance * scale
         hold = None
-        if chance is not None and chance.compare(loss) >= 0:
-            hold = Hold.CHANCE
+        if baseline is not None and baseline.compare(loss) >= 0:
+            hold = Hold.BASELINE
         elif forecast.bound > self.tolerance * scale:
             hold = Hold.MOVING
         elif forecast.swing > SWING * self.tolerance * scale:

@@ -1,37 +1,174 @@
-"""The files of snapshots beside checkpoints: one for each process, readable by any other number of processes."""
+"""The files of snapshots beside checkpoints: only ever added to, and readable by any number of processes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+import uuid
+import zipfile
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_koopman.parameters.shards import Indices, Shards
-from lightning_koopman.trajectory.trajectory import base_path, read_into
 
-SIDECAR = "snapshots"
-
-
-def process_file(folder: Path, name: str, rank: int, size: int) -> Path:
-    """The file of that name of one process."""
-    return folder / (f"{name}.bin" if size == 1 else f"{name}-{rank}-of-{size}.bin")
+PIECE = 2**22  # numbers written or read at a time
+TOKEN = "koopman-reference-"  # what marks a checkpoint that needs files, with 16 hexadecimal digits after it
+Row = Callable[[int], Tensor]
 
 
-def write_layout(sidecar: Path, shards: Shards) -> None:
-    """Write beside a sidecar which numbers of which parameters make up its rows."""
+class SegmentWriter:
+    """Writes one trajectory to files that are only added to, so that what a checkpoint needs is never written over.
+
+    Each file begins with a whole snapshot, in float32 or float64, and goes on with the increments after it.  With a
+    window a new file is begun after a window of increments, so that old ones can be deleted.
+
+    Args:
+        path: Where the files' names begin.
+        keep: Snapshots in the window, or None for all.
+        segment: What tells this trajectory's files from others with the same path (default: random).
+    """
+
+    def __init__(self, path: Path, *, keep: int | None, segment: str | None = None) -> None:
+        self.path, self.keep = path.absolute(), keep
+        self.segment = segment or uuid.uuid4().hex[:12]
+        self.written: list[Path] = []
+        self._starts: list[int] = []
+        self._needed: list[int] = []  # of them, by the newest checkpoint
+        self._end = -1  # index of the newest snapshot in the files
+
+    def write(self, first: int, held: int, oldest: Tensor, newest: Tensor, row: Row) -> dict[str, Any]:
+        """Write what the files lack of the snapshots ``first`` … ``first + held − 1``.
+
+        Args:
+            first: Index of the oldest snapshot.
+            held: Number of snapshots.
+            oldest: The oldest snapshot.
+            newest: The newest snapshot.
+            row: Gives the increment of an index.
+
+        Returns:
+            What :class:`SegmentReader` needs to know, for a checkpoint.
+
+        Raises:
+            OSError: If a file cannot be written; the next call tries again.
+        """
+        if held:
+            last = first + held - 1
+            if self._end < first:  # nothing written yet, or too long ago
+                self._begin(first, oldest)
+            start = self._starts[-1]
+            lead, each = _nbytes(oldest), _nbytes(row(last)) if held > 1 else 0
+            with self._file(start).open("r+b") as file:
+                for index in range(self._end + 1, last + 1):
+                    file.seek(lead + (index - start - 1) * each)
+                    _dump(row(index), file)
+            self._end = last
+            if self.keep is not None and last - start >= self.keep:
+                self._begin(last, newest)
+        before = [start for start in self._starts if start <= first][-1:]
+        self._needed = before + [start for start in self._starts if start > first]
+        return {"segment": self.segment, "starts": list(self._needed), "start": (self._needed or [0])[0]}
+
+    def files(self, state: Mapping[str, Any]) -> list[Path]:
+        """The files that a state returned by :meth:`write` needs."""
+        return [self._file(start) for start in state["starts"]]
+
+    @property
+    def current(self) -> list[Path]:
+        """The files that the next checkpoint may need."""
+        return [self._file(start) for start in self._starts if start >= min(self._needed, default=start)]
+
+    def _begin(self, start: int, snapshot: Tensor) -> None:
+        file = self._file(start)
+        self.written.append(file)
+        with file.open("w+b") as handle:
+            _dump(snapshot, handle)
+        self._starts.append(start)
+        self._end = start
+
+    def _file(self, start: int) -> Path:
+        return segment_file(self.path, self.segment, start)
+
+
+def segment_file(path: Path, segment: str, start: int) -> Path:
+    """The file that begins with the snapshot of an index."""
+    return path.with_name(f"{path.name}-{segment}-{start}.bin")
+
+
+@dataclass(frozen=True)
+class SegmentReader:
+    """Reads rows that one process wrote.
+
+    Attributes:
+        path: Where the files' names begin.
+        segment: See :class:`SegmentWriter`.
+        starts: Indices of the snapshots that the files begin with.
+        n: Numbers in a row.
+        wide: Bytes of a number of a snapshot.
+        narrow: Bytes of a number of an increment.
+    """
+
+    path: Path
+    segment: str
+    starts: Sequence[int]
+    n: int
+    wide: int
+    narrow: int
+
+    @classmethod
+    def of(cls, path: Path, state: Mapping[str, Any], n: int) -> SegmentReader:
+        """From what :meth:`Trajectory.save` returned."""
+        narrow = torch.float64.itemsize if state["sketch"] else getattr(torch, state["dtype"]).itemsize
+        return cls(path, str(state["segment"]), [int(each) for each in state["starts"]], n, max(4, narrow), narrow)
+
+    def __call__(self, index: int, out: Tensor) -> bool:
+        """Fill a tensor with the first snapshot, or with the increment of an index after it; returns whether it could.
+
+        A file that is too short, missing or no plain file cannot be read.
+        """
+        return self.read(index, 0, out)
+
+    def exists(self) -> bool:
+        """Whether the first file is there."""
+        return bool(self.starts) and segment_file(self.path, self.segment, self.starts[0]).is_file()
+
+    def read(self, index: int, column: int, out: Tensor) -> bool:
+        """As a call, from a column of the row on."""
+        if not self.starts:
+            return False
+        if index == self.starts[0]:
+            return _read_into(segment_file(self.path, self.segment, index), column * self.wide, out)
+        start = self.starts[max(0, bisect_left(self.starts, index) - 1)]
+        offset = self.n * self.wide + (index - start - 1) * self.n * self.narrow
+        return _read_into(segment_file(self.path, self.segment, start), offset + column * self.narrow, out)
+
+
+# -- files of several processes ---------------------------------------------------------------------------------------
+
+
+def process_path(path: Path, rank: int, size: int) -> Path:
+    """Where the names of one process's files begin."""
+    return path if size == 1 else path.with_name(f"{path.name}-{rank}-of-{size}")
+
+
+def write_layout(path: Path, segment: str, shards: Shards) -> None:
+    """Write which elements of which parameters make up the rows of a segment."""
     runs = [(name, part.starts, part.lengths) for name, part in shards.items()]
+    none = np.zeros(0, dtype=np.int64)
     layout = {
         "names": [name for name, _, _ in runs],
         "counts": torch.tensor([len(starts) for _, starts, _ in runs]),
-        "starts": torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *(starts for _, starts, _ in runs)])),
-        "lengths": torch.from_numpy(np.concatenate([np.zeros(0, dtype=np.int64), *(each for _, _, each in runs)])),
+        "starts": torch.from_numpy(np.concatenate([none, *(starts for _, starts, _ in runs)])),
+        "lengths": torch.from_numpy(np.concatenate([none, *(each for _, _, each in runs)])),
     }
-    target = _layout_path(sidecar)
+    target = _layout_path(path, segment)
     scratch = target.with_suffix(".part")
     torch.save(layout, scratch)
     scratch.replace(target)
@@ -39,7 +176,7 @@ def write_layout(sidecar: Path, shards: Shards) -> None:
 
 @dataclass(frozen=True)
 class Piece:
-    """Numbers that lie side by side in a row of the one and in a row of the other."""
+    """Elements that lie side by side in a row of the one and in a row of the other."""
 
     rank: int
     source: int
@@ -47,41 +184,39 @@ class Piece:
     length: int
 
 
-class SidecarReader:
+class ShardReader:
     """Reads this process's part of snapshots that some processes saved, as many as there were.
 
     Args:
-        sidecar: The file of the first process.
+        path: Where the names of all processes' files begin.
+        state: What :meth:`Trajectory.save` returned in the first process.
         size: Number of processes that saved.
         shards: What counts as this process's own now.
-        itemsize: Bytes of a number in the rows.
-        first: Index of the oldest snapshot, for increments that lie on top of it.
     """
 
-    def __init__(self, sidecar: Path, size: int, shards: Shards, itemsize: int, first: int) -> None:
-        self._files = [process_file(sidecar.parent, SIDECAR, rank, size) for rank in range(size)]
-        self._itemsize, self._first = itemsize, first
-        layouts = [_read_layout(path) for path in self._files]
-        self._row_sizes = [sum(int(runs[1].sum()) for runs in layout.values()) for layout in layouts]
+    def __init__(self, path: Path, state: Mapping[str, Any], size: int, shards: Shards) -> None:
+        self._readers: list[SegmentReader] = []
+        layouts: list[dict[str, tuple[Indices, Indices]]] = []
+        for rank in range(size):
+            own = process_path(path, rank, size)
+            layout = _read_layout(own, str(state["segment"]))
+            if layout is None:  # what it describes is lost, and so is the rest
+                break
+            layouts.append(layout)
+            n = sum(int(lengths.sum()) for _, lengths in layout.values())
+            self._readers.append(SegmentReader.of(own, state, n))
         self._pieces, self._found = _overlaps(layouts, shards)
 
-    def __call__(self, slot: int, out: Tensor) -> bool:
-        """Fill a tensor with the row in a slot, or with the oldest snapshot for −1; returns whether it could."""
-        if not self._found:
-            return False
-        for piece in self._pieces:
-            path, row = self._files[piece.rank], self._row_sizes[piece.rank] * self._itemsize
-            start, size = max(slot, 0) * row, self._itemsize
-            if slot < 0:
-                path, size = base_path(path, self._first), 4
-            target = out[piece.target : piece.target + piece.length]
-            if not read_into(path, start + piece.source * size, target):
-                return False
-        return True
+    def __call__(self, index: int, out: Tensor) -> bool:
+        """As :class:`SegmentReader`'s."""
+        return self._found and all(
+            self._readers[each.rank].read(index, each.source, out[each.target : each.target + each.length])
+            for each in self._pieces
+        )
 
 
 def _overlaps(layouts: list[dict[str, tuple[Indices, Indices]]], shards: Shards) -> tuple[list[Piece], bool]:
-    """Where the own numbers lie in the rows of others, and whether all of them were found."""
+    """Where the own elements lie in the rows of others, and whether all of them were found."""
     pieces: list[Piece] = []
     offsets = [_row_offsets(layout) for layout in layouts]
     at = 0
@@ -111,16 +246,129 @@ def _row_offsets(layout: Mapping[str, tuple[Indices, Indices]]) -> dict[str, int
     return dict(zip(layout, sizes.tolist(), strict=False))
 
 
-def _read_layout(sidecar: Path) -> dict[str, tuple[Indices, Indices]]:
-    """By parameter, the runs of its numbers in a process's rows; empty where the file is missing."""
+def _read_layout(path: Path, segment: str) -> dict[str, tuple[Indices, Indices]] | None:
+    """By parameter, the runs of its elements in a process's rows; None where the file is missing or damaged."""
+    file = _layout_path(path, segment)
+    if not file.is_file():
+        return None
     try:
-        layout: dict[str, Any] = torch.load(_layout_path(sidecar), weights_only=True)
-    except Exception:  # missing or damaged: what it describes is lost
-        return {}
-    counts = np.cumsum(layout["counts"].numpy())[:-1]
-    starts, lengths = (np.split(layout[key].numpy(), counts) for key in ("starts", "lengths"))
-    return dict(zip(layout["names"], zip(starts, lengths, strict=True), strict=True))
+        layout: dict[str, Any] = torch.load(file, weights_only=True)
+        counts = np.cumsum(layout["counts"].numpy())[:-1]
+        starts, lengths = (np.split(layout[key].numpy(), counts) for key in ("starts", "lengths"))
+        return dict(zip(layout["names"], zip(starts, lengths, strict=True), strict=True))
+    except Exception:
+        return None
 
 
-def _layout_path(sidecar: Path) -> Path:
-    return sidecar.with_name(f"{sidecar.name}.layout")
+def _layout_path(path: Path, segment: str) -> Path:
+    return path.with_name(f"{path.name}-{segment}.layout")
+
+
+# -- how long they are kept -------------------------------------------------------------------------------------------
+
+
+class Retention:
+    """Deletes files that no checkpoint on disk needs any more, and never one that may be needed.
+
+    Each checkpoint holds a reference, a random word.  A file goes when all checkpoints that were seen with a reference
+    to it have been deleted or written over; a reference that was never seen in a checkpoint, because that lies
+    elsewhere, is kept for good.
+    """
+
+    def __init__(self) -> None:
+        self._needed: dict[str, list[Path]] = {}
+        self._places: dict[str, set[Path]] = {}
+
+    def note(self, files: Iterable[Path]) -> str:
+        """A reference to files, for a checkpoint that is about to be written."""
+        reference = TOKEN + uuid.uuid4().hex[:16]
+        self._needed[reference] = list(files)
+        return reference
+
+    def release(self, checkpoints: Iterable[Path], written: Iterable[Path], current: Iterable[Path]) -> list[Path]:
+        """Delete what is not needed.
+
+        Args:
+            checkpoints: Files and folders that are, or may be, checkpoints.
+            written: All files of snapshots so far.
+            current: Those that the next checkpoint will need.
+
+        Returns:
+            The files deleted.
+        """
+        for path in {*checkpoints, *(place for places in self._places.values() for place in places)}:
+            found = references_in(path)
+            if found is None:
+                continue
+            for reference in self._needed:
+                places = self._places.setdefault(reference, set()) if reference in found else None
+                if places is not None:
+                    places.add(path)
+                elif reference in self._places:
+                    self._places[reference].discard(path)
+        for reference in [each for each, places in self._places.items() if not places]:
+            del self._places[reference], self._needed[reference]
+        alive = {*current, *(file for files in self._needed.values() for file in files)}
+        gone = [file for file in written if file not in alive]
+        for file in gone:
+            file.unlink(missing_ok=True)
+        return gone
+
+
+def references_in(checkpoint: Path) -> frozenset[str] | None:
+    """The references in a checkpoint, none where it is gone; None where it cannot be told yet."""
+    file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return frozenset()
+    except OSError:
+        return None
+    return _references(file, stat.st_mtime_ns, stat.st_size) if file.is_file() else None
+
+
+@lru_cache(maxsize=256)
+def _references(file: Path, _: int, __: int) -> frozenset[str] | None:
+    """The references in a file of ``torch.save``, whose tensors lie apart and are not read."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            name = next(each for each in archive.namelist() if each.endswith("data.pkl"))
+            found = re.findall(TOKEN.encode() + rb"[0-9a-f]{16}", archive.read(name))
+    except (OSError, zipfile.BadZipFile, StopIteration, KeyError):
+        return None
+    return frozenset(each.decode() for each in found)
+
+
+# -- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def _nbytes(row: Tensor) -> int:
+    return row.numel() * row.element_size()
+
+
+def _pieces(row: Tensor) -> Iterator[memoryview]:
+    raw: Any = row.view(torch.uint8) if row.numel() else torch.empty(0, dtype=torch.uint8)
+    return (memoryview(piece.numpy()) for piece in raw.split(PIECE)) if raw.numel() else iter(())
+
+
+def _dump(row: Tensor, file: IO[bytes]) -> None:
+    for piece in _pieces(row):
+        file.write(piece)
+
+
+def _read_into(file: Path, start: int, out: Tensor) -> bool:
+    """Fill a tensor from a file, from a byte on; returns whether it could."""
+    if not out.numel():
+        return True
+    if not file.is_file():  # a pipe would never answer
+        return False
+    with file.open("rb", buffering=0) as handle:
+        handle.seek(start)
+        for piece in _pieces(out):
+            filled = 0
+            while filled < len(piece):
+                count = handle.readinto(piece[filled:])
+                if not count:
+                    return False
+                filled += count
+    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -35,21 +36,38 @@ class Sketch:
         self.k, self.seed = k, seed
         random = torch.Generator().manual_seed(seed)
         signs = torch.randint(2, (TABLE + k,), generator=random, dtype=torch.int8)
-        self._windows = (2.0 * signs - 1.0).as_strided((TABLE, k), (1, 1))
+        self._tables = {torch.device("cpu"): 2.0 * signs - 1.0}
 
-    def project(self, values: Tensor, *, offset: int = 0) -> Tensor:
-        """Sketch (k,), float64, of a vector, or of the part of it that begins at ``offset``.
+    def of_parts(self, parts: Sequence[Tensor], offsets: Sequence[int] | None = None) -> Array:
+        """Sketch (k,) of a vector made up of tensors, each projected on its own device.
 
         Args:
-            values: Real tensor (n,) on the CPU.
+            parts: Real tensors on any device.
+            offsets: Index in the whole vector at which each begins (default: one after the other).
+        """
+        found, at = np.zeros(self.k), 0
+        for index, part in enumerate(parts):
+            at = at if offsets is None else offsets[index]
+            found += self.project(part.reshape(-1), offset=at).cpu().numpy()
+            at += part.numel()
+        return found
+
+    def project(self, values: Tensor, *, offset: int = 0) -> Tensor:
+        """Sketch (k,), float64 and on the same device, of a vector, or of the part of it that begins at ``offset``.
+
+        Args:
+            values: Real tensor (n,).
             offset: Index of the first of them in the whole vector, ≥ 0.
         """
+        if values.device.type == "mps":  # which has no float64
+            values = values.cpu()
         k = self.k
-        sketch = torch.zeros(k, dtype=torch.float64)
+        windows = self._windows(values.device)
+        sketch = torch.zeros(k, dtype=torch.float64, device=values.device)
         lead = min(-offset % k, values.numel())  # up to the next whole block
         block, column = divmod(offset, k)
         if lead:
-            signs = self._windows[self._places(block, 1)[0]]
+            signs = windows[self._places(block, 1).to(values.device)[0]]
             sketch[column : column + lead] += values[:lead].double() * signs[column : column + lead]
             block += 1
         rest = values[lead:]
@@ -57,12 +75,18 @@ class Sketch:
         for start in range(0, rest.numel(), rows * k):
             part = rest[start : start + rows * k]
             count = part.numel() // k
-            signs = self._windows[self._places(block + start // k, count + 1)]
+            signs = windows[self._places(block + start // k, count + 1).to(values.device)]
             if count:
                 sketch += torch.sum(part[: count * k].reshape(count, k) * signs[:count], dim=0, dtype=torch.float64)
             tail = part[count * k :]
             sketch[: tail.numel()] += tail.double() * signs[count, : tail.numel()]
         return sketch
+
+    def _windows(self, device: torch.device) -> Tensor:
+        """All runs (TABLE, k) of the table of signs, without a copy."""
+        if device not in self._tables:
+            self._tables[device] = self._tables[torch.device("cpu")].to(device)
+        return self._tables[device].as_strided((TABLE, self.k), (1, 1))
 
     def _places(self, first: int, count: int) -> Tensor:
         """Where in the table the signs of some blocks begin: a hash of the block's number (SplitMix64)."""
@@ -75,27 +99,23 @@ class Sketch:
         return torch.from_numpy((state % np.uint64(TABLE)).astype(np.int64))
 
 
-def with_sketch_errors(
-    spectrum: Spectrum, root: Array, k: int, *, tol: float, max_rank: int | None, seed: int = 0
-) -> Spectrum:
+def with_sketch_errors(spectrum: Spectrum, root: Array, k: int, *, seed: int = 0) -> Spectrum:
     """The spectrum of a sketched trajectory with the standard errors of its eigenvalues.
 
     By parametric bootstrap: a Gram matrix of sketches is, to a good approximation, Wishart distributed around the true
     one with k degrees of freedom.  So it is sketched once more, by Bartlett's decomposition at O(time³), and the spread
-    of the eigenvalues around those found estimates how far these are from those of the whole snapshots.
+    of as many eigenvalues around those found estimates how far these are from those of the whole snapshots.
 
     Args:
         spectrum: Of the sketches, without refinement or with.
         root: Array (r, time): their factor.
         k: Numbers in a sketch.
-        tol: As the spectrum's.
-        max_rank: As the spectrum's.
         seed: Of the replicates.
     """
     random = np.random.default_rng(seed)
     misses = np.zeros((DRAWS, spectrum.rank))
     for draw in misses:
         sketched = wishart_root(random, k, root.shape[0]) @ root / np.sqrt(k)
-        again = decompose(sketched, tol=tol, max_rank=max_rank, delays=spectrum.delays, refine=False).ritz_values
+        again = decompose(sketched, tol=0.0, max_rank=spectrum.rank, delays=spectrum.delays, refine=False).ritz_values
         draw[:] = np.abs(spectrum.ritz_values[:, None] - again[None, :]).min(axis=1)
     return replace(spectrum, sketch_errors=np.sqrt(np.mean(misses**2, axis=0)))

@@ -159,7 +159,7 @@ def test_where_chance_cannot_be_measured_it_says_so_and_goes_on(fit, classifier)
         def __deepcopy__(self, memo):
             raise TypeError("not to be copied")
 
-    with pytest.warns(KoopmanWarning, match="measuring the loss at chance failed"):
+    with pytest.warns(KoopmanWarning, match="measuring the baseline loss failed"):
         stop, run = fit(model=Stubborn(), epochs=14)
     assert run.current_epoch == 14
     assert stop.chance is None
@@ -241,7 +241,7 @@ def test_the_probe_is_silent_and_gives_up_after_one_failure(root, trainer, class
 
     tries: list[int] = []
     assert count(False) == 20  # ten batches an epoch, each logged once
-    with pytest.warns(KoopmanWarning, match="measuring the loss at chance failed"):
+    with pytest.warns(KoopmanWarning, match="measuring the baseline loss failed"):
         assert count(True) == 20
     assert tries == [0]
 
@@ -314,7 +314,7 @@ def test_it_does_not_stop_a_dead_network(fit, classifier):
     nn.init.constant_(model.network[1].bias, -1e3)
     stop, run = fit(model=model, epochs=40)
     assert run.current_epoch == 40
-    assert set(held(stop)[12:]) == {Hold.CHANCE.value}
+    assert set(held(stop)[12:]) == {Hold.BASELINE.value}
 
 
 # -- together with ----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from problems import assert_recorded
 from torch import nn
 
 from lightning_koopman import KoopmanSpectrumMonitor, KoopmanWarning, dmd_rrr
@@ -48,7 +49,7 @@ def test_a_bare_callback_records_the_weights_and_logs_their_spectrum(trainer, re
     monitor, model = KoopmanSpectrumMonitor(), regression()
     fit = trainer(callbacks=monitor, max_epochs=8)
     fit.fit(model)
-    np.testing.assert_array_equal(monitor.trajectory.last().numpy(), weights(model))
+    assert_recorded(monitor.trajectory.last(), weights(model))
     assert len(monitor.trajectory) == 9
     for name in NO_EVIDENCE:
         assert float(fit.callback_metrics[f"koopman/{name}"]) == pytest.approx(
@@ -150,14 +151,14 @@ def test_every_n_epochs_takes_every_nth_snapshot(trainer, regression, spy):
     trainer(callbacks=[monitor, spy], max_epochs=11).fit(regression())
     assert monitor.recorder.epochs == [0, 3, 6, 9]
     assert [row["epoch"] for row in monitor.history] == [3, 6, 9]
-    np.testing.assert_array_equal(monitor.trajectory.snapshots().numpy(), np.stack(spy.snapshots)[[0, 3, 6, 9]])
+    assert_recorded(monitor.trajectory.snapshots(), np.stack(spy.snapshots)[[0, 3, 6, 9]])
 
 
 @pytest.mark.parametrize("storage", ["ram", "disk"])
 def test_window_bounds_the_snapshots(trainer, regression, spy, storage):
     monitor = KoopmanSpectrumMonitor(window=4, storage=storage)
     trainer(callbacks=[monitor, spy], max_epochs=10).fit(regression())
-    np.testing.assert_array_equal(monitor.trajectory.snapshots().numpy(), np.stack(spy.snapshots)[-4:])
+    assert_recorded(monitor.trajectory.snapshots(), np.stack(spy.snapshots)[-4:])
 
 
 def test_two_monitors_of_the_same_weights_share_one_trajectory(trainer, regression):
@@ -335,7 +336,7 @@ def test_layers_built_in_setup_can_be_named(trainer, regression):
         ({"observable": ""}, "observable must be"),
         ({"observable": None}, "observable must be"),
         ({"window": 2}, "window must be at least 3"),
-        ({"window": 3.7}, "window must be at least 3 snapshots and whole"),
+        ({"window": 3.7}, "window must be at least 3 and whole"),
         ({"every_n_epochs": 1.5}, "every_n_epochs must be at least 1 and whole"),
         ({"radius": math.inf}, "radius must be positive and finite"),
         ({"prefix": "k/dataloader_idx_0"}, "Lightning keeps that for itself"),
@@ -347,7 +348,7 @@ def test_layers_built_in_setup_can_be_named(trainer, regression):
         ({"storage": "tape"}, "storage must be one of"),
         ({"log_figure": -1}, "log_figure must be"),
         ({"prefix": ""}, "prefix must not be empty"),
-        ({"observable": "train_loss", "parameters": "net.*"}, "parameters goes with observable='weights'"),
+        ({"observable": "train_loss", "parameters": "net.*"}, "is for observable='weights'"),
     ],
 )
 def test_bad_arguments_are_named_at_construction(options, message):
@@ -387,7 +388,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_training(trainer, regressio
 
 
 def test_snapshots_that_cannot_fit_are_an_error_before_training(trainer, regression, monkeypatch):
-    monkeypatch.setattr("lightning_koopman.callbacks.base._available_memory", lambda: 1000)
+    monkeypatch.setattr("lightning_koopman.callbacks.run_folder.available_memory", lambda: 1000)
     with pytest.raises(ValueError, match=r"window=100 keeps 100 snapshots.*storage='disk'"):
         trainer(callbacks=KoopmanSpectrumMonitor()).fit(regression())
     trainer(callbacks=KoopmanSpectrumMonitor(storage="disk")).fit(regression())

@@ -356,7 +356,7 @@ def test_it_waits_until_the_weights_have_settled(fit, classifier):
     earlier = (snapshots[at - 2] - snapshots[at - 12]).norm() / snapshots[at - 2].norm() if at >= 12 else 1.0
     assert at > 11
     assert earlier > moved
-    assert pruner._changes[0] <= 0.02
+    assert pruner.schedule.changes[0] <= 0.02
 
 
 def test_it_does_not_take_a_warm_up_for_rest(fit, classifier):
@@ -416,8 +416,8 @@ def test_other_callbacks_begin_a_new_trajectory(fit):
 def test_it_keeps_no_snapshots_that_it_does_not_need(fit):
     pruner = KoopmanPruner(0.75, epoch=8, window=4)
     seen = []
-    original = pruner.on_snapshot
-    pruner.on_snapshot = lambda trainer, module, epoch, recorded: (
+    original = pruner.snapshot_taken
+    pruner.snapshot_taken = lambda trainer, module, epoch, recorded: (
         seen.append((epoch, len(pruner.recorder))),
         original(trainer, module, epoch, recorded),
     )
@@ -467,11 +467,9 @@ def test_weights_that_nobody_trains_are_left_alone(fit, classifier):
 
 def test_a_restart_after_a_pruning_keeps_the_masks(trainer, classifier, watch, root):
     class Restart(root.Callback):
-        def on_train_epoch_start(self, trainer, pl_module):
-            if trainer.current_epoch == 5:
-                restart._begin(5)
-                restart._chosen = ["network.1", "network.5"]
-                restart._restart(trainer, pl_module, "a test")
+        def on_train_epoch_end(self, trainer, pl_module):
+            if trainer.current_epoch == 4:
+                restart._chosen, restart._due = ["network.1", "network.5"], "a test"
 
     restart, pruner = RestartOnBadInitialization(check_epoch=30), KoopmanPruner(0.75, epoch=3)
     monitor, watcher = KoopmanSpectrumMonitor(window=None), watch(pruner)
@@ -538,7 +536,7 @@ def test_an_exception_lets_go_of_the_module(fit, root, classifier):
     module, pruner = classifier(), KoopmanPruner(0.75, epoch=3)
     with pytest.raises(KeyError):
         fit(pruner, Fail(), epochs=6, module=module)
-    assert pruner._pin is None
+    assert pruner.method._pin is None
     assert all(not parameter._post_accumulate_grad_hooks for parameter in module.parameters())
 
 
@@ -559,7 +557,7 @@ def test_an_exception_lets_go_of_the_module(fit, root, classifier):
         ({"sparsity": 0.5, "round_epochs": 2}, "round_epochs must be at least 3"),
         ({"sparsity": 0.5, "radius": 0.0}, "radius must be positive"),
         ({"sparsity": 0.5, "settled_change": math.inf}, "settled_change must be positive"),
-        ({"sparsity": 0.5, "scheme": "he"}, "scheme='he' goes with survivors='reinit'"),
+        ({"sparsity": 0.5, "scheme": "he"}, "scheme='he' is for survivors='reinit'"),
         ({"sparsity": 0.5, "survivors": "reinit", "scheme": "hee"}, "scheme must be None, one of"),
         ({"sparsity": 0.5, "window": 8}, "window must be at least 11 with epoch='settled'"),
         ({"threshold": 0.5, "structured": True}, "give the share of channels"),

@@ -265,7 +265,7 @@ def test_manual_optimization_needs_the_loss_at_chance(fit, network, tmp_path):
             self.optimizers().step()
             return loss
 
-    with pytest.warns(KoopmanWarning, match="pass `chance_loss`"):
+    with pytest.warns(KoopmanWarning, match="pass `baseline_loss`"):
         restart, _ = fit(Manual("5he"), epochs=12)
     assert restart.restarts == []
     given = RestartOnBadInitialization(5, scheme="he", chance_loss=math.log(10), dirpath=tmp_path / "g")

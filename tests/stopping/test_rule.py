@@ -11,7 +11,7 @@ from torch import nn
 
 from lightning_koopman.dmd.gram import factor
 from lightning_koopman.stopping.bad_start import bad_start
-from lightning_koopman.stopping.evidence import Chance, drifts, rate_will_matter, walk_score
+from lightning_koopman.stopping.evidence import Baseline, drifts, rate_will_matter, walk_score
 from lightning_koopman.stopping.forecast import forecast_change
 from lightning_koopman.stopping.rule import ConvergenceRule, Hold
 
@@ -20,7 +20,7 @@ RULE = ConvergenceRule()
 
 def verdicts(weights: np.ndarray, losses: np.ndarray, chance: float | None = 1.0, rule: ConvergenceRule = RULE) -> list:
     """The rule's verdict after each epoch, for weights (epochs + 1, n) and losses (epochs,)."""
-    known = None if chance is None else Chance(chance)
+    known = None if chance is None else Baseline(chance)
     snapshots = torch.as_tensor(weights, dtype=torch.float32)
     return [
         rule.judge(losses[:epoch], factor(snapshots[max(0, epoch - rule.horizon) : epoch + 1]), known)
@@ -269,8 +269,8 @@ def test_a_first_value_after_zeros_is_no_failure():
 
 def test_a_frozen_network_at_chance_is_not_convergence():
     weights, losses = relaxing(60, noise=0.0), np.full(60, 2.301)
-    assert set(holds(weights, losses, np.log(10))[12:]) == {Hold.CHANCE}
-    assert set(holds(weights, losses + 50, np.log(10))[12:]) == {Hold.CHANCE}
+    assert set(holds(weights, losses, np.log(10))[12:]) == {Hold.BASELINE}
+    assert set(holds(weights, losses + 50, np.log(10))[12:]) == {Hold.BASELINE}
 
 
 def test_losses_that_are_not_finite_are_not_convergence():
@@ -279,7 +279,7 @@ def test_losses_that_are_not_finite_are_not_convergence():
     found = holds(weights, losses)
     assert set(found[40:52]) == {Hold.NOT_FINITE}
     assert found[-1] is None  # twelve finite epochs later
-    assert RULE.judge(losses, None, Chance(1.0)).hold is Hold.NOT_FINITE
+    assert RULE.judge(losses, None, Baseline(1.0)).hold is Hold.NOT_FINITE
 
 
 def test_a_slow_fall_is_not_convergence():
@@ -334,7 +334,7 @@ def test_every_group_counts():
 
 
 def test_starts():
-    chance = Chance(2.3)
+    chance = Baseline(2.3)
     frozen = factor(torch.ones(6, 4, dtype=torch.float64))
     flat = np.full(10, 2.3)
 
@@ -353,4 +353,4 @@ def test_starts():
 
 
 def test_doubt_about_chance_is_allowed_for():
-    assert [Chance(1.0, 0.05).compare(loss) for loss in (0.85, 0.95, 1.1, 1.2)] == [-1, 0, 0, 1]
+    assert [Baseline(1.0, 0.05).compare(loss) for loss in (0.85, 0.95, 1.1, 1.2)] == [-1, 0, 0, 1]

@@ -90,7 +90,7 @@ def test_a_process_that_holds_nothing_adds_nothing():
     for values in torch.randn(4, 20).cumsum(0):
         holds.stage([values], offsets=[0])
         empty.stage([], offsets=[])
-        both = holds.border() + empty.border()
+        both = holds.message() + empty.message()
         assert holds.commit(both)
         assert empty.commit(both)
     np.testing.assert_array_equal(holds.spectrum().eigenvalues, empty.spectrum().eigenvalues)

@@ -1,0 +1,153 @@
+"""When a network is pruned, and how much of it."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lightning_koopman._checks import check_count, check_positive, check_share
+from lightning_koopman.callbacks.clock import Clock
+from lightning_koopman.callbacks.lr_schedule import warming_up
+from lightning_koopman.pruning.reconstruction import relative_changes
+from lightning_koopman.trajectory.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+SETTLED = "settled"
+HORIZON = 10  # rounds looked ahead and back to tell whether the weights have settled
+LEAST = 3  # snapshots of which a spectrum can be taken
+
+
+class PruningSchedule:
+    """Prunings, counted, and the state of a training that waits for its weights to settle.
+
+    Args:
+        sparsity: Share to prune in the end, in (0, 1), or None; then
+        threshold: magnitude below which to prune, > 0.
+        epoch: Completed epochs after which to prune first, ≥ 1, or ``"settled"``.
+        rounds: Number of prunings, ≥ 1.
+        round_epochs: Epochs between two of them, ≥ 3.
+        settled_change: Largest change of settled weights within 10 epochs, relative to their norm, > 0.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    def __init__(
+        self,
+        sparsity: float | None,
+        threshold: float | None,
+        epoch: int | str,
+        rounds: int,
+        round_epochs: int,
+        settled_change: float,
+    ) -> None:
+        self.sparsity = None if sparsity is None else check_share("sparsity", sparsity, "it is the share to prune")
+        self.threshold = None if threshold is None else check_positive("threshold", threshold)
+        if isinstance(epoch, str) and epoch != SETTLED:
+            raise ValueError(f"epoch must be a number of completed epochs or 'settled', got {epoch!r}.")
+        self.first = None if epoch == SETTLED else check_count("epoch", epoch, 1)
+        self.rounds = check_count("rounds", rounds, 1)
+        self.interval = check_count("round_epochs", round_epochs, LEAST)
+        self.settled_change = check_positive("settled_change", settled_change)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin as for a first fit."""
+        self.attempted = 0  # prunings, those that were refused too
+        self.last: int | None = None  # completed epochs
+        self.settled_at: int | None = None  # completed epochs
+        self.changes = (math.nan, math.nan)  # ahead and past
+        self.highest_rate = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether no pruning is left."""
+        return self.attempted >= self.rounds
+
+    @property
+    def next_due(self) -> int | None:
+        """Completed epochs after which the next pruning is due, if that is known."""
+        if self.finished:
+            return None
+        if self.last is not None:
+            return self.last + self.interval
+        return self.settled_at if self.first is None else self.first
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether a pruning is due after so many completed epochs."""
+        return self.next_due is not None and epoch >= self.next_due
+
+    @property
+    def waits(self) -> bool:
+        """Whether the weights have yet to settle."""
+        return self.first is None and self.settled_at is None
+
+    @property
+    def target(self) -> float:
+        """Sparsity or threshold of the next pruning."""
+        done = (self.attempted + 1) / self.rounds
+        if self.threshold is not None:
+            return self.threshold * done
+        assert self.sparsity is not None
+        return self.sparsity * (1 - (1 - done) ** 3)
+
+    def tried(self, epoch: int) -> None:
+        """Count a pruning, whether or not it succeeded."""
+        self.attempted += 1
+        self.last = epoch
+
+    def has_settled(
+        self, trainer: pl.Trainer, trajectory: Trajectory | None, rates: list[float], every_n_steps: int | None
+    ) -> bool:
+        """Whether the weights will move, and have moved, little, and the learning rate will not rise."""
+        self.highest_rate = max([self.highest_rate, *rates])
+        if trajectory is None or len(trajectory) <= HORIZON:
+            return False
+        self.changes = relative_changes(trajectory.factor(last=HORIZON + 1), HORIZON)
+        return max(self.changes) <= self.settled_change and not warming_up(trainer, [self.highest_rate], every_n_steps)
+
+    def check_end(self, trainer: pl.Trainer, clock: Clock) -> None:
+        """Raise ValueError if training ends before the last pruning."""
+        every = clock.every_n_steps
+        end, name = trainer.max_epochs, "max_epochs"
+        if every is not None:
+            end, name = trainer.max_steps // every if trainer.max_steps > 0 else None, f"max_steps/{every}"
+        if trainer.fast_dev_run or end is None or end < 0:  # type: ignore[attr-defined]
+            return
+        rest = (self.rounds - 1) * self.interval
+        if self.first is None:
+            if end <= HORIZON + rest:
+                raise ValueError(
+                    f"epoch='settled' looks {HORIZON} epochs back, but {name}={end}"
+                    f"{f' with rounds={self.rounds}' if self.rounds > 1 else ''}: give a number, or train longer."
+                )
+        elif self.first + rest >= end:
+            rounds = f" with rounds={self.rounds}, the last after epoch {self.first + rest}," if self.rounds > 1 else ""
+            raise ValueError(f"epoch={self.first}{rounds} must be below {name}={end}: the pruned network has to train.")
+
+    def why_unfinished(self, clock: Clock) -> str:
+        """Why training ended with prunings left."""
+        if self.next_due is not None:
+            return f"round {self.attempted + 1} of {self.rounds} was due after {clock.when(self.next_due)}"
+        ahead, past = self.changes
+        return (
+            f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within {clock.span(HORIZON)}, "
+            f"the last were {ahead:.1%} (predicted) and {past:.1%} (past)"
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs."""
+        return {
+            "attempted": self.attempted,
+            "last": self.last,
+            "settled_at": self.settled_at,
+            "highest_rate": self.highest_rate,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        last, settled = state["last"], state["settled_at"]
+        self.attempted, self.highest_rate = int(state["attempted"]), float(state["highest_rate"])
+        self.last, self.settled_at = None if last is None else int(last), None if settled is None else int(settled)

@@ -1,0 +1,223 @@
+"""Takes the snapshots that a callback asks for, into a recorder that callbacks may share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_koopman.callbacks.clock import Clock
+from lightning_koopman.callbacks.guard import Guard
+from lightning_koopman.callbacks.observables import TRAIN_LOSS, LossMeter, Metric, Weights, outermost
+from lightning_koopman.callbacks.run_folder import RunFolder, checkpoints, near
+from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, Snapshot, SnapshotSettings
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+class Recording:
+    """What one callback records: reads its observable when told, and hands it to its recorder.
+
+    Args:
+        settings: What to record.
+        clock: The callback's.
+        guard: The callback's.
+        any_window: Whether a trajectory longer than the window asked for does as well.
+    """
+
+    def __init__(self, settings: SnapshotSettings, clock: Clock, guard: Guard, *, any_window: bool) -> None:
+        self.settings, self.any_window = settings, any_window
+        self._clock, self._guard = clock, guard
+        self.weights = Weights(settings.parameters)
+        self.metric = Metric("" if settings.observable == WEIGHTS else settings.observable)
+        self.loss = LossMeter()
+        self.own = Recorder(settings)
+        self.recorder = self.own  # or that of another callback, if it records what this one needs
+        self.train_loss: float | None = None  # mean of the round
+        self.finite = True  # what was read last, if it could be read
+        self.seconds = 0.0  # that the last snapshot took
+        self.alone = True  # nobody shares the recorder
+
+    @property
+    def of_weights(self) -> bool:
+        """Whether the weights are observed."""
+        return self.settings.observable == WEIGHTS
+
+    # -- before training ----------------------------------------------------------------------------------------------
+
+    def share(self, others: Iterable[Recording]) -> None:
+        """Share one trajectory with the first that records the same, or the longest one that will do."""
+        found = list(others)
+        alike = [other for other in found if other.settings == self.settings]
+        if self.any_window:
+            alike += [other for other in found if other.settings.covers(self.settings)]
+        self.recorder = max(alike, key=lambda other: other.settings.length).own
+
+    def check_weights(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: RunFolder, advice: tuple[str, str]
+    ) -> None:
+        """Choose the weights and see that their snapshots fit.
+
+        Args:
+            trainer: The run.
+            pl_module: Its module.
+            folder: Where snapshots go.
+            advice: What the user can do where memory, or the disk, is too small.
+
+        Raises:
+            ValueError: If patterns match nothing, or there is no room, in any process.
+        """
+        root = outermost(trainer, pl_module)
+        with self.weights.processes.together():
+            chosen = self.weights.select(root)
+            halves = [name for name, parameter in chosen.items() if parameter.dtype.itemsize < 4]
+            if halves:
+                self._guard.warn(
+                    "half",
+                    f"{len(halves)} observed parameters such as {halves[0]!r} are stored in {chosen[halves[0]].dtype}, "
+                    "which rounds late updates away and fakes eigenvalues at 1: train with precision='bf16-mixed' or "
+                    "32.",
+                )
+            self._check_room(trainer, self.weights.read(root).numel, folder, advice)
+
+    def _check_room(self, trainer: pl.Trainer, numel: int, folder: RunFolder, advice: tuple[str, str]) -> None:
+        rows, settings = self.settings.window, self.settings
+        if settings.storage == "sketch":
+            return
+        if rows is None and not self._clock.by_steps and trainer.max_epochs is not None and trainer.max_epochs > 0:
+            rows = trainer.max_epochs // settings.every_n_epochs + 1
+        each = numel * (4 if settings.dtype == "float32" else 2)
+        # beside the increments: the oldest and the newest snapshot; processes of one machine share what it has
+        needed = (each * rows + 8 * numel if rows else 0) * trainer.num_devices
+        in_memory = settings.storage == "ram"
+        free = folder.is_too_small(needed, in_memory=in_memory)
+        if free is not None:
+            raise ValueError(
+                f"window={settings.window} keeps {rows} snapshots of {each * trainer.num_devices / 2**30:.2f} GiB on "
+                f"this machine, {needed / 2**30:.1f} GiB in all, but {free / 2**30:.1f} GiB of "
+                f"{'memory' if in_memory else 'disk'} are free: {advice[0 if in_memory else 1]}."
+            )
+
+    # -- snapshots ----------------------------------------------------------------------------------------------------
+
+    def begin_round(self, trainer: pl.Trainer) -> None:
+        """A round begins."""
+        self.metric.begin(trainer)
+        self.loss.start()  # what a checkpoint after an epoch's last batch left
+
+    def end_round(self, trainer: pl.Trainer) -> None:
+        """A round has ended; on all ranks."""
+        taken = 0.0, 0
+        with self._guard("averaging the training loss"):
+            taken = self.loss.take()
+        self.train_loss = self.loss.mean(trainer, taken)
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool) -> None:
+        """Record the initial weights, or find that they go on from the newest snapshot."""
+        if not self.of_weights or self._clock.within(trainer):
+            return
+        with self._guard.together("recording the initial weights", self.weights.processes):
+            snapshot = self._read(trainer, pl_module)
+            recorder = self.recorder
+            # a resumed epoch may have begun, so its weights differ; otherwise this is a further fit from other weights
+            if recorder.holds(self._clock.rounds) and not resumed and not recorder.repeats(snapshot):
+                recorder.interrupt()
+            self._take(snapshot)
+
+    def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
+        """Record the observable after a round; returns whether the recorder holds its snapshot."""
+        started = time.perf_counter()
+        if self.recorder is self.own:
+            with self._guard("deleting snapshots that no checkpoint needs"):
+                self.recorder.release(checkpoints(trainer))
+        if self.of_weights:
+            with self._guard.together("recording a snapshot", self.weights.processes):
+                self._take(self._read(trainer, pl_module))
+        elif self._guard.zero:
+            with self._guard("recording a snapshot"):
+                value = self.value(trainer)
+                if value is not None:
+                    self._take(Snapshot.of_number(value))
+        self.seconds = time.perf_counter() - started
+        return self.recorder.holds(self._clock.rounds)
+
+    def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, due: bool) -> None:
+        """Begin a new trajectory from the present weights, which were not trained from those recorded last."""
+        self.recorder.interrupt()
+        if due and self.of_weights:
+            with self._guard.together("recording the weights after they were set", self.weights.processes):
+                self._take(self._read(trainer, pl_module))
+
+    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:
+        return Snapshot.of(self.weights.read(outermost(trainer, pl_module)))
+
+    def _take(self, snapshot: Snapshot) -> None:
+        known, epoch = self.recorder.trajectory, self._clock.rounds
+        if known is not None and known.n != snapshot.numel and not self.recorder.interrupted:
+            self._guard.warn(
+                "count",
+                f"the number of observed weights changed from {known.n} to {snapshot.numel} at epoch {epoch}: "
+                "a new trajectory starts here.",
+            )
+        self.finite = True
+        self.finite = self.recorder.record(epoch, snapshot)
+        if not self.finite:
+            self._guard.warn(
+                "finite",
+                f"the observable {self.settings.observable!r} holds NaN or infinite values after epoch {epoch}: "
+                "it is not recorded, and a new trajectory starts once it is finite again.",
+            )
+
+    def value(self, trainer: pl.Trainer) -> float | None:
+        """The round's value of the observed loss or metric, if there is one."""
+        name = self.metric.name
+        if name == TRAIN_LOSS and self.train_loss is not None:
+            return self.train_loss
+        value = self.metric.take(trainer)
+        if value is None and self.metric.is_missing(trainer):
+            names = sorted(key for key in trainer.callback_metrics if not key.startswith("koopman"))
+            self._guard.warn(
+                "metric",
+                f"observable={name!r} was not logged by the end of epoch {trainer.current_epoch}, so nothing is "
+                f"recorded; logged so far: {', '.join(names) or 'none'}. Log it with `self.log({name!r}, ...)` in a "
+                "training or validation step (what `LightningModule.on_train_epoch_end` logs comes too late).",
+            )
+        return value
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs, but for the snapshots."""
+        self.loss.fold()
+        return {"loss": [self.loss.total, self.loss.count], **self.metric.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.metric.load_state_dict(state)
+        total, count = state["loss"]
+        if self._guard.zero:  # a sum over all processes was not saved
+            self.loss.start(float(total), int(count))
+
+    def restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, saved: dict[str, Any]) -> None:
+        """Restore the snapshots that a checkpoint refers to; where they are lost, a new trajectory starts."""
+        if self.recorder.restored or not (self.of_weights or self._guard.zero):
+            return  # another callback that shares the recorder was first
+        self.recorder.clear()
+        self.recorder.restored = True
+        if not saved:
+            return
+        with self._guard.together("restoring the snapshots", self.weights.processes):
+            try:
+                shards = self.weights.read(outermost(trainer, pl_module)) if self.of_weights else None
+                folder = Path(str(saved["path"])).parent
+                lost = self.recorder.load(saved, near(folder, trainer.ckpt_path), shards)
+            except Exception:
+                self.recorder.clear()
+                raise
+            if lost:
+                self._guard.warn(
+                    "sidecar",
+                    f"the files in {folder} no longer hold the checkpoint's {lost} snapshots: a new trajectory starts.",
+                )

@@ -1,0 +1,168 @@
+"""The folder that one callback of one run writes to, and nobody else."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from lightning_koopman.parameters.sharded_modules import is_kind
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+HISTORY = "history.csv"
+CLAIM = ".claimed"  # the file whose making takes a folder
+SUFFIX = ".ckpt"
+
+
+class RunFolder:
+    """A folder named ``name`` below ``dirpath``, or ``name-v1``, ``name-v2``, … where an earlier run has taken it.
+
+    Two runs that begin at once never get the same: a folder is taken by making a file in it that only one can make.
+
+    Args:
+        dirpath: Folder below which it is made (default: that of the run, as Lightning's checkpoints have it).
+
+    Raises:
+        ValueError: If ``dirpath`` is no local folder.
+    """
+
+    def __init__(self, dirpath: str | os.PathLike[str] | None) -> None:
+        if dirpath is not None and not isinstance(dirpath, (str, os.PathLike)):
+            raise ValueError(f"dirpath must be a folder or None, got {dirpath!r}.")
+        if dirpath is not None and "://" in os.fspath(dirpath):
+            raise ValueError(
+                f"dirpath must be a local folder, got {os.fspath(dirpath)!r}: snapshots are mapped from it."
+            )
+        if dirpath is not None and not Path(dirpath).is_absolute() and ".." in Path(dirpath).parts:
+            raise ValueError(f"dirpath must not leave the working directory, got {os.fspath(dirpath)!r}: make it "
+                             "absolute.")  # fmt: skip
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.path: Path | None = None
+        self._base: Path | None = None
+
+    @property
+    def history(self) -> Path | None:
+        """The table of all rounds."""
+        return None if self.path is None else self.path / HISTORY
+
+    def claim(self, trainer: pl.Trainer, name: str) -> None:
+        """Take a folder for this run, the same on all ranks; a further fit of the same run keeps it.
+
+        Raises:
+            ValueError: If no folder can be made or written there.
+        """
+        parent = self._parent(trainer)
+        base = parent.absolute() / name
+        goes_on = trainer.current_epoch > 0 and base == self._base and self.path is not None
+        self._base = base
+        if goes_on:
+            return
+        path, problem = None, None
+        if trainer.is_global_zero:
+            try:
+                path = _claim(base)
+            except OSError as error:
+                problem = error.strerror or str(error)
+        path, problem = trainer.strategy.broadcast((path, problem))
+        if problem is not None:
+            raise ValueError(f"dirpath={str(parent)!r} cannot be written ({problem}): pass another `dirpath`.")
+        self.path = path
+
+    def _parent(self, trainer: pl.Trainer) -> Path:
+        if self.dirpath is not None:
+            return self.dirpath
+        logger = trainer.loggers[0] if trainer.loggers else None
+        if logger is None or is_kind(logger, "TensorBoardLogger", "CSVLogger"):
+            parent = str(trainer.log_dir or trainer.default_root_dir)
+            return Path() if "://" in parent else Path(parent)  # a remote folder cannot be mapped
+        if not trainer.is_global_zero:  # loggers know their run in the first process only
+            return Path()
+        # as ModelCheckpoint names the run's own folder below one that runs share
+        root, version = str(logger.save_dir or trainer.default_root_dir), logger.version
+        own = version if isinstance(version, str) else f"version_{version}"
+        return (Path() if "://" in root else Path(root)) / str(logger.name) / own
+
+    def write_table(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, anew: bool = False) -> None:
+        """Append rows to the table of all rounds, or begin it; NaN, for what is unknown, is left empty."""
+        if self.history is None or not columns:
+            return
+        with open(self.history, "w" if anew else "a", newline="") as file:
+            writer = csv.DictWriter(file, columns)
+            if anew:
+                writer.writeheader()
+            for row in rows:
+                writer.writerow({key: "" if value != value else value for key, value in row.items()})
+
+    def is_too_small(self, needed: int, *, in_memory: bool) -> float | None:
+        """What is free of memory, or of the disk, in bytes, if that is less than what is needed."""
+        if self.path is None:
+            return None
+        free = available_memory() if in_memory else shutil.disk_usage(self.path).free
+        return None if free is None or needed <= free else free
+
+
+def _claim(base: Path) -> Path:
+    """The first of ``name``, ``name-v1``, … that holds no file, taken."""
+    version = 0
+    while True:
+        path = base if version == 0 else base.with_name(f"{base.name}-v{version}")
+        version += 1
+        path.mkdir(parents=True, exist_ok=True)
+        if any(each.is_file() for each in path.iterdir()):
+            continue
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path / CLAIM, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            return path
+
+
+def checked_prefix(prefix: object) -> str:
+    """The first part of logged names, and of a folder's, or ValueError if it will not do."""
+    if not isinstance(prefix, str) or not prefix.strip("/"):
+        raise ValueError(f"prefix must not be empty, got {prefix!r}: logged names begin with it.")
+    parts = {*PurePosixPath(prefix).parts, *PureWindowsPath(prefix).parts}
+    if ".." in parts or "\0" in prefix or PurePosixPath(prefix).is_absolute() or PureWindowsPath(prefix).anchor:
+        raise ValueError(f"prefix must not leave the run's folder, got {prefix!r}: a folder is named like it.")
+    if "/dataloader_idx_" in prefix:
+        raise ValueError(f"prefix must not hold '/dataloader_idx_', got {prefix!r}: Lightning keeps that for itself.")
+    return prefix.strip("/")
+
+
+def checkpoints(trainer: pl.Trainer) -> list[Path]:
+    """Local files and folders that are, or may be, checkpoints of this run."""
+    found: set[Path] = set()
+    for callback in trainer.checkpoint_callbacks:
+        named = [getattr(callback, name, "") for name in ("last_model_path", "best_model_path")]
+        known = [*named, *getattr(callback, "best_k_models", {})]
+        paths = [Path(each) for each in known if each and "://" not in str(each)]
+        folder = getattr(callback, "dirpath", None)
+        folders = {path.parent for path in paths} | ({Path(folder)} if folder and "://" not in str(folder) else set())
+        found.update(paths, *(each.glob(f"*{SUFFIX}") for each in folders if each.is_dir()))
+    return sorted(path.absolute() for path in found)
+
+
+def near(written: Path, ckpt_path: object) -> list[Path]:
+    """Folders where a run's files may lie: where they were written, or, if the run was moved, near its checkpoint."""
+    found = [written]
+    if isinstance(ckpt_path, (str, os.PathLike)):
+        parents = list(Path(ckpt_path).absolute().parents)[:3]
+        # the folder's own name, and with a parent for prefixes such as "koopman/head"
+        found += [parent / Path(*written.parts[-depth:]) for parent in parents for depth in (1, 2)]
+    return found
+
+
+def available_memory() -> int | None:
+    """Memory in bytes that can be had without swapping, or None where the system does not tell."""
+    known = []
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    with contextlib.suppress(OSError, ValueError):
+        # a container's limit ("max" where there is none); what it uses counts caches too, so it says little
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known) if known else None

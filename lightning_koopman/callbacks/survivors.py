@@ -1,0 +1,110 @@
+"""What stays of the weights at a pruning, and what becomes of those that survive it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from lightning_koopman.callbacks.averages import averages
+from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.callbacks.pruning_schedule import LEAST
+from lightning_koopman.callbacks.recording import Recording
+from lightning_koopman.parameters.process_group import Processes
+from lightning_koopman.parameters.reinitialize import Scheme, reinitialize_by_name
+from lightning_koopman.parameters.sharded_modules import clean_name, local_chunks
+from lightning_koopman.parameters.shards import Shards
+from lightning_koopman.pruning.channel_removal import ChannelRemoval
+from lightning_koopman.pruning.optimizer_state import forget
+from lightning_koopman.pruning.reconstruction import persistent_combination
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+Scores = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+class PersistentScores:
+    """The Koopman reconstruction of the weights, computed at a snapshot and used at the pruning that follows.
+
+    Args:
+        radius: Radius of the cluster at 1.
+        rule: The modes that stay, see :meth:`Spectrum.persistent`.
+    """
+
+    def __init__(self, radius: float, rule: str) -> None:
+        self._radius, self._rule = radius, rule
+        self._ready: Scores | None = None
+
+    def prepare(self, recording: Recording, epoch: int) -> None:
+        """Reconstruct the weights as they are after ``epoch`` completed rounds; all processes together.
+
+        Raises:
+            ValueError: If there are too few snapshots.
+        """
+        trajectory, last, weights = recording.recorder.trajectory, recording.settings.window, recording.weights
+        count = 0 if trajectory is None else min(len(trajectory), last or len(trajectory))
+        if trajectory is None or count < LEAST or recording.recorder.newest != epoch:
+            raise ValueError(f"{count} snapshots are too few: the weights' present magnitudes decide instead.")
+        decided = np.zeros(3 + len(trajectory))
+        if weights.processes.rank == 0:  # one process decides: others' arithmetic may round otherwise
+            chosen, kept = persistent_combination(trajectory, last=last, radius=self._radius, rule=self._rule)
+            decided[:3] = kept.modes.sum(), kept.spectrum.rank, kept.spectrum.misfit
+            decided[3:] = chosen
+        decided = weights.processes.all_sum(decided)
+        assert weights.shards is not None
+        scores = weights.shards.split(trajectory.combine(decided[3:]))
+        modes, rank, misfit = decided[:3]
+        self._ready = scores, {"modes": int(modes), "rank": int(rank), "misfit": float(misfit), "snapshots": count}
+
+    def take(self) -> Scores:
+        """The scores of this process's part and where they come from, once; without any, present magnitudes decide."""
+        ready, self._ready = self._ready, None
+        return ready or ({}, {"modes": 0, "rank": 0, "misfit": math.nan, "snapshots": 0})
+
+    def follow(self, removal: ChannelRemoval) -> None:
+        """Let go of what belongs to channels that are gone, whoever removed them."""
+        if self._ready is not None:
+            scores, about = self._ready
+            self._ready = {name: removal.left_of(name, value).reshape(-1) for name, value in scores.items()}, about
+
+
+def redraw(
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    names: Sequence[str],
+    scheme: Scheme,
+    *,
+    seed: int,
+    processes: Processes,
+) -> None:
+    """Reinitialize modules, or leave everything as it was where that fails; optimizers and averages follow."""
+    root = outermost(trainer, pl_module)
+    held = [chunk.tensor.detach() for chunk in local_chunks(root).values()]
+    before = [(tensor, tensor.clone()) for tensor in (*held, *pl_module.buffers())]
+    try:
+        reinitialize_by_name(root, names, scheme, seed=seed, processes=processes)
+    except Exception:
+        for tensor, value in before:
+            tensor.copy_(value)
+        raise
+    modules = {clean_name(name): module for name, module in pl_module.named_modules()}
+    redrawn = [modules[name] for name in names]
+    forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
+    for average in averages(trainer):  # what it holds was trained from other weights
+        fresh = dict(pl_module.named_parameters())
+        for name, parameter in getattr(average, "module", average).named_parameters():
+            parameter.data.copy_(fresh[name].data)
+        counter = getattr(average, "n_averaged", None)
+        if isinstance(counter, Tensor):
+            counter.zero_()
+
+
+def set_weights(shards: Shards, values: Mapping[str, Tensor]) -> None:
+    """Set weights to values given for each process's own part."""
+    for name, value in values.items():
+        tensor = shards.chunks[name].tensor.detach()
+        tensor.copy_(shards.complete(name, value).reshape(tensor.shape))
