@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TypeVar
@@ -14,9 +14,12 @@ T = TypeVar("T")
 
 def is_number(value: object) -> bool:
     """Whether it is a finite real number."""
-    most = sys.float_info.max  # also of whole numbers, which know no bound
-    plain = isinstance(value, (Real, np.integer, np.floating)) and not isinstance(value, (bool, np.bool_))
-    return plain and bool(-most <= value <= most)  # type: ignore[operator]
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        return False
+    try:
+        return math.isfinite(float(value))
+    except OverflowError:  # a whole number, which knows no bound
+        return False
 
 
 def is_count(value: object, least: int = 1) -> bool:

@@ -51,6 +51,10 @@ class BaselineProbe:
     def __getstate__(self) -> dict[str, Any]:  # a copy elsewhere makes its own copy of the module
         return {**vars(self), "_copy": None, "_biases": [], "_values": self._bias_values()}
 
+    def pause(self) -> None:
+        """Let go of the module, until another batch comes."""
+        self._values, self._copy, self._biases = self._bias_values(), None, []
+
     def finish(self) -> None:
         """Measure no more."""
         self.wanted, self._copy, self._biases, self._values, self._gradient_sum = False, None, [], None, None

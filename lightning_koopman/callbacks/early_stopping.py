@@ -203,6 +203,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             self._conclude(trainer, epoch)
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.baseline_loss.probe.pause()
         values = {row["epoch"]: row["value"] for row in self.history}
         met = self.would_stop_epoch
         if self.mode == "report" and met is not None and met in values:

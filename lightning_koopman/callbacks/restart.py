@@ -173,6 +173,9 @@ class RestartOnBadInitialization(TrajectoryCallback):
         if self._settled and self.recording.alone:
             self.recorder.clear()  # and nothing more is recorded: see `is_due`
 
+    def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.baseline_loss.probe.pause()
+
     @property
     def finished(self) -> bool:
         return self._settled

@@ -207,10 +207,7 @@ class Trajectory:
             for piece in (flat[where] for where in _slices(flat.numel())):
                 where = slice(start, start + piece.numel())
                 if len(self):
-                    torch.sub(
-                        piece.to(self._newest), self._newest[where], out=(step := torch.empty_like(self._newest[where]))
-                    )
-                    target[where].copy_(step)
+                    target[where].copy_(piece.to(self._newest) - self._newest[where])
                 else:
                     target[where].copy_(piece)
                 start += piece.numel()

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dgedmdq, lapack
-from problems import distance
+from problems import distance, held
 
 from lightning_koopman import Trajectory, dmd_rrr
 from lightning_koopman.dmd.gram import PRECISE, row_products
@@ -34,10 +34,13 @@ def test_streaming_equals_householder_qr_on_a_real_trajectory(capacity, storage,
     exact = decompose(np.linalg.qr(kept.T, mode="r"))
     ours = trajectory.spectrum()
     assert ours.rank == exact.rank
-    assert distance(ours.eigenvalues, exact.eigenvalues) < 1e-9  # the issue asks for 1e-7
+    # the snapshots held differ from the weights by one rounding of a step; their Gram matrix is as good as QR
+    assert distance(ours.eigenvalues, exact.eigenvalues) < 1e-8
+    same = held(trajectory)
+    assert distance(ours.eigenvalues, decompose(np.linalg.qr(same.T, mode="r")).eigenvalues) < 1e-9
     if lapack() is not None:
         plain = trajectory.spectrum(refine=False)
-        assert distance(plain.eigenvalues, dgedmdq(kept).eigenvalues) < 1e-9
+        assert distance(plain.eigenvalues, dgedmdq(same).eigenvalues) < 1e-9
 
 
 @settings(max_examples=40, deadline=None)
