@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -125,6 +124,7 @@ class TrajectoryCallback(LightningCallback):
         self.recording.alone = len(sharing) == 1
         self.recording.loss.start()
         self.resumed = self._restore(trainer, pl_module, sharing)
+        saved = self.clock.rounds
         self.clock.start(trainer)
         self.anew = not self.resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
         if self.anew:
@@ -134,10 +134,14 @@ class TrajectoryCallback(LightningCallback):
                 self.recorder.interrupt()  # the callback may have served another fit
         if self.guard.zero:
             self.write_history(anew=True)
-        if self.is_due(self.clock.rounds):
+        # Lightning does not run the end of an epoch whose batches were all done when the checkpoint was written
+        lacks_end = self.resumed and not self.clock.by_steps and saved < self.clock.rounds
+        if self.is_due(self.clock.rounds) and not lacks_end:
             self.recording.start(trainer, pl_module, resumed=self.resumed)
         with self.guard("starting"):
             self.fit_begins(trainer, pl_module)
+        if lacks_end:
+            self._end_round(trainer, pl_module, self.clock.rounds)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.active and not self.clock.by_steps:
@@ -186,9 +190,9 @@ class TrajectoryCallback(LightningCallback):
             return {}
         state: dict[str, Any] = {}
         with self.guard("saving what is known"):
-            # rows that come from older versions lack newer columns
-            history = {key: [row.get(key, math.nan) for row in self.history] for key in self.columns}
-            state = {"version": VERSION, **self.recording.state_dict(), "history": history, "own": self.own_state()}
+            history = {key: [row[key] for row in self.history] for key in self.columns}
+            state = {"version": VERSION, "rounds": self.clock.rounds, "history": history, "own": self.own_state()}
+            state |= self.recording.state_dict()
         if state:
             with self.guard("saving the snapshots beside the checkpoint"):
                 state["recorder"] = self.recorder.save()
@@ -235,6 +239,7 @@ class TrajectoryCallback(LightningCallback):
         with self.guard("going on from the checkpoint's state"):
             self.take_up(state)
             self.recording.load_state_dict(state)
+            self.clock.rounds = int(state["rounds"])
             restored = True
         self.recording.restore(trainer, pl_module, state.get("recorder", {}) if restored else {})
         return restored
@@ -243,9 +248,11 @@ class TrajectoryCallback(LightningCallback):
         """Take up the history and what the subclass keeps; whatever it raises means a fresh start."""
         if state.get("version") != VERSION:
             raise ValueError(f"it is of version {state.get('version')!r}, this library reads {VERSION}")
-        columns = state["history"]
+        columns, own = state["history"], state["own"]
+        if set(columns) != set(self.columns) or not isinstance(own, dict):
+            raise ValueError("it does not hold what this callback saves")
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        self.restore_own(state["own"])
+        self.restore_own(own)
         self.history = rows
 
     # -- what subclasses use ------------------------------------------------------------------------------------------
