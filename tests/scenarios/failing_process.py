@@ -1,13 +1,15 @@
-"""One of two processes fails at some point of our work: run as a script, told what to do by JSON (see test_failing)."""
+"""One of two processes fails at some point of our work: run as a script, told by JSON where."""
 
 from __future__ import annotations
 
 import datetime
 import importlib
 import json
+import os
 import sys
-import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,53 +27,72 @@ from lightning_koopman import (
 )
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
-    folder = Path(options["folder"])
+def train(folder: Path, failure: Any, epochs: int, checkpoint: str | None) -> dict[str, Any]:
+    """Train with one failure in one process."""
     callbacks = [
         KoopmanSpectrumMonitor(window=6, dirpath=folder),
         KoopmanSpectrumMonitor(window=6, dirpath=folder, prefix="sketch", storage="sketch", sketch=61),
         EarlyStopOnUnitEigenvalues(mode="report", horizon=6, dirpath=folder),
         RestartOnBadInitialization(4, dirpath=folder),
-        KoopmanPruner(0.5, epoch=5, window=6, dirpath=folder, survivors=options.get("survivors", "keep")),
+        KoopmanPruner(0.5, epoch=5, window=6, dirpath=folder),
     ]
     save = pl.callbacks.ModelCheckpoint(folder / "c", save_last=True)
     trainer = pl.Trainer(
-        max_epochs=options["epochs"], callbacks=[*callbacks, save], accelerator="cpu", devices=2, logger=False,
+        max_epochs=epochs, callbacks=[*callbacks, save], accelerator="cpu", devices=2, logger=False,
         strategy=DDPStrategy(process_group_backend="gloo", timeout=datetime.timedelta(seconds=20)),
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
     )  # fmt: skip
-    if options.get("fails"):
-        path, name, count, rank = options["fails"]
-        module, _, kind = path.partition(":")
-        owner: Any = importlib.import_module(f"lightning_koopman.{module}")
-        owner = getattr(owner, kind) if kind else owner
-        original, calls = getattr(owner, name), [0]
-
-        def counted(*given: Any, **named: Any) -> Any:
-            calls[0] += 1
-            if calls[0] >= count and trainer.global_rank == rank and calls[0] < count + options.get("times", 1):
-                raise MemoryError("injected in one process")
-            return original(*given, **named)
-
-        setattr(owner, name, counted)
     random = torch.Generator().manual_seed(1)
     x = torch.randn(64, 8, generator=random)
     data = DataLoader(TensorDataset(x, torch.sin(x[:, 0])), batch_size=8)
-    started = time.time()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, failing(trainer, *failure):
         warnings.simplefilter("always")
-        trainer.fit(Net(), data, ckpt_path=options.get("checkpoint"))
+        trainer.fit(Net(), data, ckpt_path=checkpoint)
     masks = callbacks[-1].masks
-    found = {
+    return {
         "epochs": trainer.current_epoch,
-        "seconds": time.time() - started,
         "warnings": [str(each.message) for each in caught if "Koopman" in each.category.__name__],
         "times": [callback.recorder.epochs for callback in callbacks],
         "bits": None if masks is None else masks.state_dict()["bits"].tolist(),
     }
-    (folder / f"rank{trainer.global_rank}.json").write_text(json.dumps(found))
+
+
+@contextmanager
+def failing(trainer: Any, path: str, name: str, count: int, rank: int) -> Iterator[None]:
+    """Context in which a function fails at its count-th call in one process."""
+    module, _, kind = path.partition(":")
+    owner: Any = importlib.import_module(f"lightning_koopman.{module}")
+    owner = getattr(owner, kind) if kind else owner
+    original, calls = vars(owner)[name], [0]
+    function = original.__func__ if isinstance(original, classmethod) else original
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == count and trainer.global_rank == rank:
+            raise MemoryError("injected in one process")
+        return function(*given, **named)
+
+    setattr(owner, name, classmethod(counted) if isinstance(original, classmethod) else counted)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def main() -> None:
+    options = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    rank, found = os.environ["RANK"], []
+    for number, failure in enumerate(options["failures"]):
+        print(failure, flush=True)
+        folder = Path(options["folder"]) / str(number)
+        found.append(train(folder, failure, 8, None))
+    saved = str(Path(options["folder"]) / "0" / "c" / "last.ckpt")
+    for number, failure in enumerate(options["when_loading"]):
+        print(failure, flush=True)
+        folder = Path(options["folder"]) / f"loading-{number}"
+        found.append(train(folder, failure, 10, saved))
+    (Path(options["folder"]) / f"rank{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
