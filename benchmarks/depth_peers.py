@@ -18,7 +18,7 @@ from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.svm import SVR
 
 from lightning_koopman import HSVR
-from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.demo.experiments.cache import save as save_arrays
 from lightning_koopman.demo.table1 import DOMAIN, N_FINE, N_SAMPLES, TABLE, Array
 
 FOLDS = KFold(5, shuffle=True, random_state=0)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer, run_all
 from lightning_koopman import KoopmanPruner, MaskSet, prunable_parameters, remove_channels
-from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.demo.experiments.cache import save as save_arrays
 from lightning_koopman.parameters.reinitialize import reinitialize, select_modules
 from lightning_koopman.pruning.optimizer_state import forget
 

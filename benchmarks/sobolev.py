@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from benchmarks.training import run_all
 from lightning_koopman import SobolevLoss, shrink_noise, sobolev_scales, suggest_scales
-from lightning_koopman.demo.reproduce.noise import chirp
-from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.demo.experiments.cache import save as save_arrays
+from lightning_koopman.demo.experiments.signals import CHIRP
 from lightning_koopman.demo.sine import HIDDEN, LAYERS, sine_network
 from lightning_koopman.sobolev.bands import SobolevNorm
 
@@ -71,7 +71,7 @@ def plane(x: Array) -> Array:
 
 
 PROBLEMS = {
-    "chirp": Problem(((0.0, 2.0),), 2000, chirp),
+    "chirp": Problem(((0.0, 2.0),), 2000, CHIRP.function),
     "doppler": Problem(((0.0, 1.0),), 2000, doppler),
     "plane": Problem(((0.0, 1.0), (0.0, 1.0)), 3000, plane),
 }

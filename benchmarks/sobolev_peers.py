@@ -11,7 +11,7 @@ from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator, RBFIn
 
 from benchmarks.sobolev import PROBLEMS, Array, Problem
 from lightning_koopman import shrink_noise
-from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.demo.experiments.cache import save as save_arrays
 from lightning_koopman.fourier.basis import fourier_basis
 from lightning_koopman.fourier.domain import to_torus
 from lightning_koopman.fourier.modes import half_space

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from benchmarks.training import Batches, Case, Part, Training, data_of, quiet_trainer, run_all
 from lightning_koopman import EarlyStopOnUnitEigenvalues, RestartOnBadInitialization
-from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.demo.experiments.cache import save as save_arrays
 from lightning_koopman.stopping.bad_start import bad_start
 from lightning_koopman.stopping.evidence import Chance
 from lightning_koopman.stopping.forecast import forecast_change

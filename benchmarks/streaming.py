@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from lightning_koopman.trajectory._compiled import kernel
+from lightning_koopman.trajectory.border import border_products
 from tqdm import tqdm
 
 from lightning_koopman import Trajectory
 from lightning_koopman.trajectory import border
-from lightning_koopman.trajectory._compiled import kernel
-from lightning_koopman.trajectory.border import border_products
 
 ROUNDS = 7
 

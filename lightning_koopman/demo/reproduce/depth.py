@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_koopman.demo.reproduce.storage import Arrays, read, save
+from lightning_koopman.demo.experiments.cache import Arrays, once
 from lightning_koopman.demo.table1 import DOMAIN, N_FINE, N_SAMPLES, TABLE
 from lightning_koopman.depth.hsvr import HSVR
 
@@ -17,8 +17,8 @@ FREQUENCY = 5.0  # of the wave that shows it
 
 def table(folder: Path) -> Arrays:
     """Layers and errors of both methods, a row each; kept."""
-    path = folder / "table-1.npz"
-    if not path.exists():
+
+    def find() -> dict[str, Any]:
         x, fine = (np.linspace(*DOMAIN, n)[:, None] for n in (N_SAMPLES, N_FINE))
         found: dict[str, list[Any]] = {"fft_layers": [], "fft_error": [], "dmd_layers": [], "dmd_error": []}
         for row in TABLE:
@@ -26,15 +26,15 @@ def table(folder: Path) -> Arrays:
                 model = HSVR(method=method, samples_per_scale=None).fit(x, row.function(x[:, 0]))
                 found[f"{method}_layers"].append(model.n_layers_)
                 found[f"{method}_error"].append(np.abs(model.predict(fine) - row.function(fine[:, 0])).max())
-        epsilon = [0.01 * np.ptp(row.function(x[:, 0])) for row in TABLE]
-        save(path, epsilon=epsilon, **found)
-    return read(path)
+        return {"epsilon": [0.01 * np.ptp(row.function(x[:, 0])) for row in TABLE], **found}
+
+    return once(folder / "table-1.npz", find)
 
 
 def scales(folder: Path) -> Arrays:
     """Error of a single layer on a wave, by the product of scale and frequency; kept."""
-    path = folder / "figure-4.npz"
-    if not path.exists():
+
+    def find() -> dict[str, Any]:
         x, fine = (np.linspace(*DOMAIN, n)[:, None] for n in (N_SAMPLES, N_FINE))
         errors = [
             np.abs(
@@ -43,5 +43,6 @@ def scales(folder: Path) -> Arrays:
             ).max()
             for product in (*PRODUCTS, 1 / 6)
         ]
-        save(path, errors=np.array(errors[:-1]) / 0.02, papers=errors[-1] / 0.02)
-    return read(path)
+        return {"errors": np.array(errors[:-1]) / 0.02, "papers": errors[-1] / 0.02}
+
+    return once(folder / "figure-4.npz", find)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from lightning_koopman.demo.experiments.runner import Task
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -22,3 +25,15 @@ def read(path: Path) -> Arrays:
     """Read them."""
     with np.load(path) as stored:
         return {key: stored[key] for key in stored.files}
+
+
+def once(path: Path, find: Callable[[], dict[str, Any]]) -> Arrays:
+    """Arrays that are found once and kept."""
+    if not path.exists():
+        save(path, **find())
+    return read(path)
+
+
+def missing(tasks: Iterable[Task], folder: Path) -> list[Task]:
+    """The tasks whose results, of their name, are not in the folder."""
+    return [task for task in tasks if not (folder / f"{task.name}.npz").exists()]
