@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_koopman.plots import MUTED, TRAINING, WALK
+from lightning_koopman import plots
 
-GREY, BLUE, ORANGE = MUTED, TRAINING, WALK
+INK, GREY, BLUE, ORANGE = plots.INK, plots.MUTED, plots.TRAINING, plots.WALK
 GREEN, OLIVE, PURPLE = "#5b7f2b", "#a3b86c", "#6b4ca0"
 
 

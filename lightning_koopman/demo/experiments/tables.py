@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,17 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
     return path
 
 
-def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
-    """A Markdown table; all columns but the first ``left`` are numbers."""
-    rule = ["---"] * left + ["---:"] * (len(header) - left)
-    return "\n".join("|" + "".join(f" {each}".rstrip() + " |" for each in row) for row in (header, rule, *rows))
+def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], left: Collection[int] = (0,)) -> Iterator[str]:
+    """Lines of a Markdown table; all columns but those of the indices ``left`` are numbers."""
+    rule = ["---" if index in left else "---:" for index in range(len(header))]
+    for row in itertools.chain((header, rule), rows):
+        yield "|" + "".join(f" {each} |" if each != "" else " |" for each in row)
+
+
+def show(header: Sequence[str], rows: Iterable[Sequence[Any]], left: Collection[int] = (0,)) -> None:
+    """Print such a table, each row when it is known."""
+    for line in markdown(header, rows, left):
+        print(line, flush=True)
 
 
 def mean_and_error(values: npt.ArrayLike) -> tuple[float, float]:

@@ -13,10 +13,11 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from benchmarks.training import quiet_trainer
 from lightning_koopman import KoopmanSpectrumMonitor
 from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
+from lightning_koopman.demo.experiments.runner import silence
+from lightning_koopman.demo.experiments.training import quiet_trainer
 
 HOOKS = (
     "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end",
@@ -67,24 +68,23 @@ class EpochClock(pl.Callback):
 
 
 def run(data_root: Path | None, epochs: int) -> None:
-    """Print the share at a full window of 100 snapshots, waiting for the work and going on beside it."""
+    """Print the share at a full window of 100 snapshots."""
+    silence()
     name = "digits" if data_root is None else "mnist"
     data = load(name, root=data_root, n_train=None if data_root is None else 10_000)
     source = (
         f"MNIST, {len(data.train):,} images" if data_root else f"digits, {len(data.train):,} images (no MNIST given)"
     )
     print(f"\nMonitor on the paper's CNN ({source}, {torch.get_num_threads()} threads), window full with m = 100:")
-    for background in (False, True):
-        pl.seed_everything(0, verbose=False)
-        with tempfile.TemporaryDirectory() as folder:
-            monitor = TimedMonitor(window=100, background=background, dirpath=Path(folder) / "koopman")
-            clock = EpochClock(monitor)
-            trainer = quiet_trainer(folder, max_epochs=epochs, callbacks=[monitor, clock])
-            trainer.fit(PaperCNN(), *data.loaders())
-        full = [times for row, times in zip(monitor.history, clock.epochs, strict=True) if row["n_snapshots"] == 100]
-        if not full:
-            print(f"The window of 100 snapshots never filled in {epochs} epochs: no share to report.")
-            return
-        wall, spent = (statistics.median(column) for column in zip(*full, strict=True))
-        print(f"background={background}: epoch {wall:.3f} s, of which training waits for the monitor "
-              f"{1000 * spent:.1f} ms: {spent / wall:.2%} (median of {len(full)})")  # fmt: skip
+    pl.seed_everything(0, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        monitor = TimedMonitor(window=100, dirpath=Path(folder) / "koopman")
+        clock = EpochClock(monitor)
+        quiet_trainer(folder, max_epochs=epochs, callbacks=[monitor, clock]).fit(PaperCNN(), *data.loaders())
+    full = [times for row, times in zip(monitor.history, clock.epochs, strict=True) if row["n_snapshots"] == 100]
+    if not full:
+        print(f"The window of 100 snapshots never filled in {epochs} epochs: no share to report.")
+        return
+    wall, spent = (statistics.median(column) for column in zip(*full, strict=True))
+    print(f"epoch {wall:.3f} s, of which training waits for the monitor {1000 * spent:.1f} ms: {spent / wall:.2%} "
+          f"(median of {len(full)})")  # fmt: skip

@@ -1,29 +1,21 @@
-"""Evidence for the depth estimate and HSVR: ``python -m benchmarks.depth``.
-
-The paper's Table 1 in full, the error by depth, and HSVR with predicted depth against models whose parameters are
-searched for, on the table's 16 functions and on two signals from photographs that scikit-learn brings.  Finished
-searches are kept in the output folder and not repeated.
-"""
+"""The paper's Table 1 in full, the error by depth, and the time of estimates and fits."""
 
 from __future__ import annotations
 
-import argparse
-import os
 import time
 from pathlib import Path
 
 import numpy as np
 from sklearn.svm import SVR
 
-from benchmarks import depth_peers
-from benchmarks.training import run_all
 from lightning_koopman import HSVR, estimate_depth
+from lightning_koopman.demo.experiments.figures import BLUE, GREY, INK, ORANGE, blank, legend_below, save_figure
+from lightning_koopman.demo.experiments.tables import show
 from lightning_koopman.demo.table1 import DOMAIN, N_FINE, N_SAMPLES, TABLE, Array, Row
 
 CLOSE = 0.05  # of the paper's figure
 FURTHER = 2  # layers beyond the predicted depth
 MANY = 10_000  # samples of the timed fits
-INK, BLUE, ORANGE, GREY = "#1b1f24", "#0b6e99", "#c2571a", "#8a929c"
 
 
 def samples(row: Row, n: int = N_SAMPLES) -> tuple[Array, Array]:
@@ -51,23 +43,28 @@ def print_table() -> None:
         rows.append((row, 0.01 * np.ptp(y), [(m.n_layers_, error(m, row)) for m in (*models, tapered, thinned)]))
     spent = time.perf_counter() - started
     print("\nTable 1: ours (the paper's); taper and cells are not in the paper")
-    print("| function | ε | FFT: layers | error | DMD: layers | error | taper=True: layers | error | in cells: error |")
-    print("| --- |" + " ---: |" * 8)
-    for row, epsilon, ((a, b), (c, d), (e, f), (_, g)) in rows:
-        print(
-            f"| {row.name} | {epsilon:.4f} ({row.epsilon}) | {a} ({row.fft_layers}) | {b:.4g} ({row.fft_error}) | "
-            f"{c} ({row.dmd_layers}) | {d:.4g} ({row.dmd_error}) | {e} | {f:.4g} | {g:.4g} |"
-        )
 
     def agree(pairs: list[tuple[float, float]], within: float = CLOSE) -> str:
         return f"{sum(abs(ours / theirs - 1) < within for ours, theirs in pairs)} of {len(pairs)}"
 
-    print(f"| agree | {agree([(each, row.epsilon) for row, each, _ in rows], 0.02)} within 2 %", end=" ")
+    table = [
+        (
+            row.name,
+            f"{epsilon:.4f} ({row.epsilon})",
+            *(f"{a} ({row.fft_layers})", f"{b:.4g} ({row.fft_error})"),
+            *(f"{c} ({row.dmd_layers})", f"{d:.4g} ({row.dmd_error})"),
+            *(e, f"{f:.4g}", f"{g:.4g}"),
+        )
+        for row, epsilon, ((a, b), (c, d), (e, f), (_, g)) in rows
+    ]
+    cells = [f"{agree([(each, row.epsilon) for row, each, _ in rows], 0.02)} within 2 %"]
     for method in range(2):
         layers = [(each[method][0], (row.fft_layers, row.dmd_layers)[method]) for row, _, each in rows]
         errors = [(each[method][1], (row.fft_error, row.dmd_error)[method]) for row, _, each in rows]
-        print(f"| {agree(layers)} | {agree(errors)} within 5 %", end=" ")
-    print(f"| | | |\n\nAll four columns of models took {spent:.1f} s.")
+        cells += [agree(layers), f"{agree(errors)} within 5 %"]
+    ours = ("FFT: layers", "error", "DMD: layers", "error", "taper=True: layers", "error", "in cells: error")
+    show(("function", "ε", *ours), [*table, ("agree", *cells, "", "", "")])
+    print(f"\nAll four columns of models took {spent:.1f} s.")
     for title, column in (("FFT", 0), ("DMD", 1), ("taper=True", 2)):
         ratios = [each[column][1] / epsilon for _, epsilon, each in rows]
         print(
@@ -78,10 +75,9 @@ def print_table() -> None:
 
 def draw_depths(target: Path) -> Path:
     """The error by depth, with the predicted depth marked: the phase transition."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(11, 8.6), layout="constrained")
+    figure = blank(11, 8.6)
     early = 0
     for axis, row in zip(figure.subplots(4, 4).flat, TABLE, strict=True):
         x, y = samples(row)
@@ -110,38 +106,20 @@ def draw_depths(target: Path) -> Path:
         )
     ]
     handles += figure.axes[0].plot([], [], "o", color=INK, markersize=9, fillstyle="none", label="predicted depth")
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    legend_below(figure, handles, 4, frameon=False)
     figure.supylabel("largest error / ε", fontsize=9, color=INK)
     for axis in figure.axes[-4:]:
         axis.set_xlabel("layers", fontsize=8, color=INK)
-    path = target / "depth-errors.png"
-    figure.savefig(path, dpi=130)
+    path = save_figure(figure, target / "depth-errors.png", dpi=130)
     print(f"\nOne layer less would have done for {early} of 16 functions (Fourier transform).\n{path}")
     return path
 
 
 def print_speed() -> None:
     """Time of the estimates, and of a fit to many samples beside a plain loop over scikit-learn's SVR."""
-    print(f"\n| function, {MANY:,} samples | layers | loop over SVR, s | error / ε | HSVR, s | error / ε |")
-    print("| --- |" + " ---: |" * 5)
-    for row in TABLE:
-        if row.fft_layers < 5:
-            continue
-        x, y = samples(row, MANY)
-        fine, values = samples(row, 2 * MANY - 1)
-        epsilon = 0.01 * np.ptp(y)
-        started = time.perf_counter()
-        model = HSVR().fit(x, y)
-        ours = time.perf_counter() - started
-        started = time.perf_counter()
-        left, total = y.copy(), np.zeros(len(fine))
-        for scale in model.scales_:
-            layer = SVR(gamma=scale**-2, C=5 * np.ptp(left), epsilon=epsilon).fit(x, left)
-            left = left - layer.predict(x)
-            total += layer.predict(fine)
-        plain = time.perf_counter() - started
-        errors = [np.abs(found - values).max() / epsilon for found in (total, model.predict(fine))]
-        print(f"| {row.name} | {model.n_layers_} | {plain:.1f} | {errors[0]:.2f} | {ours:.2f} | {errors[1]:.2f} |")
+    print()
+    header = (f"function, {MANY:,} samples", "layers", "loop over SVR, s", "error / ε", "HSVR, s", "error / ε")
+    show(header, (_fit_row(row) for row in TABLE if row.fft_layers >= 5))
     for method in ("fft", "dmd"):
         started = time.perf_counter()
         for row in TABLE:
@@ -150,25 +128,20 @@ def print_speed() -> None:
         print(f"{method} estimate of {N_SAMPLES} samples: {spent * 1e3:.0f} ms")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.depth", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("depth-runs"), help="folder of the recorded searches")
-    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="searches at a time")
-    parser.add_argument("--figures", type=Path, help="where the figure goes (default: the output folder)")
-    parser.add_argument("--only", choices=["table", "peers", "speed"], help="one part (default: all)")
-    options = parser.parse_args()
-    folder = options.output.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    if options.only in (None, "table"):
-        print_table()
-        draw_depths(options.figures or folder)
-    if options.only in (None, "speed"):
-        print_speed()
-    if options.only in (None, "peers"):
-        missing = [case for case in depth_peers.CASES if not (folder / depth_peers.file_name(*case)).exists()]
-        run_all(options.jobs, [(" ".join(case), 1, depth_peers.fit, (*case, folder)) for case in missing])
-        depth_peers.report(folder)
-
-
-if __name__ == "__main__":
-    main()
+def _fit_row(row: Row) -> tuple[object, ...]:
+    """Both fits of a function."""
+    x, y = samples(row, MANY)
+    fine, values = samples(row, 2 * MANY - 1)
+    epsilon = 0.01 * np.ptp(y)
+    started = time.perf_counter()
+    model = HSVR().fit(x, y)
+    ours = time.perf_counter() - started
+    started = time.perf_counter()
+    left, total = y.copy(), np.zeros(len(fine))
+    for scale in model.scales_:
+        layer = SVR(gamma=scale**-2, C=5 * np.ptp(left), epsilon=epsilon).fit(x, left)
+        left = left - layer.predict(x)
+        total += layer.predict(fine)
+    plain = time.perf_counter() - started
+    errors = [np.abs(found - values).max() / epsilon for found in (total, model.predict(fine))]
+    return row.name, model.n_layers_, f"{plain:.1f}", f"{errors[0]:.2f}", f"{ours:.2f}", f"{errors[1]:.2f}"
