@@ -24,7 +24,6 @@ def main() -> None:
     parser.add_argument("--only", choices=["table", "peers", "speed"], help="one part (default: all)")
     options = parser.parse_args()
     folder = options.output.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     if options.only in (None, "table"):
         print_table()
         draw_depths(options.figures or folder)

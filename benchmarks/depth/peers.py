@@ -22,7 +22,7 @@ from lightning_koopman import HSVR
 from lightning_koopman.demo.experiments.cache import Arrays, read, save
 from lightning_koopman.demo.experiments.runner import Progress, Task
 from lightning_koopman.demo.experiments.tables import show
-from lightning_koopman.demo.table1 import DOMAIN, N_FINE, N_SAMPLES, TABLE, Array
+from lightning_koopman.demo.table1 import N_FINE, TABLE, Array, samples
 
 FOLDS = KFold(5, shuffle=True, random_state=0)
 GAMMAS = 10.0 ** np.arange(0, 5.5, 0.5)  # the functions' inputs are 2 wide, a photograph's 1
@@ -62,8 +62,7 @@ def data(problem: str) -> tuple[Array, Array, Array, Array]:
     """Points and values to fit, and to score."""
     if problem not in PHOTOGRAPHS:
         (row,) = (row for row in TABLE if row.name == problem)
-        x, fine = np.linspace(*DOMAIN, N_SAMPLES), np.linspace(*DOMAIN, N_FINE)
-        return x[:, None], row.function(x), fine[:, None], row.function(fine)
+        return *samples(row), *samples(row, N_FINE)
     from sklearn.datasets import load_sample_image
 
     brightness = load_sample_image(problem.partition(",")[0]).mean(axis=2)

@@ -11,22 +11,11 @@ from sklearn.svm import SVR
 from lightning_koopman import HSVR, estimate_depth
 from lightning_koopman.demo.experiments.figures import BLUE, GREY, INK, ORANGE, blank, legend_below, save_figure
 from lightning_koopman.demo.experiments.tables import show
-from lightning_koopman.demo.table1 import DOMAIN, N_FINE, N_SAMPLES, TABLE, Array, Row
+from lightning_koopman.demo.table1 import N_FINE, N_SAMPLES, TABLE, Row, largest_error, samples
 
 CLOSE = 0.05  # of the paper's figure
 FURTHER = 2  # layers beyond the predicted depth
 MANY = 10_000  # samples of the timed fits
-
-
-def samples(row: Row, n: int = N_SAMPLES) -> tuple[Array, Array]:
-    points = np.linspace(*DOMAIN, n)
-    return points[:, None], row.function(points)
-
-
-def error(model: HSVR, row: Row) -> float:
-    """Largest error on the fine grid, which holds the samples and the points between them."""
-    points, values = samples(row, N_FINE)
-    return float(np.abs(model.predict(points) - values).max())
 
 
 def print_table() -> None:
@@ -36,11 +25,8 @@ def print_table() -> None:
     for row in TABLE:
         x, y = samples(row)
         models = [HSVR(method=method, samples_per_scale=None).fit(x, y) for method in ("fft", "dmd")]
-        tapered, thinned = (
-            HSVR(taper=True, samples_per_scale=None).fit(x, y),
-            HSVR().fit(x, y),
-        )
-        rows.append((row, 0.01 * np.ptp(y), [(m.n_layers_, error(m, row)) for m in (*models, tapered, thinned)]))
+        models += [HSVR(taper=True, samples_per_scale=None).fit(x, y), HSVR().fit(x, y)]
+        rows.append((row, 0.01 * np.ptp(y), [(model.n_layers_, largest_error(model, row)) for model in models]))
     spent = time.perf_counter() - started
     print("\nTable 1: ours (the paper's); taper and cells are not in the paper")
 

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 
 from benchmarks.pruning import report, times
+from benchmarks.pruning.methods import CASES, SEEDS
 from benchmarks.pruning.record import tasks
-from benchmarks.pruning.runs import CASES, SEEDS
 from lightning_koopman.demo.experiments.cache import missing
 from lightning_koopman.demo.experiments.runner import cores, run_all
 
@@ -29,7 +29,6 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="where figures and table go (default: the output folder)")
     options = parser.parse_args()
     cases, folder = [case for case in CASES if case.seed in options.seeds], options.output.absolute()
-    folder.mkdir(parents=True, exist_ok=True)
     run_all(missing(tasks(cases, options.data_root, folder), folder), options.jobs)
     report.write(cases, folder, options.figures or folder)
     times.run(options.data_root, options.threads)

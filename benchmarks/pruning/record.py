@@ -13,8 +13,7 @@ import torch
 import torch_pruning
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from benchmarks.pruning.methods import ALL, callbacks_of
-from benchmarks.pruning.runs import FURTHER, LAST, POINTS, Run, runs_of
+from benchmarks.pruning.methods import ALL, FURTHER, LAST, POINTS, Run, callbacks_of, runs_of
 from benchmarks.training import Case, Part, Training, data_of
 from lightning_koopman import KoopmanPruner
 from lightning_koopman.demo.experiments.cache import save

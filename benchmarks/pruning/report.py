@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.pruning.runs import (
+from benchmarks.pruning.methods import (
     CHANNEL_POINT,
     CHANNELS,
     DENSE,
@@ -23,28 +23,18 @@ from benchmarks.pruning.runs import (
     Run,
 )
 from benchmarks.training import Case
+from lightning_koopman.demo.experiments import figures
 from lightning_koopman.demo.experiments.cache import read
-from lightning_koopman.demo.experiments.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    band,
-    blank,
-    grid,
-    legend_below,
-    save_figure,
-)
 from lightning_koopman.demo.experiments.tables import mean_and_error, show, write_csv
 
 COLUMNS = ("train loss", "train acc.", "test loss", "test acc.")
 LINES = {
-    UNPRUNED: (BLUE, "-"),
-    "koopman, reconstruction": (ORANGE, "-"),
-    "koopman, reinit": (ORANGE, "-"),
-    "magnitude": (GREEN, "--"),
-    "random mask": (GREY, "-"),
-    DENSE: (GREEN, "--"),
+    UNPRUNED: (figures.BLUE, "-"),
+    "koopman, reconstruction": (figures.ORANGE, "-"),
+    "koopman, reinit": (figures.ORANGE, "-"),
+    "magnitude": (figures.GREEN, "--"),
+    "random mask": (figures.GREY, "-"),
+    DENSE: (figures.GREEN, "--"),
 }
 
 
@@ -155,7 +145,7 @@ def draw(cases: Sequence[Case], folder: Path, target: Path) -> list[Path]:
 
 
 def _draw(cases: Sequence[Case], folder: Path, path: Path, methods: Sequence[str]) -> Path:
-    figure = blank(11, 5.4)
+    figure = figures.blank(11, 5.4)
     axes = figure.subplots(2, 4, sharey="row")
     panels = list(product(POINTS, STARTS))
     for column, (point, start) in enumerate(panels):
@@ -169,7 +159,7 @@ def _draw(cases: Sequence[Case], folder: Path, path: Path, methods: Sequence[str
             ):
                 curves = np.array(values)
                 epochs = np.arange(point + FURTHER + 1 - curves.shape[1], point + FURTHER + 1)
-                band(axis, epochs, curves, style, color=color, label=method)
+                figures.band(axis, epochs, curves, style, color=color, label=method)
         name = {"he": "He", "xavier": "Xavier"}[start]
         axes[0, column].set_title(f"{name}, pruned after epoch {point}", fontsize=9)
         axes[1, column].set_xlabel("epoch", fontsize=8)
@@ -177,7 +167,7 @@ def _draw(cases: Sequence[Case], folder: Path, path: Path, methods: Sequence[str
     axes[1, 0].set_ylabel("test loss", fontsize=9)
     for axis in axes.flat:
         axis.set_yscale("log")
-        grid(axis)
+        figures.grid(axis)
         axis.tick_params(labelsize=8)
-    legend_below(figure, axes[0, 0].get_lines(), 4)
-    return save_figure(figure, path)
+    figures.legend_below(figure, axes[0, 0].get_lines(), 4)
+    return figures.save_figure(figure, path)

@@ -13,8 +13,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 import lightning_koopman.pruning.pin
-from benchmarks.pruning.methods import channel_pruners
-from benchmarks.pruning.runs import LEFT
+from benchmarks.pruning.methods import LEFT, channel_pruners
 from benchmarks.training import Case, Part, Training, data_of
 from lightning_koopman import KoopmanPruner
 from lightning_koopman.demo.experiments.runner import silence

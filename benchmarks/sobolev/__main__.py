@@ -14,8 +14,7 @@ import argparse
 from pathlib import Path
 
 from benchmarks.sobolev import peers, report, times
-from benchmarks.sobolev.record import tasks
-from benchmarks.sobolev.runs import SEEDS, runs
+from benchmarks.sobolev.runs import SEEDS, tasks
 from lightning_koopman.demo.experiments.cache import missing
 from lightning_koopman.demo.experiments.runner import cores, run_all
 
@@ -29,8 +28,7 @@ def main() -> None:
     parser.add_argument("--figures", type=Path, help="where figures and table go (default: the output folder)")
     options = parser.parse_args()
     folder, seeds = options.output.absolute(), tuple(options.seeds)
-    folder.mkdir(parents=True, exist_ok=True)
-    run_all(missing(tasks(runs(seeds), folder) + peers.tasks(seeds, folder), folder), options.jobs)
+    run_all(missing(tasks(seeds, folder) + peers.tasks(seeds, folder), folder), options.jobs)
     report.write(folder, seeds, options.figures or folder)
     times.run(options.threads)
 

@@ -10,26 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.sobolev.peers import PEERS, name_of
-from benchmarks.sobolev.record import EVERY
 from benchmarks.sobolev.runs import DECAYS, LASTING, LONG, NOISES, ON_CHIRP, PROBLEMS, TRAINED, Run
+from lightning_koopman.demo.experiments import figures
 from lightning_koopman.demo.experiments.cache import Arrays, read
-from lightning_koopman.demo.experiments.figures import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    band,
-    blank,
-    grid,
-    legend_below,
-    save_figure,
-)
-from lightning_koopman.demo.experiments.signals import Array
+from lightning_koopman.demo.experiments.signals import EVERY, Array
 from lightning_koopman.demo.experiments.tables import mean_and_error, show, write_csv
 
 CHOSEN = ("L2, weight decay chosen", "L2, stopped early")
-COLORS = {"L2": ORANGE, "Sobolev 1": BLUE, "Sobolev 2": GREEN, "Sobolev 2, shrunk": PURPLE}
+COLORS = {
+    "L2": figures.ORANGE,
+    "Sobolev 1": figures.BLUE,
+    "Sobolev 2": figures.GREEN,
+    "Sobolev 2, shrunk": figures.PURPLE,
+}
 
 
 class Records:
@@ -104,12 +97,12 @@ def draw_fits(records: Records, target: Path) -> Path:
     """The counterpart of the paper's Figure 5, with a fourth column."""
     problem, seed = PROBLEMS["chirp"], records.seeds[0]
     fine, clean = problem.grid()[:, 0], problem.clean()[:, 0]
-    figure = blank(11, 6.4)
+    figure = figures.blank(11, 6.4)
     axes = figure.subplots(len(NOISES), len(LASTING), sharex=True, sharey="row")
     for (row, noise), (column, method) in product(enumerate(NOISES), enumerate(LASTING)):
         axis, (x, y, n_train) = axes[row, column], problem.draw(noise, seed)
         record = records.load(Run("chirp", method, noise, seed))
-        axis.plot(x[:n_train, 0], y[:n_train, 0], ".", color=GREY, alpha=0.5, markersize=2.5, markeredgewidth=0)
+        axis.plot(x[:n_train, 0], y[:n_train, 0], ".", color=figures.GREY, alpha=0.5, markersize=2.5, markeredgewidth=0)
         axis.plot(fine, record["fit"][:, 0], color=COLORS[method], linewidth=1.1)
         axis.plot(fine, clean, color="black", linewidth=0.7)
         axis.set_ylim(min(-3, -1 - 3.2 * noise), max(5, 3 + 3.2 * noise))
@@ -123,25 +116,25 @@ def draw_fits(records: Records, target: Path) -> Path:
             axis.set_ylabel(f"noise {noise}", fontsize=9)
         if row == len(NOISES) - 1:
             axis.set_xlabel("x", fontsize=9)
-    return save_figure(figure, target / "sobolev-fits.png")
+    return figures.save_figure(figure, target / "sobolev-fits.png")
 
 
 def draw_errors(records: Records, target: Path) -> Path:
     """The error over the epochs of the long trainings: geometric mean over the seeds, with their range."""
-    figure = blank(11, 3.4)
+    figure = figures.blank(11, 3.4)
     axes = figure.subplots(1, len(NOISES))
     for axis, noise in zip(axes, NOISES, strict=True):
         for method in LASTING:
             curves = records.lasting(method, noise)
             epochs = EVERY * np.arange(1, curves.shape[1] + 1)
-            band(axis, epochs, curves, color=COLORS[method], label=method.replace("shrunk", "shrunk targets"))
+            figures.band(axis, epochs, curves, color=COLORS[method], label=method.replace("shrunk", "shrunk targets"))
         spline = records.errors("chirp", "smoothing spline", noise).mean()
-        axis.axhline(spline, color=GREY, linestyle="--", linewidth=1.2, label="smoothing spline")
+        axis.axhline(spline, color=figures.GREY, linestyle="--", linewidth=1.2, label="smoothing spline")
         axis.set_yscale("log")
         axis.set_title(f"noise {noise}", fontsize=10)
         axis.set_xlabel("epoch", fontsize=9)
-        grid(axis, which="both")
+        figures.grid(axis, which="both")
         axis.tick_params(labelsize=8, which="both")
     axes[0].set_ylabel("RMSE against the clean signal", fontsize=9)
-    legend_below(figure, axes[0].get_lines(), 5)
-    return save_figure(figure, target / "sobolev-epochs.png")
+    figures.legend_below(figure, axes[0].get_lines(), 5)
+    return figures.save_figure(figure, target / "sobolev-epochs.png")

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 
-from lightning_koopman.demo.experiments.signals import CHIRP, Array, Signal
+from lightning_koopman.demo.experiments.cache import save
+from lightning_koopman.demo.experiments.runner import Progress, Task
+from lightning_koopman.demo.experiments.signals import CHIRP, Array, Signal, learn
 
 SEEDS, NOISES = (0, 1, 2, 3, 4), (0.05, 0.5, 1.0)
 EPOCHS, LONG = 1500, 5000
@@ -59,3 +62,14 @@ def runs(seeds: tuple[int, ...]) -> list[Run]:
     found += [Run("chirp", method, noise, seed) for method, noise, seed in product(ON_CHIRP[::-1], NOISES, seeds)]
     every = product(PROBLEMS, (*TRAINED, *decays), NOISES, seeds)
     return found + [Run(problem, method, noise, seed) for problem, method, noise, seed in every]
+
+
+def train(run: Run, folder: Path, reached: Progress) -> None:
+    """Train one network and record its errors."""
+    found = learn(PROBLEMS[run.problem], run.method, run.noise, run.seed, run.epochs, reached)
+    save(folder / f"{run.name}.npz", **found)
+
+
+def tasks(seeds: tuple[int, ...], folder: Path) -> list[Task]:
+    """All trainings."""
+    return [Task(run.name, train, (run, folder), run.epochs) for run in runs(seeds)]

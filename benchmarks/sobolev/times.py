@@ -9,9 +9,8 @@ from statistics import median
 import torch
 from torch import nn
 
-from benchmarks.sobolev.record import RATE
 from lightning_koopman import SobolevLoss
-from lightning_koopman.demo.experiments.signals import loss_value
+from lightning_koopman.demo.experiments.signals import RATE, loss_value
 from lightning_koopman.demo.experiments.tables import show
 from lightning_koopman.demo.sine import LAYERS, sine_network
 

@@ -29,7 +29,6 @@ def main() -> None:
     if options.data_root is None and "mnist" in options.problems:
         print("MNIST is left out: LIGHTNING_KOOPMAN_DATA or --data-root names the folder that holds MNIST/.")
         cases = [case for case in cases if case.problem != "mnist"]
-    options.output.mkdir(parents=True, exist_ok=True)
     run_all(missing(tasks(cases, options.data_root, options.output), options.output), options.jobs)
     text = report(options.output, options.figure or options.output / "stopping.png")
     (options.output / "report.md").write_text(text + "\n")

@@ -114,15 +114,14 @@ def fixed(epoch: int) -> Rule:
     return lambda run: (min(epoch, len(run.losses)),) * 2
 
 
+PATIENCES = (2, 3, 4, 5, 7, 10, 15, 20, 30)
 FAMILIES: dict[str, list[tuple[str, Rule]]] = {
     "training loss fell < c of chance in 5 epochs": [
         (f"c = {c:g}", small_fall(c)) for c in (1e-2, 5e-3, 3e-3, 2e-3, 1e-3, 5e-4, 3e-4, 1e-4, 3e-5)
     ],
-    "EarlyStopping on validation loss, best restored": [
-        (f"patience {p}", early_stopping(p)) for p in (2, 3, 4, 5, 7, 10, 15, 20, 30)
-    ],
+    "EarlyStopping on validation loss, best restored": [(f"patience {p}", early_stopping(p)) for p in PATIENCES],
     "EarlyStopping on validation loss, last weights": [
-        (f"patience {p}", early_stopping(p, restore=False)) for p in (2, 3, 4, 5, 7, 10, 15, 20, 30)
+        (f"patience {p}", early_stopping(p, restore=False)) for p in PATIENCES
     ],
     "fixed number of epochs": [(f"{e} epochs", fixed(e)) for e in (10, 15, 20, 25, 30, 35, 40, 50, 60, 80, 100)],
 }

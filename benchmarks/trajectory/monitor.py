@@ -24,30 +24,21 @@ HOOKS = (
 )  # fmt: skip
 
 
-class TimedMonitor(KoopmanSpectrumMonitor):
-    """The monitor, with the seconds that its hooks took in the current epoch."""
-
-    spent = 0.0
-
-
-def _timed(hook: Callable[..., None]) -> Callable[..., None]:
-    def timed(self: TimedMonitor, *args: Any) -> None:
-        started = time.perf_counter()
-        hook(self, *args)
-        self.spent += time.perf_counter() - started
-
-    return timed
-
-
-for name in HOOKS:
-    setattr(TimedMonitor, name, _timed(getattr(KoopmanSpectrumMonitor, name)))
-
-
 class EpochClock(pl.Callback):
-    """Wall time of each epoch, and the monitor's part in it."""
+    """Wall time of each epoch, and the monitor's part in it: the time that its hooks take."""
 
-    def __init__(self, monitor: TimedMonitor) -> None:
-        self.monitor, self.epochs = monitor, []
+    def __init__(self, monitor: KoopmanSpectrumMonitor) -> None:
+        self.spent, self.epochs = 0.0, []
+        for name in HOOKS:
+            setattr(monitor, name, self._timed(getattr(monitor, name)))
+
+    def _timed(self, hook: Callable[..., None]) -> Callable[..., None]:
+        def timed(*given: Any) -> None:
+            started = time.perf_counter()
+            hook(*given)
+            self.spent += time.perf_counter() - started
+
+        return timed
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.bar, self.started = tqdm(total=trainer.max_epochs, unit="epoch"), time.perf_counter()
@@ -62,8 +53,8 @@ class EpochClock(pl.Callback):
 
     def _close(self) -> None:
         now = time.perf_counter()
-        self.epochs.append((now - self.started, self.monitor.spent))
-        self.started, self.monitor.spent = now, 0.0
+        self.epochs.append((now - self.started, self.spent))
+        self.started, self.spent = now, 0.0
         self.bar.update()
 
 
@@ -78,7 +69,7 @@ def run(data_root: Path | None, epochs: int) -> None:
     print(f"\nMonitor on the paper's CNN ({source}, {torch.get_num_threads()} threads), window full with m = 100:")
     pl.seed_everything(0, verbose=False)
     with tempfile.TemporaryDirectory() as folder:
-        monitor = TimedMonitor(window=100, dirpath=Path(folder) / "koopman")
+        monitor = KoopmanSpectrumMonitor(window=100, dirpath=Path(folder) / "koopman")
         clock = EpochClock(monitor)
         quiet_trainer(folder, max_epochs=epochs, callbacks=[monitor, clock]).fit(PaperCNN(), *data.loaders())
     full = [times for row, times in zip(monitor.history, clock.epochs, strict=True) if row["n_snapshots"] == 100]

@@ -37,6 +37,7 @@ def worker(options: dict[str, Any]) -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     from lightning_koopman import KoopmanSpectrumMonitor
+    from lightning_koopman.demo.experiments.training import quiet_trainer
 
     torch.set_num_threads(max(1, torch.get_num_threads() // options["processes"]))
 
@@ -91,18 +92,14 @@ def worker(options: dict[str, Any]) -> None:
     folder = Path(options["folder"])
     monitor = KoopmanSpectrumMonitor(window=options["window"], dirpath=folder, **WAYS[options["way"]])
     clock = Clock()
-    trainer = pl.Trainer(
-        accelerator="cpu",
+    trainer = quiet_trainer(
+        folder,
         devices=options["processes"],
         strategy=pl.strategies.ModelParallelStrategy(
             data_parallel_size=options["processes"], tensor_parallel_size=1, process_group_backend="gloo"
         ),
         max_epochs=options["epochs"],
         callbacks=[monitor, clock],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
     )
     module = Synthetic()
     trainer.fit(module)
@@ -134,14 +131,7 @@ def main() -> None:
     for way in options.ways:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             print(f"{way}: {options.parameters:.0e} weights in {options.processes} processes", flush=True)
-            asked = {
-                "parameters": options.parameters,
-                "processes": options.processes,
-                "window": options.window,
-                "epochs": options.epochs,
-                "way": way,
-                "folder": folder,
-            }
+            asked = {**vars(options), "way": way, "folder": folder}
             command = [sys.executable, "-W", "ignore", "-m", "benchmarks.trajectory.scale", json.dumps(asked)]
             subprocess.run(command, check=True)
             shards = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("measured-*.json"))]

@@ -15,7 +15,8 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def save(path: Path, **arrays: Any) -> None:
-    """Write arrays."""
+    """Write arrays, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     np.savez_compressed(partial, **arrays)
     partial.rename(path)

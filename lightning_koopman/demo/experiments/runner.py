@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -22,15 +22,9 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Task:
-    """One training.
+    """One training: a function of its arguments and a :data:`Progress`, whose result has the task's name.
 
-    Attributes:
-        name: Of the task, and of its result.
-        act: Function of the arguments and a :data:`Progress`, at the top level of a module.
-        arguments: What it is given.
-        epochs: Its size.
-        cost: Of an epoch, in those of other tasks.
-        needs: Name of the task that must come before it.
+    It is as long as so many epochs, of a cost relative to those of others, and may need another task before it.
     """
 
     name: str
@@ -47,7 +41,7 @@ class Reporter:
 
     channel: Any
     name: str
-    told: int = field(default=0)
+    told: int = 0
 
     def __call__(self, epochs: int) -> None:
         """So many epochs are done."""

@@ -12,20 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lightning_koopman.demo.experiments.cache import Arrays, read
-from lightning_koopman.demo.experiments.signals import CHIRP
+from lightning_koopman.demo.experiments.signals import CHIRP, EVERY
 from lightning_koopman.demo.experiments.tables import write_csv
 from lightning_koopman.demo.reproduce import depth
-from lightning_koopman.demo.reproduce.noise import EVERY
-from lightning_koopman.demo.reproduce.plan import (
-    FIGURES,
-    LOSSES,
-    NOISES,
-    SPECTRA,
-    Branch,
-    Noisy,
-    Plan,
-    wanted,
-)
+from lightning_koopman.demo.reproduce.plan import FIGURES, LOSSES, NOISES, SPECTRA, Branch, Noisy, Plan, wanted
 from lightning_koopman.demo.table1 import TABLE
 
 Array = npt.NDArray[np.float64]

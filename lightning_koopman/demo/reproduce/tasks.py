@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_koopman.demo.experiments.cache import missing
-from lightning_koopman.demo.experiments.runner import Task
-from lightning_koopman.demo.reproduce import images, noise
+from lightning_koopman.demo.experiments.cache import missing, save
+from lightning_koopman.demo.experiments.runner import Progress, Task
+from lightning_koopman.demo.experiments.signals import CHIRP, learn
+from lightning_koopman.demo.reproduce import images
 from lightning_koopman.demo.reproduce.plan import Branch, Noisy, Plan
 
 NOISY = 0.003  # cost of an epoch on a signal, in epochs of 10,000 images
+
+
+def learn_chirp(plan: Plan, run: Noisy, folder: Path, device: str, reached: Progress) -> None:
+    """Learn the paper's signal through noise (section 6 and Figure 5)."""
+    found = learn(CHIRP, run.loss, run.noise, run.seed, plan.noise_epochs, reached, device)
+    save(folder / f"{run.name}.npz", **{**found, "fit": found["fit"][:, 0]})
 
 
 def tasks(
@@ -31,5 +38,5 @@ def tasks(
         )
         for branch in branches
     ]
-    found += [Task(run.name, noise.learn, (plan, run, folder, device), plan.noise_epochs, NOISY) for run in noisy]
+    found += [Task(run.name, learn_chirp, (plan, run, folder, device), plan.noise_epochs, NOISY) for run in noisy]
     return missing(found, folder)
