@@ -25,13 +25,7 @@ RATE, EVERY = 2e-3, 25  # epochs between two looks at the errors
 
 @dataclass(frozen=True)
 class Signal:
-    """A clean signal on a box, and how many noisy samples of it there are.
-
-    Attributes:
-        domain: Ends of the box, an input each.
-        n_samples: Number of samples.
-        function: From points (N, D) to values (N, M).
-    """
+    """A clean signal, from points (N, D) of a box to values (N, M), and how many noisy samples of it there are."""
 
     domain: tuple[tuple[float, float], ...]
     n_samples: int
@@ -65,16 +59,9 @@ def learn(
 ) -> dict[str, Any]:
     """Train the network on noisy samples of a signal, with the learning rate in one cycle.
 
-    Args:
-        signal: What is learned.
-        method: ``"L2"``, ``"Sobolev 1"`` or ``"Sobolev 2"``, each maybe with a variant after a comma: ``"literal"``
-            (equations 7 and 8 as written, with the paper's linear scale), ``"shrunk"`` (targets without their noise),
-            ``"batches"``, ``"decay 0.1"`` (of the weights).
-        noise: Its ε.
-        seed: Of the samples and the weights.
-        epochs: Number of epochs.
-        reached: Told how many are done.
-        device: Where it is trained.
+    The method is ``"L2"``, ``"Sobolev 1"`` or ``"Sobolev 2"``, with or without a variant after a comma: ``"literal"``
+    (equations 7 and 8 as written, with the paper's linear scale), ``"shrunk"`` (targets without their noise),
+    ``"batches"``, ``"decay 0.1"`` (of the weights).
 
     Returns:
         Every 25 epochs the RMSE against the clean signal (``errors``) and the mean squared error on the samples that do

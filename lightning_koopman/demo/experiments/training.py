@@ -21,11 +21,8 @@ BATCH = 64
 class Batches:
     """Batches of tensors, on their device, without a worker or a copy per sample.
 
-    Args:
-        tensors: Samples along the first dimension.
-        size: Samples of a batch.
-        shuffle: Generator that shuffles epoch by epoch, or function that gives the seed of the next epoch, so that a
-            run can go on (default: in order).
+    They come in order, or shuffled: by a generator that goes on from epoch to epoch, or by a function that gives the
+    seed of the next epoch, so that a run can go on.
     """
 
     def __init__(
@@ -76,9 +73,10 @@ class Reached(Callback):
 
 
 class Once(Callback):
-    """Acts once, before the first epoch of a branch."""
+    """Does something once, before the first epoch of a branch."""
 
-    acted = False
+    def __init__(self, act: Callable[[pl.Trainer, pl.LightningModule], object]) -> None:
+        self.act, self.acted = act, False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act, if it has not."""
@@ -86,25 +84,19 @@ class Once(Callback):
             self.acted = True
             self.act(trainer, pl_module)
 
-    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """What is to be done."""
-        raise NotImplementedError
 
-
-class Masked(Once):
+def masked(score: Callable[[Tensor], Tensor], sparsity: float, epoch: int) -> Once:
     """The baselines: our masks from other scores, at the epoch of that number; on a run that goes on, of what is 0."""
 
-    def __init__(self, score: Callable[[Tensor], Tensor], sparsity: float, epoch: int) -> None:
-        self.score, self.sparsity, self.epoch = score, sparsity, epoch
-
-    def act(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prune."""
-        if trainer.current_epoch > self.epoch:
+    def act(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch > epoch:
             masks = MaskSet.from_zeros(pl_module)
         else:
-            scores = {name: self.score(weight.detach()) for name, weight in prunable_parameters(pl_module).items()}
-            masks = MaskSet.from_scores(scores, sparsity=self.sparsity)
+            scores = {name: score(weight.detach()) for name, weight in prunable_parameters(pl_module).items()}
+            masks = MaskSet.from_scores(scores, sparsity=sparsity)
         masks.pin(pl_module, *trainer.optimizers)
+
+    return Once(act)
 
 
 def random_score(seed: int) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
 from lightning_koopman.demo.experiments.cache import save
 from lightning_koopman.demo.experiments.runner import Progress
-from lightning_koopman.demo.experiments.training import BATCH, Batches, Masked, Reached, quiet_trainer, random_score
+from lightning_koopman.demo.experiments.training import BATCH, Batches, Reached, masked, quiet_trainer, random_score
 from lightning_koopman.demo.reproduce.plan import SPARSITY, Branch, Plan
 from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.pruning.prunable import prunable_parameters
@@ -148,9 +148,9 @@ def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: s
     elif branch.method == "algorithm 2":
         acting = KoopmanPruner(survivors="reinit", scheme=branch.start, **options)
     elif branch.method == "magnitude":
-        acting = Masked(torch.abs, SPARSITY, branch.point)
+        acting = masked(torch.abs, SPARSITY, branch.point)
     else:
-        acting = Masked(random_score(0), SPARSITY, branch.point)
+        acting = masked(random_score(0), SPARSITY, branch.point)
     callbacks: list[Callback] = [acting, Curves(), Reached(reached, branch.point)]
     origin = folder / f"trained-{branch.start}-{branch.point}" / "done.ckpt"
     done = fit(model, plan, root, place, device, branch.point + plan.further, callbacks, origin)

@@ -24,19 +24,11 @@ def tasks(
 ) -> list[Task]:
     """All tasks whose results are not there yet."""
     starts, branches, noisy = wanted
-    found = [
-        Task(f"trained-{start}", images.train, (plan, start, root, folder, device), plan.epochs_of(start))
-        for start in starts
-    ]
+    places = (root, folder, device)
+    found = [Task(f"trained-{each}", images.train, (plan, each, *places), plan.epochs_of(each)) for each in starts]
     found += [
-        Task(
-            branch.name,
-            images.prune,
-            (plan, branch, root, folder, device),
-            plan.further,
-            needs=f"trained-{branch.start}",
-        )
-        for branch in branches
+        Task(each.name, images.prune, (plan, each, *places), plan.further, needs=f"trained-{each.start}")
+        for each in branches
     ]
-    found += [Task(run.name, learn_chirp, (plan, run, folder, device), plan.noise_epochs, NOISY) for run in noisy]
+    found += [Task(each.name, learn_chirp, (plan, each, folder, device), plan.noise_epochs, NOISY) for each in noisy]
     return missing(found, folder)
