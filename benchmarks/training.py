@@ -1,26 +1,18 @@
-"""Trainings that several benchmarks share: problems, batches, networks, and a pool of processes to run them."""
+"""Trainings that several benchmarks share: problems and networks."""
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lightning_koopman.demo.cnn import INITIALIZATIONS, PaperCNN
 from lightning_koopman.demo.data import load
 
-BATCH = 64
 Part = tuple[Tensor, Tensor]
 
 
@@ -61,20 +53,6 @@ def data_of(problem: str, root: Path | None) -> tuple[Part, Part, Part]:
     return first, second, third
 
 
-class Batches:
-    """Shuffled batches of tensors, without a worker or a copy per sample."""
-
-    def __init__(self, part: Part, seed: int) -> None:
-        self.part, self.generator = part, torch.Generator().manual_seed(seed)
-
-    def __len__(self) -> int:
-        return -(-len(self.part[0]) // BATCH)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for chosen in torch.randperm(len(self.part[0]), generator=self.generator).split(BATCH):
-            yield self.part[0][chosen], self.part[1][chosen]
-
-
 class Training(pl.LightningModule):
     """The paper's CNN with cross-entropy, or a small network with the mean squared error."""
 
@@ -111,34 +89,3 @@ class Training(pl.LightningModule):
         else:
             points = (outputs.argmax(1) == part[1]).float().mean()
         return float(self.loss(outputs, part[1])), 100 * float(points)
-
-
-def quiet_trainer(folder: str | Path, **options: Any) -> pl.Trainer:
-    """A trainer on the CPU that says nothing and writes only below the folder."""
-    logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
-    logging.getLogger("lightning_utilities").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    defaults = {
-        "accelerator": "cpu",
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": str(folder),
-    }
-    return pl.Trainer(**{**defaults, **options})
-
-
-def run_all(jobs: int, tasks: Sequence[tuple[str, int, Callable[..., Any], tuple[Any, ...]]]) -> None:
-    """Run tasks (name, epochs, function, arguments) in order, several at a time, with progress."""
-    if not tasks:
-        return
-    with (
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
-        tqdm(total=sum(epochs for _, epochs, _, _ in tasks), unit="epoch", smoothing=0.02) as bar,
-    ):
-        running = {pool.submit(do, *given): (name, epochs) for name, epochs, do, given in tasks}
-        for done in as_completed(running):
-            done.result()
-            bar.set_postfix_str(running[done][0])
-            bar.update(running[done][1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -67,3 +68,15 @@ TABLE = (
     ),
     Row("sin(2x) cos(32x)", lambda x: sin(2 * x) * cos(32 * x), 0.0198, 5, 0.02, 1, 0.02),
 )
+
+
+def samples(row: Row, n: int = N_SAMPLES) -> tuple[Array, Array]:
+    """Equidistant points (n, 1) and the function's values (n,) there."""
+    points = np.linspace(*DOMAIN, n)
+    return points[:, None], row.function(points)
+
+
+def largest_error(model: Any, row: Row) -> float:
+    """A fitted model's on the fine grid, which holds the samples and the points between them."""
+    points, values = samples(row, N_FINE)
+    return float(np.abs(model.predict(points) - values).max())

@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from lightning_koopman.demo.__main__ import main
+from lightning_koopman.demo.experiments.cache import read, save
+from lightning_koopman.demo.experiments.runner import Reporter
+from lightning_koopman.demo.experiments.training import Batches
 from lightning_koopman.demo.reproduce import command, images
 from lightning_koopman.demo.reproduce.claims import FAILS, HOLDS, PART, claims, judge
 from lightning_koopman.demo.reproduce.plan import FIGURES, PLANS, SPECTRA, Plan, wanted
 from lightning_koopman.demo.reproduce.results import Results
-from lightning_koopman.demo.reproduce.runner import Reporter, tasks
-from lightning_koopman.demo.reproduce.storage import read, save
+from lightning_koopman.demo.reproduce.tasks import tasks
 
 TINY = Plan("small", 128, 13, 15, (6, 7, 8), (4, 6, 8), (12, 13), 2, 50, 1, dataset="digits")
 
@@ -120,7 +122,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
 def test_batches_are_shuffled_by_the_epoch():
     tensors = torch.arange(10), torch.arange(10) * 2
     epoch = 0
-    batches = images.DeviceBatches(tensors, 4, lambda: epoch)
+    batches = Batches(tensors, 4, lambda: epoch)
     assert len(batches) == 3
     first, again = ([some.tolist() for some, _ in batches] for _ in range(2))
     assert first == again

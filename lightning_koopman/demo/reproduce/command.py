@@ -12,12 +12,13 @@ from pathlib import Path
 import torch
 
 from lightning_koopman.demo.data import load
+from lightning_koopman.demo.experiments.runner import cores, run_all
 from lightning_koopman.demo.reproduce.claims import claims, every
 from lightning_koopman.demo.reproduce.figures import gallery, panels
 from lightning_koopman.demo.reproduce.plan import FIGURES, PLANS, wanted
 from lightning_koopman.demo.reproduce.report import page
 from lightning_koopman.demo.reproduce.results import Results
-from lightning_koopman.demo.reproduce.runner import run_all, tasks
+from lightning_koopman.demo.reproduce.tasks import tasks
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,11 +41,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.jobs is not None and options.jobs < 1:
         parser.error(f"--jobs must be at least 1, got {options.jobs}")
     return options
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(arguments: Sequence[str] | None = None) -> Path:

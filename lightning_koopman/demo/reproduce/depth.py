@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_koopman.demo.reproduce.storage import Arrays, read, save
-from lightning_koopman.demo.table1 import DOMAIN, N_FINE, N_SAMPLES, TABLE
+from lightning_koopman.demo.experiments.cache import Arrays, once
+from lightning_koopman.demo.table1 import TABLE, Row, largest_error, samples
 from lightning_koopman.depth.hsvr import HSVR
 
 PRODUCTS = np.geomspace(1 / 60, 1, 25)  # σ f; the paper takes 1/6
@@ -17,31 +17,28 @@ FREQUENCY = 5.0  # of the wave that shows it
 
 def table(folder: Path) -> Arrays:
     """Layers and errors of both methods, a row each; kept."""
-    path = folder / "table-1.npz"
-    if not path.exists():
-        x, fine = (np.linspace(*DOMAIN, n)[:, None] for n in (N_SAMPLES, N_FINE))
+
+    def find() -> dict[str, Any]:
         found: dict[str, list[Any]] = {"fft_layers": [], "fft_error": [], "dmd_layers": [], "dmd_error": []}
         for row in TABLE:
             for method in ("fft", "dmd"):
-                model = HSVR(method=method, samples_per_scale=None).fit(x, row.function(x[:, 0]))
+                model = HSVR(method=method, samples_per_scale=None).fit(*samples(row))
                 found[f"{method}_layers"].append(model.n_layers_)
-                found[f"{method}_error"].append(np.abs(model.predict(fine) - row.function(fine[:, 0])).max())
-        epsilon = [0.01 * np.ptp(row.function(x[:, 0])) for row in TABLE]
-        save(path, epsilon=epsilon, **found)
-    return read(path)
+                found[f"{method}_error"].append(largest_error(model, row))
+        return {"epsilon": [0.01 * np.ptp(samples(row)[1]) for row in TABLE], **found}
+
+    return once(folder / "table-1.npz", find)
 
 
 def scales(folder: Path) -> Arrays:
     """Error of a single layer on a wave, by the product of scale and frequency; kept."""
-    path = folder / "figure-4.npz"
-    if not path.exists():
-        x, fine = (np.linspace(*DOMAIN, n)[:, None] for n in (N_SAMPLES, N_FINE))
+
+    def find() -> dict[str, Any]:
+        wave = Row("wave", lambda x: np.sin(2 * np.pi * FREQUENCY * x), 0.02, 1, 0, 1, 0)
         errors = [
-            np.abs(
-                HSVR(scales=[product / FREQUENCY]).fit(x, np.sin(2 * np.pi * FREQUENCY * x[:, 0])).predict(fine)
-                - np.sin(2 * np.pi * FREQUENCY * fine[:, 0])
-            ).max()
+            largest_error(HSVR(scales=[product / FREQUENCY]).fit(*samples(wave)), wave)
             for product in (*PRODUCTS, 1 / 6)
         ]
-        save(path, errors=np.array(errors[:-1]) / 0.02, papers=errors[-1] / 0.02)
-    return read(path)
+        return {"errors": np.array(errors[:-1]) / 0.02, "papers": errors[-1] / 0.02}
+
+    return once(folder / "figure-4.npz", find)

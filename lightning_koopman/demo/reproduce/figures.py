@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from lightning_koopman.demo.experiments.figures import GREEN, PURPLE, blank
+from lightning_koopman.demo.experiments.signals import CHIRP
 from lightning_koopman.demo.reproduce.depth import FREQUENCY, PRODUCTS
-from lightning_koopman.demo.reproduce.noise import DOMAIN, chirp, draw, grid
 from lightning_koopman.demo.reproduce.plan import NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA, methods_of
 from lightning_koopman.demo.reproduce.results import TEST, TRAIN, Results
 from lightning_koopman.demo.table1 import TABLE
 from lightning_koopman.plots import INK, MUTED, TRAINING, WALK
 
-GREEN = "#5b7f2b"
 SIZE = (4.0, 3.1)  # inches of a panel
 SHOWN = ("L2", "Sobolev 1", "Sobolev 2", "Sobolev 1, literal")
 
@@ -44,10 +44,9 @@ class Panel:
     def svg(self) -> bytes:
         """The picture, drawn once."""
         import matplotlib
-        from matplotlib.figure import Figure
 
         with matplotlib.rc_context({"svg.hashsalt": self.name}):
-            figure = Figure(figsize=(SIZE[0], SIZE[0]) if self.square else SIZE, layout="constrained")
+            figure = blank(SIZE[0], SIZE[0] if self.square else SIZE[1])
             axis = figure.subplots()
             self.fill(axis)
             target = io.BytesIO()
@@ -191,20 +190,19 @@ def _scales(results: Results) -> Iterator[Panel]:
 
 
 def _noise(results: Results) -> Iterator[Panel]:
-    x = grid()[:, 0]
-    clean = chirp(grid())[:, 0]
-    colors = dict(zip(SHOWN, (WALK, TRAINING, GREEN, "#6b4ca0"), strict=True))
+    x, clean = CHIRP.grid()[:, 0], CHIRP.clean()[:, 0]
+    colors = dict(zip(SHOWN, (WALK, TRAINING, GREEN, PURPLE), strict=True))
 
     def fit(loss: str, noise: float) -> Callable[[Any], None]:
         def draw_fit(axis: Any) -> None:
-            points, samples, n_train = draw(noise, 0)
+            points, samples, n_train = CHIRP.draw(noise, 0)
             found = results.noisy(loss, noise, 0)
             axis.plot(
                 points[:n_train, 0], samples[:n_train, 0], ".", color=MUTED, alpha=0.4, markersize=2, rasterized=True
             )
             axis.plot(x, found["fit"], color=colors[loss], linewidth=1.2)
             axis.plot(x, clean, color=INK, linewidth=0.8)
-            axis.set(xlim=DOMAIN, ylim=(-3, 6), xticks=[0, 0.5, 1, 1.5, 2])
+            axis.set(xlim=CHIRP.domain[0], ylim=(-3, 6), xticks=[0, 0.5, 1, 1.5, 2])
             axis.text(0.03, 0.95, f"RMSE {found['errors'][-1]:.2f}", transform=axis.transAxes, va="top", fontsize=10)
             _labels(axis, "x", "")
 
@@ -244,10 +242,7 @@ def gallery(pictures: dict[str, list[Panel]]) -> dict[str, bytes]:
 
 def sheet(chosen: Sequence[Panel]) -> bytes:
     """Panels side by side."""
-    from matplotlib.figure import Figure
-
-    height = 4.2 if chosen[0].square else 3.2
-    figure = Figure(figsize=(4.2 * len(chosen), height), layout="constrained")
+    figure = blank(4.2 * len(chosen), 4.2 if chosen[0].square else 3.2)
     for axis, panel in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         panel.fill(axis)
     target = io.BytesIO()

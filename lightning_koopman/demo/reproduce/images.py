@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +10,33 @@ import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
-from torch import Tensor
 
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
 from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
+from lightning_koopman.demo.experiments.cache import save
+from lightning_koopman.demo.experiments.runner import Progress
+from lightning_koopman.demo.experiments.training import BATCH, Batches, Reached, masked, quiet_trainer, random_score
 from lightning_koopman.demo.reproduce.plan import SPARSITY, Branch, Plan
-from lightning_koopman.demo.reproduce.storage import save
 from lightning_koopman.dmd.spectrum import Spectrum
-from lightning_koopman.pruning.masks import MaskSet
 from lightning_koopman.pruning.prunable import prunable_parameters
 
-BATCH, EVERY = 64, 10  # images; epochs between checkpoints
+EVERY = 10  # epochs between checkpoints
 PAPERS: dict[str, Any] = {"window": None, "rule": "paper"}  # all snapshots, the one mode at 1 and those above it
-Progress = Callable[[int], None]
-
-
-class DeviceBatches:
-    """Batches of tensors that lie on the device, without a worker; shuffled by the epoch, so that runs can go on."""
-
-    def __init__(self, tensors: tuple[Tensor, ...], batch: int, epoch: Callable[[], int] | None = None) -> None:
-        self.tensors, self.batch, self.epoch = tensors, batch, epoch
-
-    def __len__(self) -> int:
-        return -(-len(self.tensors[0]) // self.batch)
-
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        order = torch.arange(len(self.tensors[0]))
-        if self.epoch is not None:
-            order = torch.randperm(len(order), generator=torch.Generator().manual_seed(self.epoch()))
-        for chosen in torch.split(order.to(self.tensors[0].device), self.batch):
-            yield tuple(each[chosen] for each in self.tensors)
 
 
 class Curves(Callback):
-    """Losses after each epoch, kept in checkpoints; tells how far the training is."""
+    """Losses after each epoch, kept in checkpoints."""
 
-    def __init__(self, reached: Progress) -> None:
+    def __init__(self) -> None:
         self.rows: list[list[float]] = []
-        self.reached = reached
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell where it goes on."""
-        self.reached(trainer.current_epoch)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Add a row: training loss, test loss, test accuracy."""
         metrics = trainer.callback_metrics
         del self.rows[trainer.current_epoch :]
         self.rows.append([float(metrics[key]) for key in ("train_loss", "test_loss", "test_accuracy")])
-        self.reached(trainer.current_epoch + 1)
 
     def state_dict(self) -> dict[str, Any]:
         """The rows."""
@@ -98,25 +73,6 @@ def spectrum_arrays(kind: str, spectrum: Spectrum) -> dict[str, Any]:
     }
 
 
-class Masked(Callback):
-    """The baselines: our masks from other scores, before the first epoch after the point."""
-
-    def __init__(self, score: Callable[[Tensor], Tensor], point: int) -> None:
-        self.score, self.point, self.done = score, point, False
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prune; on a run that goes on, hold what is zero."""
-        if self.done:
-            return
-        self.done = True
-        if trainer.current_epoch > self.point:
-            masks = MaskSet.from_zeros(pl_module)
-        else:
-            scores = {name: self.score(weight.detach()) for name, weight in prunable_parameters(pl_module).items()}
-            masks = MaskSet.from_scores(scores, sparsity=SPARSITY)
-        masks.pin(pl_module, *trainer.optimizers)
-
-
 def fit(
     model: PaperCNN,
     plan: Plan,
@@ -133,22 +89,19 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     last = folder / "last.ckpt"
     options: dict[str, Any] = {"dirpath": folder, "enable_version_counter": False}
-    trainer = pl.Trainer(
-        accelerator="cpu" if device == "cpu" else "gpu",
-        devices=1,
+    trainer = quiet_trainer(
+        folder,
+        device=device,
         max_epochs=epochs,
+        enable_checkpointing=True,
         callbacks=[
             *callbacks,
             ModelCheckpoint(filename="last", every_n_epochs=EVERY, **options),
             ModelCheckpoint(filename="done", every_n_epochs=epochs, **options),
         ],
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
     )
     module = model if device == "cpu" else torch.compile(model)  # one graph a step where that pays
-    batches = DeviceBatches(train, BATCH, lambda: trainer.current_epoch), DeviceBatches(test, 1000)
+    batches = Batches(train, BATCH, lambda: trainer.current_epoch), Batches(test, 1000)
     trainer.fit(module, *batches, ckpt_path=last if last.exists() else start_from)  # type: ignore[arg-type]
     done = folder / "done.ckpt"
     if not done.exists():  # cut off between the two checkpoints of the last epoch
@@ -174,12 +127,12 @@ def train(plan: Plan, start: str, root: Path | None, folder: Path, device: str, 
         model = PaperCNN(start)
         weights = KoopmanSpectrumMonitor(window=plan.weight_epochs[-1] + 1, dirpath=leg)
         loss = KoopmanSpectrumMonitor("train_loss", window=plan.loss_epochs[-1], dirpath=leg, prefix="koopman_loss")
-        curves = Curves(reached)
         kept = {f"weights-{start}": (weights, plan.weight_epochs), f"loss-{start}": (loss, plan.loss_epochs)}
         waiting = KoopmanPruner(SPARSITY, settled_change=1e-12, dirpath=leg, **PAPERS)  # its state is for the branches
         watching: list[Callback] = [weights, loss] if begins < shown else []  # each analysis takes its time
         watching += [waiting] if begins < pruned else []
-        done = fit(model, plan, root, leg, device, epochs, [*watching, curves, Spectra(folder, kept)], done)
+        watching += [Curves(), Reached(reached), Spectra(folder, kept)]
+        done = fit(model, plan, root, leg, device, epochs, watching, done)
     assert done is not None
     save(folder / f"trained-{start}.npz", curves=curves_of(done))
 
@@ -188,7 +141,6 @@ def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: s
     """Go on from a checkpoint, pruned."""
     pl.seed_everything(0, verbose=False)
     model, place = PaperCNN(branch.start), folder / branch.name
-    drawn = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"sparsity": SPARSITY, "epoch": branch.point, "dirpath": place, **PAPERS}
     acting: Callback
     if branch.method == "algorithm 1":
@@ -196,12 +148,12 @@ def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: s
     elif branch.method == "algorithm 2":
         acting = KoopmanPruner(survivors="reinit", scheme=branch.start, **options)
     elif branch.method == "magnitude":
-        acting = Masked(torch.abs, branch.point)
+        acting = masked(torch.abs, SPARSITY, branch.point)
     else:
-        acting = Masked(lambda weight: torch.rand(weight.shape, generator=drawn).to(weight.device), branch.point)
-    curves = Curves(lambda epochs: reached(epochs - branch.point))
+        acting = masked(random_score(0), SPARSITY, branch.point)
+    callbacks: list[Callback] = [acting, Curves(), Reached(reached, branch.point)]
     origin = folder / f"trained-{branch.start}-{branch.point}" / "done.ckpt"
-    done = fit(model, plan, root, place, device, branch.point + plan.further, [acting, curves], origin)
+    done = fit(model, plan, root, place, device, branch.point + plan.further, callbacks, origin)
     weights = list(prunable_parameters(model).values())
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
     history = acting.history if isinstance(acting, KoopmanPruner) else []

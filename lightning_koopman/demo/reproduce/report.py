@@ -147,21 +147,8 @@ def image(panel: Panel) -> str:
 
 def table_1(results: Results) -> str:
     """The table, ours before the paper's."""
-    head = "".join(
-        f"<th>{each}</th>"
-        for each in (
-            "function",
-            "ε",
-            "paper",
-            "layers, FFT",
-            "paper",
-            "error",
-            "paper",
-            "layers, DMD",
-            "paper",
-            "error",
-        )
-    )
+    columns = ("function", "ε", "paper", "layers, FFT", "paper", "error", "paper", "layers, DMD", "paper", "error")
+    head = "".join(f"<th>{each}</th>" for each in columns)
     body = ""
     for index, row in enumerate(TABLE):
         cells = [f"<td>{html.escape(row.name)}</td>"]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,19 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from lightning_koopman.demo.experiments.cache import Arrays, read
+from lightning_koopman.demo.experiments.signals import CHIRP, EVERY
+from lightning_koopman.demo.experiments.tables import write_csv
 from lightning_koopman.demo.reproduce import depth
-from lightning_koopman.demo.reproduce.noise import EVERY, chirp, grid
-from lightning_koopman.demo.reproduce.plan import (
-    FIGURES,
-    LOSSES,
-    NOISES,
-    SPECTRA,
-    Branch,
-    Noisy,
-    Plan,
-    wanted,
-)
-from lightning_koopman.demo.reproduce.storage import Arrays, read
+from lightning_koopman.demo.reproduce.plan import FIGURES, LOSSES, NOISES, SPECTRA, Branch, Noisy, Plan, wanted
 from lightning_koopman.demo.table1 import TABLE
 
 Array = npt.NDArray[np.float64]
@@ -72,7 +63,7 @@ class Results:
     @cached_property
     def mean_error(self) -> float:
         """Error of the clean signal's own mean."""
-        return float(np.std(chirp(grid())))
+        return float(np.std(CHIRP.clean()))
 
     @cached_property
     def table(self) -> Arrays:
@@ -94,16 +85,16 @@ class Results:
         paths = []
         if starts:
             rows = ((start, *row) for start in starts for row in self._curve_rows(self.curves(start), 0))
-            paths.append(write(target / "training.csv", ("start", *CURVE), rows))
+            paths.append(write_csv(target / "training.csv", ("start", *CURVE), rows))
         if self.starts():
-            paths.append(write(target / "eigenvalues.csv", EIGENVALUES, self._eigenvalues()))
+            paths.append(write_csv(target / "eigenvalues.csv", EIGENVALUES, self._eigenvalues()))
         if branches:
             rows = (
                 (each.start, each.point, each.method, *row)
                 for each in branches
                 for row in self._curve_rows(self.branch(each.start, each.point, each.method)["curves"], each.point)
             )
-            paths.append(write(target / "pruning.csv", ("start", "pruned_after", "method", *CURVE), rows))
+            paths.append(write_csv(target / "pruning.csv", ("start", "pruned_after", "method", *CURVE), rows))
         if noisy:
             rows = (
                 (loss, noise, seed, (index + 1) * EVERY, float(error), float(held))
@@ -113,14 +104,14 @@ class Results:
                 for found in [self.noisy(loss, noise, seed)]
                 for index, (error, held) in enumerate(zip(found["errors"], found["held"], strict=True))
             )
-            paths.append(write(target / "noise.csv", ("loss", "noise", "seed", "epoch", "rmse", "held_out_loss"), rows))
+            paths.append(write_csv(target / "noise.csv", NOISE, rows))
         if self.table_1:
             columns = ("epsilon", "fft_layers", "fft_error", "dmd_layers", "dmd_error")
             papers = [tuple(getattr(row, name) for name in columns) for row in TABLE]
             ours = zip(*(self.table[name].tolist() for name in columns), strict=True)
             both = ((row.name, *mine, *theirs) for row, mine, theirs in zip(TABLE, ours, papers, strict=True))
             names = ("function", *columns, *(f"paper_{name}" for name in columns))
-            paths.append(write(target / "table-1.csv", names, both))
+            paths.append(write_csv(target / "table-1.csv", names, both))
         return paths
 
     def _curve_rows(self, curves: Array, after: int) -> Iterator[tuple[Any, ...]]:
@@ -140,15 +131,6 @@ class Results:
                             yield start, observable, epochs, kind, value.real, value.imag, importance, residual
 
 
+NOISE = ("loss", "noise", "seed", "epoch", "rmse", "held_out_loss")
 CURVE = ("epoch", "train_loss", "test_loss", "test_accuracy")
 EIGENVALUES = ("start", "observable", "epochs", "kind", "real", "imag", "importance", "residual")
-
-
-def write(path: Path, header: Sequence[str], rows: Any) -> Path:
-    """Write a table."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        for row in rows:
-            writer.writerow([f"{each:.6g}" if isinstance(each, float) else each for each in row])
-    return path

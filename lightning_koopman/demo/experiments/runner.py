@@ -1,4 +1,4 @@
-"""Runs what is missing, several trainings at a time, with the time left; what was cut off goes on where it was."""
+"""Runs trainings, several at a time, with the time left."""
 
 from __future__ import annotations
 
@@ -10,29 +10,28 @@ import threading
 import warnings
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.managers import SyncManager
-from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from lightning_koopman.demo.reproduce import images, noise
-from lightning_koopman.demo.reproduce.plan import Branch, Noisy, Plan
-
-NOISY = 0.003  # cost of an epoch on a signal, in epochs of 10,000 images
+Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One training: a function of a progress reporter, its size in epochs, and the task that must come before it."""
+    """One training: a function of its arguments and a :data:`Progress`, whose result has the task's name.
+
+    It is as long as so many epochs, of a cost relative to those of others, and may need another task before it.
+    """
 
     name: str
     act: Callable[..., None]
     arguments: tuple[Any, ...]
-    epochs: int
-    cost: float
+    epochs: int = 1
+    cost: float = 1.0
     needs: str | None = None
 
 
@@ -42,7 +41,7 @@ class Reporter:
 
     channel: Any
     name: str
-    told: int = field(default=0)
+    told: int = 0
 
     def __call__(self, epochs: int) -> None:
         """So many epochs are done."""
@@ -51,35 +50,21 @@ class Reporter:
             self.told = epochs
 
 
-def tasks(
-    plan: Plan, root: Path | None, folder: Path, device: str, wanted: tuple[list[str], list[Branch], list[Noisy]]
-) -> list[Task]:
-    """All tasks whose results are not there yet."""
-    starts, branches, noisy = wanted
-    found = [
-        Task(f"trained-{start}", images.train, (plan, start, root, folder, device), plan.epochs_of(start), 1.0)
-        for start in starts
-    ]
-    found += [
-        Task(
-            branch.name,
-            images.prune,
-            (plan, branch, root, folder, device),
-            plan.further,
-            1.0,
-            needs=f"trained-{branch.start}",
-        )
-        for branch in branches
-    ]
-    found += [Task(run.name, noise.learn, (plan, run, folder, device), plan.noise_epochs, NOISY) for run in noisy]
-    return [task for task in found if not (folder / f"{task.name}.npz").exists()]
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def work(task: Task, channel: Any) -> None:
-    """In a process of its own, which leaves the output to the progress bar."""
+def silence() -> None:
+    """Leave the output to the progress bar."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning_utilities").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
+
+
+def work(task: Task, channel: Any) -> None:
+    """Run a task, in a process of its own."""
+    silence()
     torch.set_num_threads(1)
     reporter = Reporter(channel, task.name)
     task.act(*task.arguments, reporter)
@@ -97,12 +82,12 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def run_all(found: list[Task], jobs: int) -> None:
+def run_all(tasks: list[Task], jobs: int) -> None:
     """Run the tasks, each after the one it needs."""
-    if not found:
+    if not tasks:
         return
-    costs = {task.name: task.cost for task in found}
-    waiting, running = list(found), dict[Future[None], str]()
+    costs = {task.name: task.cost for task in tasks}
+    waiting, running = list(tasks), dict[Future[None], str]()
     context = multiprocessing.get_context("spawn")
     manager = SyncManager(ctx=context)
     manager.start(initializer=end_with_parent)
@@ -110,7 +95,7 @@ def run_all(found: list[Task], jobs: int) -> None:
         manager,
         ProcessPoolExecutor(jobs, mp_context=context, initializer=end_with_parent) as pool,
         tqdm(
-            total=sum(task.epochs * task.cost for task in found),
+            total=sum(task.epochs * task.cost for task in tasks),
             unit="epoch",
             bar_format="{percentage:3.0f} % |{bar}| {elapsed} so far, {remaining} left{postfix}",
             smoothing=0.05,

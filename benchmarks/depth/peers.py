@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import warnings
 from collections.abc import Callable
@@ -18,8 +19,10 @@ from sklearn.model_selection import GridSearchCV, KFold
 from sklearn.svm import SVR
 
 from lightning_koopman import HSVR
-from lightning_koopman.demo.reproduce.storage import save as save_arrays
-from lightning_koopman.demo.table1 import DOMAIN, N_FINE, N_SAMPLES, TABLE, Array
+from lightning_koopman.demo.experiments.cache import Arrays, read, save
+from lightning_koopman.demo.experiments.runner import Progress, Task
+from lightning_koopman.demo.experiments.tables import show
+from lightning_koopman.demo.table1 import N_FINE, TABLE, Array, samples
 
 FOLDS = KFold(5, shuffle=True, random_state=0)
 GAMMAS = 10.0 ** np.arange(0, 5.5, 0.5)  # the functions' inputs are 2 wide, a photograph's 1
@@ -59,8 +62,7 @@ def data(problem: str) -> tuple[Array, Array, Array, Array]:
     """Points and values to fit, and to score."""
     if problem not in PHOTOGRAPHS:
         (row,) = (row for row in TABLE if row.name == problem)
-        x, fine = np.linspace(*DOMAIN, N_SAMPLES), np.linspace(*DOMAIN, N_FINE)
-        return x[:, None], row.function(x), fine[:, None], row.function(fine)
+        return *samples(row), *samples(row, N_FINE)
     from sklearn.datasets import load_sample_image
 
     brightness = load_sample_image(problem.partition(",")[0]).mean(axis=2)
@@ -75,11 +77,11 @@ def data(problem: str) -> tuple[Array, Array, Array, Array]:
     return points[fitted], values[fitted], points[scored], values[scored]
 
 
-def file_name(problem: str, model: str) -> str:
-    return f"{problem}-{model}.npz".replace(" ", "_")
+def name_of(problem: str, model: str) -> str:
+    return f"{problem}-{model}".replace(" ", "_")
 
 
-def fit(problem: str, model: str, folder: Path) -> None:
+def fit(problem: str, model: str, folder: Path, _: Progress) -> None:
     """Fit one model, search included, and record its errors and its time."""
     x, y, points, values = data(problem)
     scale, shift = np.ptp(y), y.mean()  # searched models are given what HSVR finds out by itself
@@ -89,8 +91,8 @@ def fit(problem: str, model: str, folder: Path) -> None:
         fitted = MODELS[model](x.shape[1]).fit(x, (y - shift) / scale)
     spent = time.perf_counter() - started
     missed = fitted.predict(points) - (values - shift) / scale
-    save_arrays(
-        folder / file_name(problem, model),
+    save(
+        folder / f"{name_of(problem, model)}.npz",
         largest=np.abs(missed).max(),
         rmse=np.sqrt((missed**2).mean()),
         seconds=spent,
@@ -98,36 +100,34 @@ def fit(problem: str, model: str, folder: Path) -> None:
     )
 
 
+def tasks(folder: Path) -> list[Task]:
+    """All fits."""
+    return [Task(name_of(*case), fit, (*case, folder)) for case in CASES]
+
+
 def report(folder: Path) -> None:
     """Print errors and times."""
 
-    def load(problem: str, model: str) -> dict[str, float]:
-        with np.load(folder / file_name(problem, model)) as stored:
-            return {key: float(stored[key]) for key in stored.files}
+    def load(problem: str, model: str) -> Arrays:
+        return read(folder / f"{name_of(problem, model)}.npz")
 
-    functions = [row.name for row in TABLE]
     print("\nOn the 16 functions: errors in % of the range, on a grid twice as fine; time with the search")
-    print("| model | median RMSE | worst RMSE | median of largest errors | worst | seconds in all |")
-    print("| --- |" + " ---: |" * 5)
+    rows = []
     for model in MODELS:
-        found = [load(problem, model) for problem in functions]
+        found = [load(row.name, model) for row in TABLE]
         rmse, largest = (100 * np.array([each[key] for each in found]) for key in ("rmse", "largest"))
-        print(
-            f"| {model} | {np.median(rmse):.3g} | {rmse.max():.3g} | {np.median(largest):.3g} | {largest.max():.3g} | "
-            f"{sum(each['seconds'] for each in found):.1f} |"
-        )
+        errors = (f"{each:.3g}" for each in (np.median(rmse), rmse.max(), np.median(largest), largest.max()))
+        rows.append((model, *errors, f"{sum(each['seconds'] for each in found):.1f}"))
+    show(("model", "median RMSE", "worst RMSE", "median of largest errors", "worst", "seconds in all"), rows)
     print("\nOn photographs: a quarter of the pixels held out, errors in % of the range")
-    print("| model |" + "".join(f" {problem}: RMSE | largest | layers | seconds |" for problem in PHOTOGRAPHS))
-    print("| --- |" + " ---: |" * 4 * len(PHOTOGRAPHS))
-    for model in MODELS:
-        cells = []
-        for problem in PHOTOGRAPHS:
-            if (problem, model) in CASES:
-                found = load(problem, model)
-                layers = f"{found['layers']:.0f}" if found["layers"] else ""
-                cells += [f"{100 * found['rmse']:.2f}", f"{100 * found['largest']:.1f}", layers]
-                cells += [f"{found['seconds']:.1f}"]
-            else:
-                cells += [""] * 4
-        if any(cells):
-            print(f"| {model} | {' | '.join(cells)} |")
+
+    def cells(problem: str, model: str) -> tuple[str, ...]:
+        if (problem, model) not in CASES:
+            return ("",) * 4
+        found = load(problem, model)
+        layers = f"{found['layers']:.0f}" if found["layers"] else ""
+        return f"{100 * found['rmse']:.2f}", f"{100 * found['largest']:.1f}", layers, f"{found['seconds']:.1f}"
+
+    header = (name for problem in PHOTOGRAPHS for name in (f"{problem}: RMSE", "largest", "layers", "seconds"))
+    rows = [(model, *itertools.chain(*(cells(problem, model) for problem in PHOTOGRAPHS))) for model in MODELS]
+    show(("model", *header), [row for row in rows if any(row[1:])])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.spectrum import TESTS
+from benchmarks.trajectory.spectrum import TESTS
 from lightning_koopman import Spectrum, Trajectory
 from lightning_koopman.demo.data import load
 

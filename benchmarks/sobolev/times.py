@@ -7,10 +7,11 @@ from collections.abc import Callable
 from statistics import median
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from benchmarks.sobolev import RATE
 from lightning_koopman import SobolevLoss
+from lightning_koopman.demo.experiments.signals import RATE, loss_value
+from lightning_koopman.demo.experiments.tables import show
 from lightning_koopman.demo.sine import LAYERS, sine_network
 
 N_SAMPLES, HIGHEST, ROUNDS, STEPS = 3000, 64, 15, 20
@@ -29,8 +30,7 @@ def step_of(method: str) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        outputs = net(x)
-        (loss(outputs, y) if method == "L2" else loss(outputs, y, x)).backward()
+        loss_value(loss, net(x), y, x).backward()
         optimizer.step()
 
     return step
@@ -51,25 +51,27 @@ def run(threads: int) -> None:
         step()
     rounds = [{method: milliseconds(step, STEPS) for method, step in steps.items()} for _ in range(ROUNDS)]
     print(f"\nA training step, N = {N_SAMPLES}, K = {HIGHEST}, nine layers, {threads} thread(s), median of {ROUNDS}")
-    print("| loss | ms | times L2 |\n| --- | ---: | ---: |")
-    for method in steps:
-        ratio = median(each[method] / each["L2"] for each in rounds)
-        print(f"| {method} | {median(each[method] for each in rounds):.2f} | {ratio:.2f} |")
+    ratios = {method: median(each[method] / each["L2"] for each in rounds) for method in steps}
+    spent = {method: median(each[method] for each in rounds) for method in steps}
+    show(("loss", "ms", "times L2"), [(name, f"{spent[name]:.2f}", f"{ratios[name]:.2f}") for name in steps])
     print(
         f"\nLoss and gradient alone, N = {N_SAMPLES}: a basis of more than 256 MiB is made piece by piece in each step"
     )
-    print("| inputs | K | modes | whole basis, MiB | kept | ms |\n| ---: | ---: | ---: | ---: | --- | ---: |")
-    for dim, highest in BOXES:
-        loss = SobolevLoss(highest, domain=(0, 1))
-        x, y = torch.rand(N_SAMPLES, dim), torch.randn(N_SAMPLES, 1)
-        outputs = torch.zeros_like(y).requires_grad_()
+    show(("inputs", "K", "modes", "whole basis, MiB", "kept", "ms"), (basis_row(*box) for box in BOXES), left=(4,))
 
-        def act(loss: nn.Module = loss, outputs: Tensor = outputs, y: Tensor = y, x: Tensor = x) -> None:
-            loss(outputs, y, x).backward()
 
-        loss.eval()  # more modes than samples: no warning, it is only timed
-        act()
-        modes = len(loss.rule.bands(1, dim).modes)
-        spent = median(milliseconds(act, 1) for _ in range(5))
-        kept = "yes" if loss._cache.n_bytes else "no"
-        print(f"| {dim} | {highest} | {modes:,} | {modes * 2 * N_SAMPLES * 4 / 2**20:,.0f} | {kept} | {spent:.1f} |")
+def basis_row(dim: int, highest: int) -> tuple[object, ...]:
+    """Size of the basis of that many inputs and modes, and the time of the loss and its gradient."""
+    loss = SobolevLoss(highest, domain=(0, 1))
+    x, y = torch.rand(N_SAMPLES, dim), torch.randn(N_SAMPLES, 1)
+    outputs = torch.zeros_like(y).requires_grad_()
+
+    def act() -> None:
+        loss(outputs, y, x).backward()
+
+    loss.eval()  # more modes than samples: no warning, it is only timed
+    act()
+    modes = len(loss.rule.bands(1, dim).modes)
+    spent = median(milliseconds(act, 1) for _ in range(5))
+    kept = "yes" if loss._cache.n_bytes else "no"
+    return dim, highest, f"{modes:,}", f"{modes * 2 * N_SAMPLES * 4 / 2**20:,.0f}", kept, f"{spent:.1f}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,9 +13,12 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 import lightning_koopman.pruning.pin
-from benchmarks.pruning import LEFT, channel_pruners
-from benchmarks.training import Batches, Case, Training, data_of, quiet_trainer
+from benchmarks.pruning.methods import LEFT, channel_pruners
+from benchmarks.training import Case, Part, Training, data_of
 from lightning_koopman import KoopmanPruner
+from lightning_koopman.demo.experiments.runner import silence
+from lightning_koopman.demo.experiments.tables import show
+from lightning_koopman.demo.experiments.training import BATCH, Batches, quiet_trainer
 
 BEFORE, AFTER = 8, 8  # epochs timed; the first after a removal is not
 
@@ -42,21 +45,27 @@ class Clock(Callback):
 
 def run(root: Path | None, threads: int) -> None:
     """Print the times, measured in one run each."""
+    silence()
     torch.set_num_threads(threads)
     print(f"\nTimes on {threads} threads, medians of {BEFORE} epochs before and {AFTER} after")
-    print("| channels left | epoch before (s) | after (s) | faster | inference before (s) | after (s) | faster |")
-    print("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
     training, _, test = data_of("mnist", root)
-    for left in LEFT:
-        with tempfile.TemporaryDirectory() as scratch:
-            times = _timed(channel_pruners(left, BEFORE, scratch), training, test)
-        cells = [
-            cell
-            for name in ("epochs", "inference")
-            for before, after in [[median(getattr(times, name)[pruned]) for pruned in (False, True)]]
-            for cell in (f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}×")
-        ]
-        print(f"| {left} | " + " | ".join(cells) + " |", flush=True)
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for left in LEFT:
+            with tempfile.TemporaryDirectory() as scratch:
+                times = _timed(channel_pruners(left, BEFORE, scratch), training, test, scratch)
+            yield (
+                left,
+                *(
+                    cell
+                    for found in (times.epochs, times.inference)
+                    for before, after in [(median(found[False]), median(found[True]))]
+                    for cell in (f"{before:.3f}", f"{after:.3f}", f"{before / after:.2f}×")
+                ),
+            )
+
+    columns = ("epoch before (s)", "after (s)", "faster", "inference before (s)", "after (s)", "faster")
+    show(("channels left", *columns), rows())
     spent = [0.0]
     original: Callable[..., None] = lightning_koopman.pruning.pin._clear
 
@@ -67,17 +76,16 @@ def run(root: Path | None, threads: int) -> None:
 
     lightning_koopman.pruning.pin._clear = timed  # type: ignore[assignment]
     with tempfile.TemporaryDirectory() as scratch:
-        times = _timed([KoopmanPruner(0.75, epoch=BEFORE, dirpath=scratch)], training, test)
+        times = _timed([KoopmanPruner(0.75, epoch=BEFORE, dirpath=scratch)], training, test, scratch)
     lightning_koopman.pruning.pin._clear = original
     epoch = median(times.epochs[True])
     share = spent[0] / (AFTER + 1) / epoch
     print(f"\nMask upkeep: {1e3 * spent[0] / (AFTER + 1):.1f} ms of an epoch of {epoch:.3f} s, {share:.2%}")
 
 
-def _timed(pruners: list[Any], training: Any, test: Any) -> Clock:
+def _timed(pruners: list[Any], training: Part, test: Part, folder: str) -> Clock:
     clock = Clock(test, pruners[0])
-    trainer = quiet_trainer(
-        pruners[0].dirpath, max_epochs=BEFORE + AFTER + 1, callbacks=[clock, *pruners], enable_checkpointing=False
-    )
-    trainer.fit(Training(Case("mnist", "he", "adam", 0)), Batches(training, 0))
+    trainer = quiet_trainer(folder, max_epochs=BEFORE + AFTER + 1, callbacks=[clock, *pruners])
+    batches = Batches(training, BATCH, torch.Generator().manual_seed(0))
+    trainer.fit(Training(Case("mnist", "he", "adam", 0)), batches)
     return clock

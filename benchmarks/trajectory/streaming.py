@@ -1,7 +1,7 @@
 """The streaming update against the machine's memory: its bandwidth as a ratio to that of reading the same rows once.
 
-The limit is a sum over the rows with as many threads, the fastest way to read them.  The update reads each row once and
-multiplies it with two vectors, in float64.  Then how its time grows with the weights n and the snapshots m, beside the
+The limit is a sum over the rows with as many threads, the fastest way to read them.  The update reads each increment
+once and multiplies it with the newest one.  Then how its time grows with the weights n and the snapshots m, beside the
 time of the spectrum, which does not depend on n.
 """
 
@@ -15,9 +15,7 @@ import torch
 from tqdm import tqdm
 
 from lightning_koopman import Trajectory
-from lightning_koopman.trajectory import border
-from lightning_koopman.trajectory._compiled import kernel
-from lightning_koopman.trajectory.border import border_products
+from lightning_koopman.dmd.gram import row_products
 
 ROUNDS = 7
 
@@ -33,19 +31,6 @@ def seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
     return statistics.median(times)
 
 
-def without_compiler(call: Callable[[], object]) -> Callable[[], object]:
-    """The same call as on a machine without a compiler."""
-
-    def run() -> object:
-        before, border.kernel = border.kernel, lambda: None
-        try:
-            return call()
-        finally:
-            border.kernel = before
-
-    return run
-
-
 def run(sizes: list[int], counts: list[int]) -> None:
     """Print the tables."""
     print(f"\nStreaming update, {torch.get_num_threads()} threads (median of {ROUNDS}); limit: reading the rows once")
@@ -53,22 +38,13 @@ def run(sizes: list[int], counts: list[int]) -> None:
     for n in sizes:
         for m in counts:
             rows = torch.randn(m, n)
-            half = rows.bfloat16()
-            limit = rows.numel() * 4 / seconds(rows.sum)
-            base = rows[0].clone()
-            ways: list[tuple[str, Callable[[], object], int]] = [
-                ("float32, NumPy", without_compiler(lambda rows=rows: border_products([rows])), 4),
-                ("bfloat16, NumPy", without_compiler(lambda h=half, b=base: border_products([h], base=b)), 2),
-            ]
-            if kernel() is not None:
-                ways[:0] = [
-                    ("float32, compiled", lambda rows=rows: border_products([rows]), 4),
-                    ("bfloat16, compiled", lambda h=half, b=base: border_products([h], base=b), 2),
-                ]
-            print(f"{n:>9} {m:>4}  {'reading once':<22} {1e3 * rows.numel() * 4 / limit:>8.1f} {limit / 1e9:>7.1f}")
-            for name, call, width in tqdm(ways, leave=False):
-                spent = seconds(call)
-                rate = rows.numel() * width / spent
+            newest = torch.randn(n)
+            limit = rows.nbytes / seconds(rows.sum)
+            print(f"{n:>9} {m:>4}  {'reading once':<22} {1e3 * rows.nbytes / limit:>8.1f} {limit / 1e9:>7.1f}")
+            ways = [("float32", rows, newest), ("bfloat16", rows.bfloat16(), newest.bfloat16())]
+            for name, kept, row in tqdm(ways, leave=False):
+                spent = seconds(lambda kept=kept, row=row: row_products([kept], row))
+                rate = kept.nbytes / spent
                 print(
                     f"{'':>9} {'':>4}  {name:<22} {1e3 * spent:>8.1f} {rate / 1e9:>7.1f} {rate / limit:>12.0%}",
                     flush=True,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.pruning import (
+from benchmarks.pruning.methods import (
     CHANNEL_POINT,
     CHANNELS,
     DENSE,
@@ -24,16 +23,18 @@ from benchmarks.pruning import (
     Run,
 )
 from benchmarks.training import Case
+from lightning_koopman.demo.experiments import figures
+from lightning_koopman.demo.experiments.cache import read
+from lightning_koopman.demo.experiments.tables import mean_and_error, show, write_csv
 
 COLUMNS = ("train loss", "train acc.", "test loss", "test acc.")
-BLUE, ORANGE, GREEN, OLIVE, GREY = "#0b6e99", "#c2571a", "#5b7f2b", "#a3b86c", "#8a929c"
 LINES = {
-    UNPRUNED: (BLUE, "-"),
-    "koopman, reconstruction": (ORANGE, "-"),
-    "koopman, reinit": (ORANGE, "-"),
-    "magnitude": (GREEN, "--"),
-    "random mask": (GREY, "-"),
-    DENSE: (GREEN, "--"),
+    UNPRUNED: (figures.BLUE, "-"),
+    "koopman, reconstruction": (figures.ORANGE, "-"),
+    "koopman, reinit": (figures.ORANGE, "-"),
+    "magnitude": (figures.GREEN, "--"),
+    "random mask": (figures.GREY, "-"),
+    DENSE: (figures.GREEN, "--"),
 }
 
 
@@ -43,8 +44,7 @@ class Record:
     def __init__(self, run: Run, folder: Path) -> None:
         self.run = run
         dense = run.method == UNPRUNED
-        with np.load(folder / f"{run.case.name if dense else run.name}.npz") as stored:
-            values = {key: stored[key] for key in stored.files}
+        values = read(folder / f"{run.case.name if dense else run.name}.npz")
         test, train, losses = values.pop("test"), values.pop("train"), values.pop("train_losses")
         if dense:
             marks = sorted({0, *POINTS, *(point + FURTHER for point in POINTS)})
@@ -62,17 +62,24 @@ def of(cases: Sequence[Case], folder: Path, point: int, method: str, amount: flo
     return [Record(Run(case, point, method, amount), folder) for case in cases]
 
 
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+def write(cases: Sequence[Case], folder: Path, target: Path) -> None:
+    """Print the tables, write the CSV and draw the figures."""
+    print_tables(cases, folder)
+    print_channels(cases, folder)
+    names = [name.replace(" ", "_").rstrip(".") for name in COLUMNS]
+    after, end = ([f"{name}_{moment}" for name in names] for moment in ("right_after", "at_the_end"))
+    header = ("initialization", "seed", "epoch", "method", "amount", *after, *end)
+    write_csv(target / "pruning.csv", header, rows(cases, folder))
+    for path in draw(cases, folder, target):
+        print(path)
 
 
 def print_tables(cases: Sequence[Case], folder: Path) -> None:
     """Every method right after pruning and at the end, means over initialisations and seeds."""
     for point, sparsity in product(POINTS, SPARSITIES):
         print(f"\nPruned after epoch {point} to {sparsity:.0%}: right after | after {FURTHER} further epochs")
-        print(f"| | {' | '.join(COLUMNS)} | {' | '.join(COLUMNS)} | points to unpruned |")
-        print("| --- |" + " ---: |" * (2 * len(COLUMNS) + 1))
         reference = of(cases, folder, point, UNPRUNED, 0.0)
+        table = []
         for method in (UNPRUNED, *METHODS, DENSE):
             found = of(cases, folder, point, method, sparsity)
             cells = [
@@ -80,9 +87,8 @@ def print_tables(cases: Sequence[Case], folder: Path) -> None:
                 for moment in ("after", "end")
                 for index, value in enumerate(np.mean([getattr(each, moment) for each in found], axis=0))
             ]
-            gained = [each.end[3] - base.end[3] for each, base in zip(found, reference, strict=True)]
-            value, error = mean_and_error(gained)
-            print(f"| {method} | {' | '.join(cells)} | {value:+.2f} ± {error:.2f} |")
+            table.append((method, *cells, gain(found, reference)))
+        show(("", *COLUMNS, *COLUMNS, "points to unpruned"), table)
     found = [
         each.about["magnitude_agreement"]
         for point, sparsity in product(POINTS, SPARSITIES)
@@ -95,36 +101,38 @@ def print_tables(cases: Sequence[Case], folder: Path) -> None:
 def print_channels(cases: Sequence[Case], folder: Path) -> None:
     """Removed channels: size, operations and points lost against the unpruned run."""
     print(f"\nChannels removed after epoch {CHANNEL_POINT}, accuracy on the test data")
-    print("| channels left | by | parameters | million multiply-adds | right after | at the end | points to unpruned |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: | ---: |")
     reference = of(cases, folder, CHANNEL_POINT, UNPRUNED, 0.0)
-    print(f"| 16, 32, 100 | {UNPRUNED} | 65,558 | 1.136 | {np.mean([each.after[3] for each in reference]):.2f} | "
-          f"{np.mean([each.end[3] for each in reference]):.2f} | |")  # fmt: skip
+    table = [("16, 32, 100", UNPRUNED, "65,558", "1.136", *accuracies(reference), "")]
     for left, method in product(LEFT, CHANNELS):
         found = of(cases, folder, CHANNEL_POINT, method, left)
-        value, error = mean_and_error([a.end[3] - b.end[3] for a, b in zip(found, reference, strict=True)])
         size, macs = (np.mean([each.about[key] for each in found]) for key in ("size", "macs"))
-        print(f"| {left} | {method.removesuffix(' channels')} | {size:,.0f} | {macs / 1e6:.3f} | "
-              f"{np.mean([each.after[3] for each in found]):.2f} | {np.mean([each.end[3] for each in found]):.2f} | "
-              f"{value:+.2f} ± {error:.2f} |")  # fmt: skip
+        cells = (f"{size:,.0f}", f"{macs / 1e6:.3f}", *accuracies(found), gain(found, reference))
+        table.append((left, method.removesuffix(" channels"), *cells))
+    header = ("channels left", "by", "parameters", "million multiply-adds", "right after", "at the end")
+    show((*header, "points to unpruned"), table, left=(1,))
     print("`magnitude` is Torch-Pruning's group magnitude importance; all three remove equally many from each layer.")
 
 
-def write_csv(cases: Sequence[Case], folder: Path, path: Path) -> None:
+def gain(found: Sequence[Record], reference: Sequence[Record]) -> str:
+    """Points of accuracy gained at the end over the reference."""
+    value, error = mean_and_error([a.end[3] - b.end[3] for a, b in zip(found, reference, strict=True)])
+    return f"{value:+.2f} ± {error:.2f}"
+
+
+def accuracies(found: Sequence[Record]) -> list[str]:
+    """Mean accuracies on the test data, right after and at the end."""
+    return [f"{np.mean([getattr(each, moment)[3] for each in found]):.2f}" for moment in ("after", "end")]
+
+
+def rows(cases: Sequence[Case], folder: Path) -> Iterator[tuple[Any, ...]]:
     """All runs, one a row."""
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        names = [name.replace(" ", "_").rstrip(".") for name in COLUMNS]
-        after, end = ([f"{name}_{moment}" for name in names] for moment in ("right_after", "at_the_end"))
-        writer.writerow(["initialization", "seed", "epoch", "method", "amount", *after, *end])
-        whole: list[tuple[int, float | str, str]]
-        whole = [(point, sparsity, method) for point, sparsity in product(POINTS, SPARSITIES) for method in METHODS]
-        whole += [(point, 0.0, method) for point, method in product(POINTS, (UNPRUNED, DENSE))]
-        whole += [(CHANNEL_POINT, left, method) for left, method in product(LEFT, CHANNELS)]
-        for point, amount, method in whole:
-            for each in of(cases, folder, point, method, amount):
-                numbers = [f"{value:.6g}" for value in (*each.after, *each.end)]
-                writer.writerow([each.run.case.start, each.run.case.seed, point, method, amount, *numbers])
+    whole: list[tuple[int, float | str, str]]
+    whole = [(point, sparsity, method) for point, sparsity in product(POINTS, SPARSITIES) for method in METHODS]
+    whole += [(point, 0.0, method) for point, method in product(POINTS, (UNPRUNED, DENSE))]
+    whole += [(CHANNEL_POINT, left, method) for left, method in product(LEFT, CHANNELS)]
+    for point, amount, method in whole:
+        for each in of(cases, folder, point, method, amount):
+            yield (each.run.case.start, each.run.case.seed, point, method, str(amount), *each.after, *each.end)
 
 
 def draw(cases: Sequence[Case], folder: Path, target: Path) -> list[Path]:
@@ -137,9 +145,7 @@ def draw(cases: Sequence[Case], folder: Path, target: Path) -> list[Path]:
 
 
 def _draw(cases: Sequence[Case], folder: Path, path: Path, methods: Sequence[str]) -> Path:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(11, 5.4), layout="constrained")
+    figure = figures.blank(11, 5.4)
     axes = figure.subplots(2, 4, sharey="row")
     panels = list(product(POINTS, STARTS))
     for column, (point, start) in enumerate(panels):
@@ -151,7 +157,9 @@ def _draw(cases: Sequence[Case], folder: Path, path: Path, methods: Sequence[str
                 (axes[0, column], [each.train_losses for each in found]),
                 (axes[1, column], [each.test[:, 0] for each in found]),
             ):
-                _band(axis, point, np.array(values), color, style, method)
+                curves = np.array(values)
+                epochs = np.arange(point + FURTHER + 1 - curves.shape[1], point + FURTHER + 1)
+                figures.band(axis, epochs, curves, style, color=color, label=method)
         name = {"he": "He", "xavier": "Xavier"}[start]
         axes[0, column].set_title(f"{name}, pruned after epoch {point}", fontsize=9)
         axes[1, column].set_xlabel("epoch", fontsize=8)
@@ -159,16 +167,7 @@ def _draw(cases: Sequence[Case], folder: Path, path: Path, methods: Sequence[str
     axes[1, 0].set_ylabel("test loss", fontsize=9)
     for axis in axes.flat:
         axis.set_yscale("log")
-        axis.grid(color=GREY, alpha=0.25, linewidth=0.5)
+        figures.grid(axis)
         axis.tick_params(labelsize=8)
-    handles: Any = axes[0, 0].get_lines()
-    figure.legend(handles, [line.get_label() for line in handles], loc="outside lower center", ncols=4, fontsize=9)
-    figure.savefig(path, dpi=150)
-    return path
-
-
-def _band(axis: Any, point: int, values: np.ndarray, color: str, style: str, label: str) -> None:
-    """Geometric mean over the seeds, with their range."""
-    epochs = np.arange(point + FURTHER + 1 - values.shape[1], point + FURTHER + 1)
-    axis.fill_between(epochs, values.min(0), values.max(0), color=color, alpha=0.15, linewidth=0)
-    axis.plot(epochs, np.exp(np.log(values).mean(0)), style, color=color, linewidth=1.5, label=label)
+    figures.legend_below(figure, axes[0, 0].get_lines(), 4)
+    return figures.save_figure(figure, path)

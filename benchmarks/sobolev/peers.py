@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.interpolate import LinearNDInterpolator, NearestNDInterpolator, RBFInterpolator, make_smoothing_spline
 
-from benchmarks.sobolev import PROBLEMS, Array, Problem
+from benchmarks.sobolev.runs import NOISES, PROBLEMS
 from lightning_koopman import shrink_noise
-from lightning_koopman.demo.reproduce.storage import save as save_arrays
+from lightning_koopman.demo.experiments.cache import save
+from lightning_koopman.demo.experiments.runner import Progress, Task
+from lightning_koopman.demo.experiments.signals import Array, Signal
 from lightning_koopman.fourier.basis import fourier_basis
 from lightning_koopman.fourier.domain import to_torus
 from lightning_koopman.fourier.modes import half_space
@@ -31,7 +34,7 @@ def cross_validated(fits: Sequence[Fit], x: Array, y: Array, fine: Array) -> Arr
     return fits[int(np.argmin(losses))](x, y, fine)
 
 
-def fourier(problem: Problem, highest: int) -> Fit:
+def fourier(problem: Signal, highest: int) -> Fit:
     """Least squares in all modes ‖k‖₁ ≤ highest."""
 
     def basis(points: Array) -> Array:
@@ -41,7 +44,7 @@ def fourier(problem: Problem, highest: int) -> Fit:
     return lambda x, y, fine: basis(fine) @ np.linalg.lstsq(basis(x), y, rcond=None)[0]
 
 
-def spline(problem: Problem, amount: float) -> Fit:
+def spline(problem: Signal, amount: float) -> Fit:
     """SciPy's smoothing spline, in two dimensions its thin-plate spline."""
     lows, highs = np.array(problem.domain).T
 
@@ -56,7 +59,7 @@ def spline(problem: Problem, amount: float) -> Fit:
     return fit
 
 
-def shrunk_alone(problem: Problem) -> Fit:
+def shrunk_alone(problem: Signal) -> Fit:
     """The targets of the shrunk trainings, with straight lines between the samples."""
 
     def fit(x: Array, y: Array, fine: Array) -> Array:
@@ -70,9 +73,13 @@ def shrunk_alone(problem: Problem) -> Fit:
     return fit
 
 
-def fit_peers(problem_name: str, noise: float, seed: int, path: Path) -> None:
+def name_of(problem: str, noise: float, seed: int) -> str:
+    return f"{problem}-peers-{noise}-{seed}"
+
+
+def fit(name: str, noise: float, seed: int, folder: Path, _: Progress) -> None:
     """Fit all of them to the samples that train the networks, and record their errors."""
-    problem = PROBLEMS[problem_name]
+    problem = PROBLEMS[name]
     x, y, n_train = problem.draw(noise, seed)
     x, y, fine = x[:n_train], y[:n_train], problem.grid()
     line = x.shape[1] == 1
@@ -84,5 +91,11 @@ def fit_peers(problem_name: str, noise: float, seed: int, path: Path) -> None:
         "smoothing spline": cross_validated([spline(problem, amount) for amount in amounts], x, y, fine),
         "shrunk targets alone": shrunk_alone(problem)(x, y, fine),
     }
-    clean = problem.signal(fine)
-    save_arrays(path, **{name: np.sqrt(((fit - clean) ** 2).mean()) for name, fit in fits.items()})
+    errors = {peer: np.sqrt(((found - problem.clean()) ** 2).mean()) for peer, found in fits.items()}
+    save(folder / f"{name_of(name, noise, seed)}.npz", **errors)
+
+
+def tasks(seeds: tuple[int, ...], folder: Path) -> list[Task]:
+    """All fits."""
+    cases = product(PROBLEMS, NOISES, seeds)
+    return [Task(name_of(*case), fit, (*case, folder)) for case in cases]

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-TESTS = Path(__file__).parent.parent / "tests"
+TESTS = Path(__file__).parents[2] / "tests"
 METHODS = ("ours", "streaming", "numpy QR", "LAPACK dgedmdq", "PyDMD DMD")
 
 
@@ -107,7 +107,15 @@ def run(sizes: list[int], counts: list[int], rounds: int) -> None:
                         print(
                             f"\r  n = {n}, m = {m}, round {turn + 1} of {rounds}: {method:<20}", end="", file=sys.stderr
                         )
-                        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.spectrum", method, str(path)]
+                        command = [
+                            sys.executable,
+                            "-W",
+                            "ignore",
+                            "-m",
+                            "benchmarks.trajectory.spectrum",
+                            method,
+                            str(path),
+                        ]
                         done = subprocess.run(command, capture_output=True, text=True, check=True)
                         measured[method].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"\r{'':<70}\r", end="", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""Evidence for the depth estimate and HSVR: ``python -m benchmarks.depth``."""

@@ -1,0 +1,1 @@
+"""Evidence for the pruner: ``python -m benchmarks.pruning``."""

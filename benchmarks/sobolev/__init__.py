@@ -1,0 +1,1 @@
+"""Evidence for the Sobolev losses: ``python -m benchmarks.sobolev``."""

@@ -1,0 +1,1 @@
+"""Evidence for the stop and the restart: ``python -m benchmarks.stopping``."""
