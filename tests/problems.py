@@ -77,8 +77,8 @@ def record(data: Any, epochs: int) -> np.ndarray:
 
 def held(trajectory: object) -> np.ndarray:
     """The snapshots that a trajectory holds, in float64: its increments, added up without rounding."""
-    rows = [trajectory._oldest, *(trajectory._rows.row(trajectory._first + t) for t in range(1, len(trajectory)))]
-    return np.cumsum([row.double().numpy() for row in rows], axis=0)
+    rows = [segment.double().numpy() for segment in trajectory._held.segments()]
+    return np.cumsum(np.concatenate(rows), axis=0)
 
 
 def assert_recorded(found: object, expected: object) -> None:

@@ -31,12 +31,23 @@ class ChannelRounds:
         layers: Shell-style patterns of the names of the layers' weights, or None for all.
         scope: ``"global"`` or ``"tensor"``.
         owner: Name of the callback, for messages.
+        by_threshold: Whether a threshold was given, which is for weights.
+        allow_empty: Whether a layer may lose all its channels, which none may.
+
+    Raises:
+        ValueError: If what is only for masks is asked for.
     """
 
     unit = "channels"
     needs_batch = True  # to trace the module with
 
-    def __init__(self, layers: Sequence[str] | None, scope: str, owner: str) -> None:
+    def __init__(
+        self, layers: Sequence[str] | None, scope: str, owner: str, *, by_threshold: bool, allow_empty: bool
+    ) -> None:
+        if by_threshold:
+            raise ValueError("threshold is for weights: with structured=True give the share of channels as `sparsity`.")
+        if allow_empty:
+            raise ValueError("allow_empty=True is for masks: with structured=True each layer keeps a channel.")
         self.layers, self.scope, self.owner = layers, scope, owner
         self._loading: Any = None
         self._names: list[str] = []
@@ -59,6 +70,9 @@ class ChannelRounds:
 
     def table(self, module: nn.Module | None) -> str:
         return changes_table(self.changes) if self.changes else "nothing has been pruned yet"
+
+    def log(self, trainer: pl.Trainer, prefix: str) -> None:
+        """The table of the history says it all."""
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise an error for runs whose module cannot be given other sizes, or without the tracer."""

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
+COLUMNS = (
+    "epoch", "step", "target", "sparsity", "pruned", "of", "parameters", "modes", "rank", "snapshots", "misfit",
+    "magnitude_agreement",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Pruned:
     """What one pruning did: of ``of`` weights or channels ``pruned`` are gone in all, the network has ``left``.
@@ -37,6 +43,29 @@ class Pruned:
     values: dict[str, Tensor] = field(default_factory=dict)
     masks: MaskSet | None = None
     removal: ChannelRemoval | None = None
+
+    def row(self, epoch: int, step: int, target: float, about: Mapping[str, Any]) -> dict[str, Any]:
+        """A row of the history; ``about`` says what the scores come from."""
+        row = {
+            "epoch": epoch,
+            "step": step,
+            "target": target,
+            "sparsity": self.pruned / max(1, self.of),
+            "pruned": self.pruned,
+            "of": self.of,
+            "parameters": self.left,
+            **about,
+            "magnitude_agreement": self.agreement,
+        }
+        return {column: row[column] for column in COLUMNS}
+
+    def told(self, row: Mapping[str, Any], unit: str) -> str:
+        """A row in plain words."""
+        return (
+            f"after epoch {row['epoch']} pruned {self.pruned:,} of {self.of:,} {unit} ({row['sparsity']:.1%}), by "
+            f"{row['modes']} of {row['rank']} modes of {row['snapshots']} snapshots; {self.agreement:.1%} agree with "
+            f"pruning by magnitude. {self.left:,} parameters are left."
+        )
 
 
 class PruningMethod(Protocol):
@@ -85,6 +114,9 @@ class PruningMethod(Protocol):
     def table(self, module: nn.Module | None) -> str:
         """What was pruned, as a table."""
 
+    def log(self, trainer: pl.Trainer, prefix: str) -> None:
+        """Give loggers what was pruned of each tensor."""
+
     def forget(self) -> None:
         """Begin as for a first fit."""
 
@@ -129,6 +161,12 @@ class MaskRounds:
 
     def table(self, module: nn.Module | None) -> str:
         return "nothing has been pruned yet" if self.masks is None else self.masks.table(module)
+
+    def log(self, trainer: pl.Trainer, prefix: str) -> None:
+        rows = [] if self.masks is None else self.masks.rows()
+        scalars = {f"{prefix}/sparsity/{row['parameter']}": row["sparsity"] for row in rows}
+        for logger in trainer.loggers if scalars else ():
+            logger.log_metrics(scalars, step=trainer.global_step)
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Any run will do."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_koopman._checks import check_choice, check_count, check_flag, check_positive
+from lightning_koopman._checks import check_flag
 from lightning_koopman.callbacks.base import (
     TrajectoryCallback,
     check_prefix_is_free,
@@ -18,25 +18,15 @@ from lightning_koopman.callbacks.base import (
     start_segments,
 )
 from lightning_koopman.callbacks.channel_rounds import ChannelRounds
-from lightning_koopman.callbacks.mask_rounds import MaskRounds, Pruned, PruningMethod
+from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, Pruned, PruningMethod
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, PruningSchedule
-from lightning_koopman.callbacks.survivors import PersistentScores, redraw, set_weights
-from lightning_koopman.dmd.spectrum import PERSISTENT
-from lightning_koopman.parameters.reinitialize import check_scheme, select_modules
+from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, trained_parameters
 from lightning_koopman.parameters.select import as_patterns
-from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.pruning.masks import MaskSet, check_amount
-from lightning_koopman.pruning.prunable import prunable_parameters
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
-
-SURVIVORS = ("keep", "reconstruction", "reinit")
-COLUMNS = (
-    "epoch", "step", "target", "sparsity", "pruned", "of", "parameters", "modes", "rank", "snapshots", "misfit",
-    "magnitude_agreement",
-)  # fmt: skip
 
 
 class KoopmanPruner(TrajectoryCallback):
@@ -149,32 +139,20 @@ class KoopmanPruner(TrajectoryCallback):
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
     ) -> None:
-        structured, allow_empty = check_flag("structured", structured), check_flag("allow_empty", allow_empty)
+        super().__init__(window=window, every_n_steps=every_n_steps, dirpath=dirpath, prefix=prefix)
+        structured, by_threshold = check_flag("structured", structured), threshold is not None
         scope = scope or ("tensor" if structured else "global")
-        if structured and threshold is not None:
-            raise ValueError(
-                f"threshold={threshold} is for weights: give the share of channels to remove as `sparsity`."
-            )
-        if structured and allow_empty:
-            raise ValueError("allow_empty=True is for masks: with structured=True each layer keeps a channel.")
+        only = {"by_threshold": by_threshold, "allow_empty": check_flag("allow_empty", allow_empty)}  # for masks
+        self.parameters, self.folder = as_patterns(parameters), f"{self.prefix}_prune"
+        self.method: PruningMethod = MaskRounds(scope, guard=self.guard, **only)
+        if structured:
+            self.method = ChannelRounds(self.parameters, scope, type(self).__name__, **only)
         check_amount(sparsity, threshold, scope)
         self.schedule = PruningSchedule(sparsity, threshold, epoch, rounds, round_epochs, settled_change)
-        check_choice("survivors", survivors, SURVIVORS)
-        check_choice("rule", rule, PERSISTENT)
-        check_scheme(scheme)
-        if scheme is not None and survivors != "reinit":
-            raise ValueError(f"scheme={scheme!r} is for survivors='reinit', got {survivors!r}: leave it out.")
-        super().__init__(window=window, every_n_steps=every_n_steps, dirpath=dirpath, prefix=prefix)
         if epoch == SETTLED and window is not None and window <= HORIZON:
             raise ValueError(f"window must be at least {HORIZON + 1} with epoch='settled', got {window}.")
-        self.survivors, self.radius = survivors, check_positive("radius", radius)
-        self.scheme, self.seed = scheme, check_count("seed", seed, 0)
-        self.parameters, self.folder = as_patterns(parameters), f"{self.prefix}_prune"
-        masks = MaskRounds(scope, by_threshold=threshold is not None, allow_empty=allow_empty, guard=self.guard)
-        channels = ChannelRounds(self.parameters, scope, type(self).__name__)
-        self.method: PruningMethod = channels if structured else masks
-        self._redrawn: list[str] = []  # names of the modules that are drawn anew
-        self.scores = PersistentScores(self.radius, rule)
+        self.survivors = Survivors(survivors, scheme, seed)
+        self.scores = PersistentScores(radius, rule)
 
     def forget(self) -> None:
         super().forget()
@@ -207,8 +185,6 @@ class KoopmanPruner(TrajectoryCallback):
         """
         return self.method.table(module)
 
-    # -- before training ----------------------------------------------------------------------------------------------
-
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
             check_prefix_is_free(self, trainer)
@@ -220,21 +196,9 @@ class KoopmanPruner(TrajectoryCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         root = outermost(trainer, pl_module)
-        chosen = prunable_parameters(root, self.parameters)
-        if self.parameters is None:  # others, such as a teacher's or an average's, are not trained
-            stepped = {
-                id(each) for stepper in trainer.optimizers for group in stepper.param_groups for each in group["params"]
-            }
-            chosen = {name: each for name, each in chosen.items() if id(each) in stepped} or chosen
+        chosen = trained_parameters(trainer, root, self.parameters)
         self.method.check_selected(root, list(chosen), self.schedule.sparsity)
-        if self.survivors == "reinit":
-            owned = {id(parameter) for parameter in chosen.values()}
-            owners = [
-                clean_name(name)
-                for name, module in pl_module.named_modules()
-                if any(id(parameter) in owned for parameter in module.parameters(recurse=False))
-            ]
-            self._redrawn = list(select_modules(pl_module, owners if self.parameters else None, self.scheme))
+        self.survivors.select(pl_module, None if self.parameters is None else chosen.values())
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -270,14 +234,9 @@ class KoopmanPruner(TrajectoryCallback):
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         if self.schedule.waits:
-            settled = self.on_zero(
-                trainer,
-                "telling whether the weights have settled",
-                lambda: recorded and self.schedule.has_settled(
-                    trainer, self.recorder.trajectory, self.rates, self.settings.every_n_steps
-                ),
-            )  # fmt: skip
-            if settled:
+            given = self.recorder.trajectory if recorded else None, self.rates, self.settings.every_n_steps
+            doing = "telling whether the weights have settled"
+            if self.on_zero(trainer, doing, lambda: self.schedule.has_settled(trainer, *given)):
                 self.schedule.settled_at = epoch
         self._score(epoch)
 
@@ -330,14 +289,15 @@ class KoopmanPruner(TrajectoryCallback):
                 if isinstance(other, KoopmanPruner):
                     other.scores.follow(done.removal)
                     other.method.follow(done.removal)
-        if self.survivors == "reinit":
-            with self.guard.together("drawing the survivors anew", processes):
-                seed = self.seed + self.schedule.attempted
-                redraw(trainer, pl_module, self._redrawn, self.scheme, seed=seed, processes=processes)
-        if self.survivors == "reconstruction":
-            with self.guard.together("setting the survivors", processes):
-                set_weights(self.recording.weights.read(outermost(trainer, pl_module)), done.values)
-        self._tell(trainer, target, done, about)
+        with self.guard.together("setting the survivors", processes):
+            self.survivors.set(trainer, pl_module, self.recording.weights, done.values, self.schedule.attempted)
+        row = done.row(self.clock.rounds, trainer.global_step, target, about)
+        self.history.append(row)
+        if self.guard.zero:
+            self.write_history()
+        rank_zero_info(f"{type(self).__name__}: {done.told(row, self.method.unit)}")
+        with self.guard("logging the sparsity"):
+            self.method.log(trainer, self.prefix)
         start_segments(trainer, pl_module)
         if self.finished and self.recording.alone:
             self.recorder.clear()
@@ -350,40 +310,7 @@ class KoopmanPruner(TrajectoryCallback):
                 self.scores.prepare(self.recording, epoch)
 
     def weights_replaced(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with self.guard("holding the masks"):
-            self.method.hold(trainer, pl_module)
-
-    def _tell(self, trainer: pl.Trainer, target: float, done: Pruned, about: Mapping[str, Any]) -> None:
-        """Add a row to the history, and say what was pruned."""
-        row = {
-            "epoch": self.clock.rounds,
-            "step": trainer.global_step,
-            "target": target,
-            "sparsity": done.pruned / done.of,
-            "pruned": done.pruned,
-            "of": done.of,
-            "parameters": done.left,
-            **about,
-            "magnitude_agreement": done.agreement,
-        }
-        self.history.append({column: row[column] for column in COLUMNS})
-        if not self.guard.zero:
-            return
-        self.write_history()
-        rank_zero_info(
-            f"{type(self).__name__}: after epoch {row['epoch']} pruned {done.pruned:,} of {done.of:,} "
-            f"{self.method.unit} ({row['sparsity']:.1%}), by {row['modes']} of {row['rank']} modes of "
-            f"{row['snapshots']} snapshots; {done.agreement:.1%} agree with pruning by magnitude. {done.left:,} "
-            "parameters are left."
-        )
-        scalars = {}
-        if self.masks is not None:
-            scalars = {f"{self.prefix}/sparsity/{each['parameter']}": each["sparsity"] for each in self.masks.rows()}
-        for logger in trainer.loggers if scalars else ():
-            with self.guard("logging the sparsity"):
-                logger.log_metrics(scalars, step=trainer.global_step)
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
+        self.method.hold(trainer, pl_module)
 
     def own_state(self) -> dict[str, Any]:
         return {"schedule": self.schedule.state_dict(), "method": self.method.state_dict()}

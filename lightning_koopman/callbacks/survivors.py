@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_koopman._checks import check_choice, check_count, check_positive
 from lightning_koopman.callbacks.averages import averages
-from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.callbacks.observables import Weights, outermost
 from lightning_koopman.callbacks.pruning_schedule import LEAST
 from lightning_koopman.callbacks.recording import Recording
+from lightning_koopman.dmd.spectrum import PERSISTENT
 from lightning_koopman.parameters.process_group import Processes
-from lightning_koopman.parameters.reinitialize import Scheme, reinitialize_by_name
+from lightning_koopman.parameters.reinitialize import Scheme, check_scheme, reinitialize_by_name, select_modules
 from lightning_koopman.parameters.sharded_modules import clean_name, local_chunks
-from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.optimizer_state import forget
+from lightning_koopman.pruning.prunable import prunable_parameters
 from lightning_koopman.pruning.reconstruction import persistent_combination
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ class PersistentScores:
     """
 
     def __init__(self, radius: float, rule: str) -> None:
-        self._radius, self._rule = radius, rule
+        self._radius, self._rule = check_positive("radius", radius), check_choice("rule", rule, PERSISTENT)
         self._ready: Scores | None = None
 
     def prepare(self, recording: Recording, epoch: int) -> None:
@@ -72,6 +74,69 @@ class PersistentScores:
             self._ready = {name: removal.left_of(name, value).reshape(-1) for name, value in scores.items()}, about
 
 
+def trained_parameters(trainer: pl.Trainer, root: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters to prune by name: by default those that an optimizer steps, not a teacher's or an average's."""
+    chosen = prunable_parameters(root, patterns)
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    stepped = {id(parameter) for group in groups for parameter in group["params"]}
+    known = {name: parameter for name, parameter in chosen.items() if id(parameter) in stepped}
+    return chosen if patterns is not None else known or chosen
+
+
+class Survivors:
+    """What becomes of the weights that survive a pruning.
+
+    Args:
+        kind: ``"keep"``, ``"reconstruction"`` or ``"reinit"``.
+        scheme: As for :func:`reinitialize`, for ``"reinit"``.
+        seed: Of that draw, ≥ 0.
+
+    Raises:
+        ValueError: If one is out of its range.
+    """
+
+    def __init__(self, kind: str, scheme: Scheme, seed: int) -> None:
+        self.kind = check_choice("survivors", kind, ("keep", "reconstruction", "reinit"))
+        check_scheme(scheme)
+        if scheme is not None and kind != "reinit":
+            raise ValueError(f"scheme={scheme!r} is for survivors='reinit', got {kind!r}: leave it out.")
+        self._scheme, self._seed = scheme, check_count("seed", seed, 0)
+        self._names: list[str] = []  # of the modules to reinitialize
+
+    def select(self, pl_module: nn.Module, parameters: Iterable[nn.Parameter] | None) -> None:
+        """Choose what is reinitialized: the modules that own the parameters, or all trainable ones."""
+        if self.kind != "reinit":
+            return
+        owners = None
+        if parameters is not None:
+            owned = {id(parameter) for parameter in parameters}
+            modules = pl_module.named_modules()
+            owners = [
+                clean_name(name)
+                for name, module in modules
+                if any(id(parameter) in owned for parameter in module.parameters(recurse=False))
+            ]
+        self._names = list(select_modules(pl_module, owners, self._scheme))
+
+    def set(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        weights: Weights,
+        values: Mapping[str, Tensor],
+        number: int,
+    ) -> None:
+        """Set the survivors after a pruning; ``values`` are what this process's part is reconstructed to."""
+        if self.kind == "reinit":
+            seed = self._seed + number
+            redraw(trainer, pl_module, self._names, self._scheme, seed=seed, processes=weights.processes)
+        elif self.kind == "reconstruction":
+            shards = weights.read(outermost(trainer, pl_module))
+            for name, value in values.items():
+                tensor = shards.chunks[name].tensor.detach()
+                tensor.copy_(shards.complete(name, value).reshape(tensor.shape))
+
+
 def redraw(
     trainer: pl.Trainer,
     pl_module: pl.LightningModule,
@@ -101,10 +166,3 @@ def redraw(
         counter = getattr(average, "n_averaged", None)
         if isinstance(counter, Tensor):
             counter.zero_()
-
-
-def set_weights(shards: Shards, values: Mapping[str, Tensor]) -> None:
-    """Set weights to values given for each process's own part."""
-    for name, value in values.items():
-        tensor = shards.chunks[name].tensor.detach()
-        tensor.copy_(shards.complete(name, value).reshape(tensor.shape))

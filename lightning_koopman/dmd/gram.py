@@ -25,8 +25,8 @@ from lightning_koopman.dmd.blas import single_blas_thread
 
 CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
 CHUNKS = 64  # at least so many: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
-BLOCK = 2**21  # bytes of a block of rows: about the second-level cache
-WIDTHS = 1024, 16384  # least and most columns of a block, whose products are summed in its own precision
+BLOCK = 2**21  # bytes of a block of float64 rows: about the second-level cache
+WIDTHS = 1024, 65536  # least and most columns of a block, whose products are summed in its own precision
 PRECISE = 2**19  # columns below which float64 throughout costs milliseconds
 EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
 EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
@@ -113,7 +113,8 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
     work = torch.float64 if wide else torch.float32
     rows = sum(len(segment) for segment in segments)
     found = torch.zeros(rows + 1, dtype=torch.float64)
-    width = min(max(WIDTHS[0], BLOCK // (work.itemsize * (rows + 1))), WIDTHS[1])
+    # float32 rows are read in place; a short block would cost more in threads that wait for one another
+    width = min(max(WIDTHS[0], BLOCK // (8 * (rows + 1))), WIDTHS[1]) if wide else WIDTHS[1]
     buffer = torch.empty(max((len(each) for each in segments), default=0), width, dtype=work)
     for start in range(0, columns, width):
         stop = min(start + width, columns)

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_koopman._checks import check_choice, check_count
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.shards import Shards
+from lightning_koopman.trajectory.rows import BITS, sum_of_bits
 from lightning_koopman.trajectory.sidecar import (
     Retention,
     SegmentReader,
@@ -23,7 +24,7 @@ from lightning_koopman.trajectory.sidecar import (
     process_path,
     write_layout,
 )
-from lightning_koopman.trajectory.trajectory import BITS, SKETCH, STORAGES, Trajectory, sum_of_bits
+from lightning_koopman.trajectory.trajectory import SKETCH, STORAGES, Trajectory
 
 SIDECAR = "snapshots"
 WEIGHTS = "weights"

@@ -15,6 +15,7 @@ from torch import Tensor
 GROWTH = 32  # rows added at a time while there is no capacity; pages are committed only when written
 # NumPy has no bfloat16: its bits are mapped
 DTYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16}
+BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
 
 
 class RowStore:
@@ -76,3 +77,8 @@ class RowStore:
         mapped = np.memmap(self._file, dtype=DTYPES[self.dtype], mode="r+", offset=offset, shape=shape)
         rows = torch.from_numpy(mapped)
         return rows.view(torch.bfloat16) if self.dtype == torch.bfloat16 else rows
+
+
+def sum_of_bits(values: Tensor) -> int:
+    """A fingerprint of contiguous numbers: those of parts add up."""
+    return int(values.view(BITS[values.dtype]).sum(dtype=torch.int64)) % 2**64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -14,22 +14,16 @@ from torch import Tensor
 
 from lightning_koopman._checks import check_choice, check_count
 from lightning_koopman._types import AllSum, Array
-from lightning_koopman.dmd.gram import CHUNKS, factor_from_increment_gram, merge_oldest, row_products, wide_chunks
+from lightning_koopman.dmd.gram import CHUNKS, factor_from_increment_gram, merge_oldest, wide_chunks
 from lightning_koopman.dmd.rrr import check_options, decompose
 from lightning_koopman.dmd.spectrum import Spectrum
-from lightning_koopman.trajectory.rows import DTYPES, RowStore
+from lightning_koopman.trajectory.increments import Increments, ReadRow, check_state
+from lightning_koopman.trajectory.rows import DTYPES
 from lightning_koopman.trajectory.sidecar import SegmentReader, SegmentWriter
 from lightning_koopman.trajectory.sketch import Sketch, with_sketch_errors
 
 STORAGES = ("ram", "disk", "sketch")
 SKETCH = 4093  # a prime, so that no regular layout of the weights falls into few buckets
-TALLY = 3  # numbers beside the products in a message: those of a snapshot, and two halves of its fingerprint
-HALF = 2**32
-PIECE = 2**22  # numbers worked on at a time
-STALE = 0.25  # a base whose square has fallen below this share of what its products were summed from needs new ones
-BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16}
-
-ReadRow = Callable[[int, Tensor], bool]
 
 
 class Trajectory:
@@ -81,30 +75,16 @@ class Trajectory:
     ) -> None:
         self.n = check_count("n", n, 1 if all_sum is None else 0)
         self.capacity = None if capacity is None else check_count("capacity", capacity, 2)
-        self.storage, self.dtype, self.all_sum = check_choice("storage", storage, STORAGES), dtype, all_sum
-        if path is not None and storage != "disk":
-            raise ValueError(f"path={str(path)!r} is for storage='disk', got storage={storage!r}: leave it out.")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}.")
-        if storage == "sketch" and dtype != torch.float32:
-            raise ValueError(f"dtype={dtype} is for stored snapshots, a sketch is always float64: leave it out.")
-        self.total = 0
+        self.storage, self.dtype, self.all_sum = storage, dtype, all_sum
+        _check_kept(storage, path, dtype)
         self._sketch = Sketch(check_count("sketch", sketch, 2)) if storage == "sketch" else None
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
-        folder = Path(path or gettempdir()) if storage == "disk" else None
-        # all increments but that of the oldest snapshot, and one that is staged
-        self._rows = RowStore(width, kept, self.capacity, folder=folder)
-        wide = torch.float64 if kept == torch.float64 else torch.float32
-        self._ends = RowStore(width, wide, 2, folder=folder)  # the oldest snapshot and the newest one
+        self._held = Increments(width, self.capacity, kept, Path(path or gettempdir()) if storage == "disk" else None)
         self._sketched: Array | None = None  # what is staged, where that is no row
-        self._gram: Array = np.zeros((0, 0))
-        self._first = 0  # snapshots that have left: the oldest one kept has this index
-        self._peak = 0.0  # square of the largest base since the products with it were computed
-        self._marks: list[int] = []  # fingerprints of the snapshots held
         self._writer: SegmentWriter | None = None
 
     def __len__(self) -> int:
-        return len(self._gram)
+        return len(self._held)
 
     def __repr__(self) -> str:
         return f"Trajectory(n={self.n}, snapshots={len(self)}, capacity={self.capacity}, storage={self.storage!r})"
@@ -112,7 +92,12 @@ class Trajectory:
     @property
     def nbytes(self) -> int:
         """Bytes of the snapshots held."""
-        return max(0, len(self) - 1) * self._rows.row_bytes + 2 * self._ends.row_bytes
+        return self._held.nbytes
+
+    @property
+    def total(self) -> int:
+        """Numbers in a snapshot, in all processes."""
+        return self._held.total
 
     # -- recording ----------------------------------------------------------------------------------------------------
 
@@ -140,19 +125,15 @@ class Trajectory:
             snapshot: As for :meth:`append`.
             offsets: Index in the whole state at which each tensor of the list begins, for sketches.
         """
-        parts = _parts(snapshot)
-        count = sum(part.numel() for part in parts)
-        if count != self.n or (not isinstance(snapshot, (list, tuple)) and parts[0].ndim != 1):
-            shown = tuple(parts[0].shape) if len(parts) == 1 else (count,)
-            raise ValueError(f"snapshot must have shape ({self.n},), got {shown}.")
+        parts = _parts(snapshot, self.n)
         if self._sketch is not None:
             self._sketched = self._sketch.of_parts(parts, offsets)
             return
-        self._write(parts)
+        self._held.write(parts)
 
     def message(self) -> Array:
         """Second part of :meth:`append`, the expensive one: what the staged snapshot adds, from this process's part."""
-        return self._row_message(self.n) if self._sketched is None else np.append(float(self.n), self._sketched)
+        return self._held.message(self.n) if self._sketched is None else np.append(float(self.n), self._sketched)
 
     def commit(self, message: Array) -> bool:
         """Last part of :meth:`append`: take the staged snapshot in, given the sum of :meth:`message` over all parts.
@@ -162,88 +143,16 @@ class Trajectory:
         """
         if self._sketched is not None:  # the sum of all sketches: the rest of the work is small
             self._sketched = None
-            self._write([torch.from_numpy(message[1:])])
-            message = self._row_message(message[0])
-        products, (size, high, low) = message[:-TALLY], message[-TALLY:]
-        if not np.isfinite(products).all():  # every NaN of a snapshot ends up in the products
-            return False
-        count, full = len(self) + 1, len(self) == self.capacity
-        gram = np.empty((count, count))
-        gram[:-1, :-1] = self._gram
-        gram[-1] = gram[:, -1] = products[:count]
-        if count == 1:
-            self._newest.copy_(self._oldest)
-            self._peak = float(gram[0, 0])
-        else:
-            _add(self._newest, self._rows.row(self._first + count - 1))
-        if full:
-            gram = merge_oldest(gram, 1)
-            self._first += 1
-            _add(self._oldest, self._rows.row(self._first))
-            self._peak = max(self._peak, float(gram[0, 0]))
-            if len(products) > count:
-                # the square, of the row's own product, comes last
-                gram[0] = gram[:, 0] = np.roll(products[count:], 1)
-                self._peak = float(gram[0, 0])
-        self._gram, self.total = gram, int(size)
-        mark = (int(high) * HALF + int(low)) % 2**64
-        self._marks = [*self._marks, mark][-len(gram) :]
-        return True
-
-    @property
-    def _oldest(self) -> Tensor:
-        return self._ends.row(0)
-
-    @property
-    def _newest(self) -> Tensor:
-        return self._ends.row(1)
-
-    def _write(self, parts: Sequence[Tensor]) -> None:
-        """Write a snapshot as the increment that it adds; the first one as what the others lie upon."""
-        target = self._rows.row(self._first + len(self)) if len(self) else self._oldest
-        start = 0
-        for part in parts:
-            flat = part.reshape(-1)
-            for piece in (flat[where] for where in _slices(flat.numel())):
-                where = slice(start, start + piece.numel())
-                if len(self):
-                    target[where].copy_(piece.to(self._newest) - self._newest[where])
-                else:
-                    target[where].copy_(piece)
-                start += piece.numel()
-
-    def _row_message(self, size: float) -> Array:
-        """Products of the staged row, new ones of the oldest snapshot where they are needed, and the tally."""
-        stop = self._first + len(self)
-        if not len(self):
-            products = row_products([], self._oldest)
-            mark = sum_of_bits(self._oldest)
-            return np.concatenate([products, [size, *divmod(mark, HALF)]])
-        staged = self._rows.row(stop)
-        products = row_products([self._oldest[None], *self._rows.segments(self._first + 1, stop)], staged)
-        if len(self) == self.capacity and self._base_is_stale():
-            step = self._rows.row(self._first + 1)
-            later = self._rows.segments(self._first + 2, stop + 1)
-            products = np.concatenate([products, row_products(later, self._oldest, step)])
-        mark = sum(sum_of_bits(self._newest[where] + staged[where]) for where in _slices(len(staged))) % 2**64
-        return np.concatenate([products, [size, *divmod(mark, HALF)]])
-
-    def _base_is_stale(self) -> bool:
-        """Whether the next base's products, summed from those of what left, would have lost digits to cancellation."""
-        square = self._gram[:2, :2].sum()
-        return bool(square < STALE * self._peak)
+            self._held.write([torch.from_numpy(message[1:])])
+            message = self._held.message(message[0])
+        return self._held.commit(message)
 
     # -- what is known ------------------------------------------------------------------------------------------------
 
     def snapshots(self) -> Tensor:
         """Copy of the snapshots held, tensor (time, n), oldest first."""
-        self._check_rows("snapshots")
-        rows = torch.empty(len(self), self.n, dtype=self._newest.dtype)
-        for index in range(len(self)):
-            rows[index] = self._oldest
-            if index:
-                torch.add(rows[index - 1], self._rows.row(self._first + index).to(rows), out=rows[index])
-        return rows
+        _check_rows(self._sketch, "snapshots")
+        return self._held.snapshots()
 
     def last(self) -> Tensor:
         """Copy of the newest snapshot, tensor (n,).
@@ -251,18 +160,18 @@ class Trajectory:
         Raises:
             IndexError: If nothing has been recorded.
         """
-        self._check_rows("last")
+        _check_rows(self._sketch, "last")
         if not len(self):
             raise IndexError("the trajectory is empty: append a snapshot first.")
-        return self._newest.clone()
+        return self._held.newest.clone()
 
     def step_norms(self) -> Array:
         """Euclidean norms (time − 1,) of the steps between successive snapshots."""
-        return np.sqrt(np.maximum(np.diag(self._gram)[1:], 0.0))
+        return np.sqrt(np.maximum(np.diag(self._held.gram)[1:], 0.0))
 
     def start_norm(self) -> float:
         """Euclidean norm of the oldest snapshot held."""
-        return float(np.sqrt(max(self._gram[0, 0], 0.0)))
+        return float(np.sqrt(max(self._held.gram[0, 0], 0.0)))
 
     def factor(self, *, last: int | None = None) -> Array:
         r"""Array R (r, time), r ≤ time, with :math:`R^\top R` the Gram matrix of the snapshots.
@@ -271,7 +180,7 @@ class Trajectory:
             last: Use only so many of the newest snapshots, ≥ 1 (default: all).
         """
         drop = 0 if last is None else max(0, len(self) - last)
-        return factor_from_increment_gram(merge_oldest(self._gram, drop))
+        return factor_from_increment_gram(merge_oldest(self._held.gram, drop))
 
     def spectrum(
         self,
@@ -324,7 +233,7 @@ class Trajectory:
         Raises:
             ValueError: If the weights' last dimension is not the number of snapshots held, or only sketches are held.
         """
-        self._check_rows("combine")
+        _check_rows(self._sketch, "combine")
         matrix = torch.as_tensor(np.asarray(weights, dtype=np.float64))
         if matrix.shape[-1] != len(self) or matrix.ndim not in (1, 2):
             raise ValueError(
@@ -333,20 +242,12 @@ class Trajectory:
             )
         # an increment is part of all later snapshots
         rows = matrix.reshape(-1, len(self)).flip(1).cumsum(1).flip(1)
-        combined = torch.empty(rows.shape[0], self.n, dtype=self._newest.dtype)
-        held = [self._oldest[None], *self._rows.segments(self._first + 1, self._first + len(self))]
+        combined = torch.empty(rows.shape[0], self.n, dtype=self._held.newest.dtype)
         start = 0
-        for chunk in wide_chunks(held, CHUNKS):
+        for chunk in wide_chunks(self._held.segments(), CHUNKS):
             combined[:, start : start + chunk.shape[1]] = rows @ chunk
             start += chunk.shape[1]
         return combined[0] if matrix.ndim == 1 else combined
-
-    def _check_rows(self, method: str) -> None:
-        if self._sketch is not None:
-            raise ValueError(
-                f"storage='sketch' keeps {self._sketch.k} combinations of each snapshot, from which `{method}` cannot "
-                "give them back: take storage='ram' or 'disk'."
-            )
 
     # -- keeping ------------------------------------------------------------------------------------------------------
 
@@ -369,19 +270,14 @@ class Trajectory:
             self._writer = path
         elif self._writer is None or self._writer.path != Path(path).absolute():
             self._writer = SegmentWriter(Path(path), keep=self.capacity)
-        files = self._writer.write(self._first, len(self), self._oldest, self._newest, self._rows.row)
-        marks = [mark - 2**64 if mark >= 2**63 else mark for mark in self._marks]
+        held = self._held
         return {
             "n": self.n,
-            "total": self.total,
             "capacity": self.capacity,
             "dtype": str(self.dtype).removeprefix("torch."),
             "sketch": 0 if self._sketch is None else self._sketch.k,
-            "first": self._first,
-            "peak": self._peak,
-            "gram": torch.from_numpy(self._gram.copy()),
-            "marks": torch.tensor(marks, dtype=torch.int64),
-            **files,
+            **self._writer.write(held.first, len(held), held.oldest, held.newest, held.rows.row),
+            **held.state_dict(),
         }
 
     @classmethod
@@ -405,7 +301,7 @@ class Trajectory:
             path: What it was given, or where the files lie now.
             storage: As for the constructor; a sketch stays one.
             folder: The constructor's ``path``.
-            all_sum: As for the constructor.
+            all_sum: Its own.
             n: Numbers that this process holds, if that is not what the state says.
             read: Fills a tensor with this process's part of the row of an index, and tells whether it could; in place
                 of reading the files below ``path``.
@@ -413,10 +309,9 @@ class Trajectory:
         Raises:
             ValueError: If the state is no such state.
         """
-        held = _check_state(state)
+        count = check_state(state)
         kept: dict[str, Any] = {"storage": storage, "path": folder}
-        if state["sketch"]:
-            kept = {"storage": "sketch", "sketch": int(state["sketch"])}
+        kept = {"storage": "sketch", "sketch": int(state["sketch"])} if state["sketch"] else kept
         trajectory = cls(
             int(state["n"]) if n is None else n,
             capacity=state["capacity"],
@@ -424,69 +319,40 @@ class Trajectory:
             all_sum=all_sum,
             **kept,
         )
-        get = read or SegmentReader.of(Path(path), state, trajectory._rows.n)
-        marks = trajectory._read(int(state["first"]), held, int(state["start"]), get)
+        held = trajectory._held
+        get = read or SegmentReader.of(Path(path), state, held.n)
+        marks = held.read(int(state["first"]), count, int(state["start"]), get)
         if all_sum is not None:  # sketches are the same everywhere: only what is missing counts
             marks = all_sum(marks) if trajectory._sketch is None else marks + all_sum(marks * 0)
-        if held and [_mark(each) for each in marks] == [int(mark) % 2**64 for mark in state["marks"]]:
-            trajectory._first, trajectory._gram = int(state["first"]), state["gram"].numpy().copy()
-            trajectory.total, trajectory._peak = int(state["total"]), float(state["peak"])
-            trajectory._marks = [_mark(each) for each in marks]
+        held.load_state_dict(state, marks)
         return trajectory
 
-    def _read(self, first: int, held: int, start: int, read: ReadRow) -> Array:
-        """Read the base at ``start`` and the increments after it; halves (held, 2) of the fingerprints, NaN: unread."""
-        marks = np.full((held, 2), np.nan)  # a sum with NaN is NaN: what one process lost, all leave out
-        if not held or not read(start, self._newest):
-            return marks
-        skipped = torch.empty(self._rows.n, dtype=self._rows.dtype)
-        for index in range(start, first + held):
-            row = self._rows.row(index) if index > first else skipped
-            if index > start:
-                if not read(index, row):
-                    return np.full((held, 2), np.nan)
-                _add(self._newest, row)
-            if index == first:
-                self._oldest.copy_(self._newest)
-            if index >= first:
-                marks[index - first] = divmod(sum_of_bits(self._newest), HALF)
-        return marks
+
+def _check_kept(storage: object, path: object, dtype: object) -> None:
+    """Raise ValueError for a way to keep snapshots that there is not."""
+    check_choice("storage", storage, STORAGES)
+    if path is not None and storage != "disk":
+        raise ValueError(f"path={str(path)!r} is for storage='disk', got storage={storage!r}: leave it out.")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}.")
+    if storage == "sketch" and dtype != torch.float32:
+        raise ValueError(f"dtype={dtype} is for stored snapshots, a sketch is always float64: leave it out.")
 
 
-def sum_of_bits(values: Tensor) -> int:
-    """A fingerprint of contiguous numbers: those of parts add up."""
-    return int(values.view(BITS[values.dtype]).sum(dtype=torch.int64)) % 2**64
+def _check_rows(sketch: Sketch | None, method: str) -> None:
+    """Raise ValueError where there are only sketches."""
+    if sketch is not None:
+        raise ValueError(
+            f"storage='sketch' keeps {sketch.k} combinations of each snapshot, from which `{method}` cannot give them "
+            "back: take storage='ram' or 'disk'."
+        )
 
 
-def _check_state(state: dict[str, Any]) -> int:
-    """Snapshots that a state holds; raise ValueError unless its parts agree, before anything of their size is made."""
-    gram, marks, first, start = state["gram"], state["marks"], int(state["first"]), int(state["start"])
-    held = len(gram)
-    limit = held if state["capacity"] is None else int(state["capacity"])
-    if gram.shape != (held, held) or marks.shape != (held,) or held > limit or not 0 <= start <= first:
-        raise ValueError(f"the saved state holds {held} snapshots, but {len(marks)} fingerprints: it is damaged.")
-    if state["capacity"] is not None and first - start > 3 * limit:
-        raise ValueError(f"the saved state begins {first - start} snapshots before it needs to: it is damaged.")
-    return held
-
-
-def _mark(halves: Array) -> int:
-    """A fingerprint from the sums of its upper and lower half; −1 where a part of it is missing."""
-    return -1 if np.isnan(halves).any() else (int(halves[0]) * HALF + int(halves[1])) % 2**64
-
-
-def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor]) -> list[Tensor]:
-    """A snapshot as the tensors that make it up."""
-    if isinstance(snapshot, (list, tuple)) and all(isinstance(part, Tensor) for part in snapshot):
-        return [part.detach() for part in snapshot]
-    return [torch.as_tensor(snapshot).detach()]
-
-
-def _slices(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE))
-
-
-def _add(target: Tensor, row: Tensor) -> None:
-    """Add an increment to a snapshot in place, rounded as everywhere."""
-    for where in _slices(len(target)):
-        target[where] += row[where]
+def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], n: int) -> list[Tensor]:
+    """A snapshot of n numbers as the tensors that make it up; raise ValueError if it has another shape."""
+    several = isinstance(snapshot, (list, tuple)) and all(isinstance(part, Tensor) for part in snapshot)
+    parts = [torch.as_tensor(part).detach() for part in (snapshot if several else [snapshot])]  # type: ignore[union-attr]
+    count = sum(part.numel() for part in parts)
+    if count != n or (not several and parts[0].ndim != 1):
+        raise ValueError(f"snapshot must have shape ({n},), got {(count,) if several else tuple(parts[0].shape)}.")
+    return parts

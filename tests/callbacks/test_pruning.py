@@ -521,7 +521,7 @@ def test_a_failing_draw_leaves_the_survivors_as_they_were(fit):
         raise RuntimeError("no such scheme")
 
     pruner = KoopmanPruner(0.75, epoch=3, survivors="reinit", scheme=scheme)
-    with pytest.warns(KoopmanWarning, match="drawing the survivors anew failed.*no such scheme"):
+    with pytest.warns(KoopmanWarning, match="setting the survivors failed.*no such scheme"):
         _, watcher = fit(pruner, epochs=5)
     mask = pruner.masks["network.1.weight"]
     assert watcher.at_start[3]["network.1.weight"][mask].all()
@@ -560,7 +560,7 @@ def test_an_exception_lets_go_of_the_module(fit, root, classifier):
         ({"sparsity": 0.5, "scheme": "he"}, "scheme='he' is for survivors='reinit'"),
         ({"sparsity": 0.5, "survivors": "reinit", "scheme": "hee"}, "scheme must be None, one of"),
         ({"sparsity": 0.5, "window": 8}, "window must be at least 11 with epoch='settled'"),
-        ({"threshold": 0.5, "structured": True}, "give the share of channels"),
+        ({"threshold": 0.5, "structured": True}, "give the share of channels as"),
         ({"sparsity": 0.5, "structured": True, "allow_empty": True}, "allow_empty=True is for masks"),
     ],
 )
@@ -597,13 +597,6 @@ def test_deepspeed_is_refused(fit, root):
 
     with pytest.raises(ValueError, match="partitions of its own"):
         fit(KoopmanPruner(0.5, epoch=3), strategy=DeepSpeedStrategy("cpu"), accelerator="auto")
-
-
-def test_a_history_of_an_older_version_can_be_saved_again(fit):
-    pruner = KoopmanPruner(0.5, epoch=4)
-    fit(pruner, epochs=6)
-    del pruner.history[0]["step"]
-    assert math.isnan(pruner.state_dict()["history"]["step"][0])
 
 
 def test_two_of_them_prune_at_once(fit):

@@ -140,7 +140,7 @@ def test_every_older_state_still_finds_all_its_snapshots(tmp_path, kept):
         np.testing.assert_array_equal(loaded.spectrum().eigenvalues, eigenvalues)
         assert len(state["starts"]) <= 3  # files of at most about two windows
     sizes = [file.stat().st_size for file in tmp_path.glob("rows-*.bin")]
-    assert max(sizes) <= 2.5 * 8 * trajectory._rows.row_bytes + trajectory._ends.row_bytes
+    assert max(sizes) <= 2.5 * 8 * trajectory._held.rows.row_bytes + 8 * 30
 
 
 def test_saves_further_apart_than_the_window_begin_a_new_file(tmp_path):

@@ -1,0 +1,211 @@
+"""The increments of a trajectory on top of its oldest snapshot, and the Gram matrix that they add up to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_koopman._types import Array
+from lightning_koopman.dmd.gram import merge_oldest, row_products
+from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
+
+TALLY = 3  # numbers beside the products in a message: those of a snapshot, and two halves of its fingerprint
+HALF = 2**32
+PIECE = 2**22  # numbers worked on at a time
+STALE = 0.25  # a base whose square has fallen below this share of what its products were summed from needs new ones
+
+ReadRow = Callable[[int, Tensor], bool]
+
+
+class Increments:
+    """Snapshots of n numbers as the oldest of them and the increments after it.
+
+    Each increment is measured from what those before it add up to, so that roundings do not add up.  A new one is
+    taken in in three parts: :meth:`write` it, let :meth:`message` say what it adds to the Gram matrix, which processes
+    may sum, and :meth:`commit` that.
+
+    Args:
+        n: Numbers in a snapshot.
+        capacity: Snapshots kept, or None for all.
+        dtype: Of the increments; the snapshots at both ends are float64 with float64, else float32.
+        folder: Folder of the files that they are mapped from, or None for memory.
+
+    Attributes:
+        gram: Array (time, time), of the oldest snapshot and the increments.
+        first: Snapshots that have left: the oldest one kept has this index.
+        total: Numbers in a snapshot, in all processes.
+        marks: Fingerprints of the snapshots.
+    """
+
+    def __init__(self, n: int, capacity: int | None, dtype: torch.dtype, folder: Path | None) -> None:
+        self.n, self.capacity = n, capacity
+        # all increments but that of the oldest snapshot, and one that is not yet taken in
+        self.rows = RowStore(n, dtype, capacity, folder=folder)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self._ends = RowStore(n, wide, 2, folder=folder)
+        self.gram: Array = np.zeros((0, 0))
+        self.first, self.total = 0, 0
+        self.marks: list[int] = []
+        self._peak = 0.0  # square of the largest base since the products with it were computed
+
+    def __len__(self) -> int:
+        return len(self.gram)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the snapshots held."""
+        return max(0, len(self) - 1) * self.rows.row_bytes + 2 * self._ends.row_bytes
+
+    @property
+    def oldest(self) -> Tensor:
+        """The oldest snapshot (n,)."""
+        return self._ends.row(0)
+
+    @property
+    def newest(self) -> Tensor:
+        """The newest snapshot (n,)."""
+        return self._ends.row(1)
+
+    def segments(self) -> list[Tensor]:
+        """Views (rows, n) of the oldest snapshot and of the increments after it, in order of time."""
+        return [self.oldest[None], *self.rows.segments(self.first + 1, self.first + len(self))]
+
+    def snapshots(self) -> Tensor:
+        """Copy (time, n) of the snapshots."""
+        found = torch.empty(len(self), self.n, dtype=self.oldest.dtype)
+        for index in range(len(self)):
+            found[index] = self.oldest
+            if index:
+                torch.add(found[index - 1], self.rows.row(self.first + index).to(found), out=found[index])
+        return found
+
+    # -- taking in ----------------------------------------------------------------------------------------------------
+
+    def write(self, parts: Sequence[Tensor]) -> None:
+        """Write a snapshot as the increment that it adds; the first one as what the others lie upon."""
+        target = self.rows.row(self.first + len(self)) if len(self) else self.oldest
+        start = 0
+        for part in parts:
+            flat = part.reshape(-1)
+            for piece in (flat[where] for where in _slices(flat.numel())):
+                where = slice(start, start + piece.numel())
+                target[where].copy_(piece.to(self.newest) - self.newest[where] if len(self) else piece)
+                start += piece.numel()
+
+    def message(self, size: float) -> Array:
+        """What the written snapshot adds: its products, new ones of the oldest where they are needed, and a tally."""
+        stop = self.first + len(self)
+        if not len(self):
+            products, mark = row_products([], self.oldest), sum_of_bits(self.oldest)
+        else:
+            staged = self.rows.row(stop)
+            products = row_products(self.segments(), staged)
+            if len(self) == self.capacity and self._base_is_stale():
+                later = self.rows.segments(self.first + 2, stop + 1)
+                products = np.append(products, row_products(later, self.oldest, self.rows.row(self.first + 1)))
+            mark = sum(sum_of_bits(self.newest[where] + staged[where]) for where in _slices(len(staged))) % 2**64
+        return np.concatenate([products, [size, *divmod(mark, HALF)]])
+
+    def commit(self, message: Array) -> bool:
+        """Take the written snapshot in, given its message; returns whether its numbers were finite."""
+        products, (size, high, low) = message[:-TALLY], message[-TALLY:]
+        if not np.isfinite(products).all():  # every NaN of a snapshot ends up in the products
+            return False
+        count, full = len(self) + 1, len(self) == self.capacity
+        gram = np.empty((count, count))
+        gram[:-1, :-1] = self.gram
+        gram[-1] = gram[:, -1] = products[:count]
+        if count == 1:
+            self.newest.copy_(self.oldest)
+            self._peak = float(gram[0, 0])
+        else:
+            _add(self.newest, self.rows.row(self.first + count - 1))
+        if full:
+            gram = merge_oldest(gram, 1)
+            self.first += 1
+            _add(self.oldest, self.rows.row(self.first))
+            self._peak = max(self._peak, float(gram[0, 0]))
+            if len(products) > count:
+                gram[0] = gram[:, 0] = np.roll(products[count:], 1)  # the vector's own square comes last
+                self._peak = float(gram[0, 0])
+        self.gram, self.total = gram, int(size)
+        self.marks = [*self.marks, _mark(np.array([high, low]))][-len(gram) :]
+        return True
+
+    def _base_is_stale(self) -> bool:
+        """Whether the next base's products, summed from those of what left, would have lost digits to cancellation."""
+        return bool(self.gram[:2, :2].sum() < STALE * self._peak)
+
+    # -- keeping ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the snapshots; tensors and numbers."""
+        return {
+            "total": self.total,
+            "first": self.first,
+            "peak": self._peak,
+            "gram": torch.from_numpy(self.gram.copy()),
+            "marks": torch.tensor([mark - 2**64 if mark >= 2**63 else mark for mark in self.marks], dtype=torch.int64),
+        }
+
+    def read(self, first: int, held: int, start: int, read: ReadRow) -> Array:
+        """Read the snapshot at ``start`` and the increments after it, up to those held from ``first`` on.
+
+        Returns:
+            Halves (held, 2) of the fingerprints of what was read, NaN where that failed: they add up over processes.
+        """
+        unread = np.full((held, 2), np.nan)
+        if not held or not read(start, self.newest):
+            return unread
+        marks, skipped = unread.copy(), torch.empty(self.n, dtype=self.rows.dtype)
+        for index in range(start, first + held):
+            row = self.rows.row(index) if index > first else skipped
+            if index > start:
+                if not read(index, row):
+                    return unread
+                _add(self.newest, row)
+            if index == first:
+                self.oldest.copy_(self.newest)
+            if index >= first:
+                marks[index - first] = divmod(sum_of_bits(self.newest), HALF)
+        return marks
+
+    def load_state_dict(self, state: dict[str, Any], marks: Array) -> None:
+        """Take up :meth:`state_dict`, if what was read has its fingerprints; else nothing is held."""
+        found = [_mark(each) for each in marks]
+        if not found or found != [int(mark) % 2**64 for mark in state["marks"]]:
+            return
+        self.first, self.gram = int(state["first"]), state["gram"].numpy().copy()
+        self.total, self._peak, self.marks = int(state["total"]), float(state["peak"]), found
+
+
+def check_state(state: dict[str, Any]) -> int:
+    """Snapshots that a state holds; raise ValueError unless its parts agree, before anything of their size is made."""
+    gram, marks, first, start = state["gram"], state["marks"], int(state["first"]), int(state["start"])
+    held = len(gram)
+    limit = held if state["capacity"] is None else int(state["capacity"])
+    if gram.shape != (held, held) or marks.shape != (held,) or held > limit or not 0 <= start <= first:
+        raise ValueError(f"the saved state holds {held} snapshots, but {len(marks)} fingerprints: it is damaged.")
+    if state["capacity"] is not None and first - start > 3 * limit:
+        raise ValueError(f"the saved state begins {first - start} snapshots before it needs to: it is damaged.")
+    return held
+
+
+def _mark(halves: Array) -> int:
+    """A fingerprint from the sums of its upper and lower half; −1 where a part of it is missing."""
+    return -1 if np.isnan(halves).any() else (int(halves[0]) * HALF + int(halves[1])) % 2**64
+
+
+def _slices(count: int) -> Iterator[slice]:
+    return (slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE))
+
+
+def _add(target: Tensor, row: Tensor) -> None:
+    """Add an increment to a snapshot in place, rounded as everywhere."""
+    for where in _slices(len(target)):
+        target[where] += row[where]
