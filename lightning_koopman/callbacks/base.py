@@ -182,6 +182,7 @@ class TrajectoryCallback(LightningCallback):
         if self.active:
             with self.guard("finishing"):
                 self.fit_ends(trainer, pl_module)
+            self.recording.release(trainer)
 
     def state_dict(self) -> dict[str, Any]:
         if self._pending is not None:  # loaded, but no training has begun since
@@ -235,14 +236,13 @@ class TrajectoryCallback(LightningCallback):
                     "settings: its trajectory starts anew.",
                 )
             return False
-        restored = False
+        saved: dict[str, Any] | None = None
         with self.guard("going on from the checkpoint's state"):
             self.take_up(state)
             self.recording.load_state_dict(state)
-            self.clock.rounds = int(state["rounds"])
-            restored = True
-        self.recording.restore(trainer, pl_module, state.get("recorder", {}) if restored else {})
-        return restored
+            self.clock.rounds, saved = int(state["rounds"]), state.get("recorder", {})
+        self.recording.restore(trainer, pl_module, saved or {})
+        return saved is not None
 
     def take_up(self, state: dict[str, Any]) -> None:
         """Take up the history and what the subclass keeps; whatever it raises means a fresh start."""

@@ -267,7 +267,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         return rate_will_matter(past, planned, values, span=self.rule.horizon, tolerance=tolerance)
 
     def _conclude(self, trainer: pl.Trainer, epoch: int) -> None:
-        trained = trainer.current_epoch + (self.settings.every_n_steps is None)
+        trained = trainer.current_epoch if self.clock.by_steps else epoch
         too_early = epoch < self.min_epochs or trained < (trainer.min_epochs or 0)
         if too_early or trainer.global_step < (trainer.min_steps or 0):
             return

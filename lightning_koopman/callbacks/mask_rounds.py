@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_koopman.callbacks.averages import averages
 from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.callbacks.scalars import give
 from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
@@ -79,7 +80,7 @@ class PruningMethod(Protocol):
         """Share that is pruned now, in [0, 1]."""
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise ValueError for a run in which it cannot work; called in ``setup``, for any stage."""
+        """Raise ValueError for a run in which it cannot work."""
 
     def prepare(self, pl_module: pl.LightningModule) -> None:
         """Get the module ready for a checkpoint of a pruned one."""
@@ -165,8 +166,7 @@ class MaskRounds:
     def log(self, trainer: pl.Trainer, prefix: str) -> None:
         rows = [] if self.masks is None else self.masks.rows()
         scalars = {f"{prefix}/sparsity/{row['parameter']}": row["sparsity"] for row in rows}
-        for logger in trainer.loggers if scalars else ():
-            logger.log_metrics(scalars, step=trainer.global_step)
+        give(trainer, scalars)
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Any run will do."""

@@ -159,9 +159,10 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         check_options(tol=tol, max_rank=None, delays=1)
         self.radius, self.tol = check_positive("radius", radius), float(tol)
         self.max_residual = check_positive("max_residual", max_residual)
-        if not isinstance(log_figure, (bool, np.bool_)):
-            log_figure = check_count("log_figure", log_figure, 0, "it is True, False or a number of epochs")
-        self.log_figure, self.folder = log_figure, self.prefix
+        flag = isinstance(log_figure, (bool, np.bool_))
+        advice = "it is True, False or a number of epochs"
+        self.log_figure = bool(log_figure) if flag else check_count("log_figure", log_figure, 0, advice)
+        self.folder = self.prefix
         self.spectrum: Spectrum | None = None
         self.surrogate: Spectrum | None = None
         self.figure_paths: list[Path] = []
@@ -214,7 +215,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             self._publish(trainer, None)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._publish(trainer, self._logged(self.history[-1]) if self.history and not self.anew else None)
+        known = self.history[-1] if self.history and not self.anew else None  # which the first process alone keeps
+        self._publish(trainer, self.on_zero(trainer, "reading the history", lambda: known and self._logged(known)))
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         logged = self.on_zero(trainer, "analysing the spectrum", lambda: self._analyse(trainer, epoch))

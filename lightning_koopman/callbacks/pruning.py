@@ -203,11 +203,12 @@ class KoopmanPruner(TrajectoryCallback):
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.weights_replaced(trainer, pl_module)
+        with self.guard("holding the masks"):
+            self.weights_replaced(trainer, pl_module)
         self._score(self.clock.rounds)
 
     def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.method.again(trainer, pl_module, "round")
+        self._again(trainer, pl_module, "round")
         if not self.method.needs_batch and self.schedule.is_due(self.clock.rounds):
             self._prune(trainer, pl_module)
 
@@ -226,11 +227,10 @@ class KoopmanPruner(TrajectoryCallback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        with self.guard("masking gradients"):
-            self.method.again(trainer, pl_module, "step")
+        self._again(trainer, pl_module, "step")
 
     def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        self.method.again(trainer, pl_module, "batch")
+        self._again(trainer, pl_module, "batch")
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         if self.schedule.waits:
@@ -241,18 +241,21 @@ class KoopmanPruner(TrajectoryCallback):
         self._score(epoch)
 
     def round_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        self.method.again(trainer, pl_module, "always")
+        self._again(trainer, pl_module, "always")
         self.log_values(trainer, pl_module, {"sparsity": self.achieved})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with self.guard("applying the masks again"):  # averages of the weights may have been written over them
-            self.method.again(trainer, pl_module, "always")
+        self._again(trainer, pl_module, "always")  # averages of the weights may have been written over them
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.method.again(trainer, pl_module, "always")
+        self._again(trainer, pl_module, "always")
         if not self.schedule.finished:
             ended, why = self.clock.when(self.clock.rounds), self.schedule.why_unfinished(self.clock)
             self.guard.warn("unpruned", f"training ended after {ended} at {self.achieved:.0%}: {why}.")
+
+    def _again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
+        with self.guard("applying the masks again"):
+            self.method.again(trainer, pl_module, when)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.method.release()  # Lightning then leaves `teardown` out

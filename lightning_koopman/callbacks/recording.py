@@ -67,7 +67,7 @@ class Recording:
             advice: What the user can do where memory, or the disk, is too small.
 
         Raises:
-            ValueError: If patterns match nothing, or there is no room, in any process.
+            ValueError: If patterns match nothing, or there is no room; in another process it is an OtherProcessError.
         """
         root = outermost(trainer, pl_module)
         with self.weights.processes.together():
@@ -113,6 +113,12 @@ class Recording:
         with self._guard("averaging the training loss"):
             taken = self.loss.take()
         self.train_loss = self.loss.mean(trainer, taken)
+        self.release(trainer)
+
+    def release(self, trainer: pl.Trainer) -> None:
+        """Delete snapshots that no checkpoint needs any more."""
+        with self._guard("deleting snapshots that no checkpoint needs"):
+            self.own.release(checkpoints(trainer))
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool) -> None:
         """Record the initial weights, or find that they go on from the newest snapshot."""
@@ -129,9 +135,6 @@ class Recording:
     def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
         """Record the observable after a round; returns whether the recorder holds its snapshot."""
         started = time.perf_counter()
-        if self.recorder is self.own:
-            with self._guard("deleting snapshots that no checkpoint needs"):
-                self.recorder.release(checkpoints(trainer))
         if self.of_weights:
             with self._guard.together("recording a snapshot", self.weights.processes):
                 self._take(self._read(trainer, pl_module))

@@ -227,10 +227,11 @@ class RestartOnBadInitialization(TrajectoryCallback):
     def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
         seed = FAR_SEED + self.seed + len(self.restarts)
         root, processes = outermost(trainer, pl_module), self.recording.weights.processes
-        reinitialize_by_name(root, self._chosen, self.scheme, seed=seed, processes=processes)
-        trainer.strategy.setup_optimizers(trainer)
+        # counted in any case: one that fails would be tried for ever
         self.restarts.append({"epoch": self.clock.rounds, "step": trainer.global_step, "reason": reason})
         self._begin(self.clock.rounds)
+        reinitialize_by_name(root, self._chosen, self.scheme, seed=seed, processes=processes)
+        trainer.strategy.setup_optimizers(trainer)
         for other in averaging_callbacks(trainer):
             self.guard.warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
 

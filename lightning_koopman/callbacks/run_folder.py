@@ -59,16 +59,14 @@ class RunFolder:
         """
         parent = self._parent(trainer)
         base = parent.absolute() / name
-        goes_on = trainer.current_epoch > 0 and base == self._base and self.path is not None
-        self._base = base
-        if goes_on:
-            return
         path, problem = None, None
         if trainer.is_global_zero:
+            goes_on = trainer.current_epoch > 0 and base == self._base
             try:
-                path = _claim(base)
+                path = (self.path if goes_on else None) or _claim(base)
             except OSError as error:
                 problem = error.strerror or str(error)
+        self._base = base
         path, problem = trainer.strategy.broadcast((path, problem))
         if problem is not None:
             raise ValueError(f"dirpath={str(parent)!r} cannot be written ({problem}): pass another `dirpath`.")

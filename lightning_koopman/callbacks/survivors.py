@@ -17,7 +17,7 @@ from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.dmd.spectrum import PERSISTENT
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.reinitialize import Scheme, check_scheme, reinitialize_by_name, select_modules
-from lightning_koopman.parameters.sharded_modules import clean_name, local_chunks
+from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.optimizer_state import forget
 from lightning_koopman.pruning.prunable import prunable_parameters
@@ -146,16 +146,8 @@ def redraw(
     seed: int,
     processes: Processes,
 ) -> None:
-    """Reinitialize modules, or leave everything as it was where that fails; optimizers and averages follow."""
-    root = outermost(trainer, pl_module)
-    held = [chunk.tensor.detach() for chunk in local_chunks(root).values()]
-    before = [(tensor, tensor.clone()) for tensor in (*held, *pl_module.buffers())]
-    try:
-        reinitialize_by_name(root, names, scheme, seed=seed, processes=processes)
-    except Exception:
-        for tensor, value in before:
-            tensor.copy_(value)
-        raise
+    """Reinitialize modules; optimizers and averages follow."""
+    reinitialize_by_name(outermost(trainer, pl_module), names, scheme, seed=seed, processes=processes)
     modules = {clean_name(name): module for name, module in pl_module.named_modules()}
     redrawn = [modules[name] for name in names]
     forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])

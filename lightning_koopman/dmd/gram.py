@@ -128,7 +128,8 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
                 block = buffer[: len(block), : stop - start].copy_(block)
             found[row : row + len(block)] += block.mv(vector)
             row += len(block)
-        found[-1] += vector.dot(vector)
+        exact = vector.double()  # a single long sum in float32 would err by a millionth
+        found[-1] += exact.dot(exact)
     return found.numpy()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_koopman._types import Array
+
+TOLD = "_koopman_told"  # marks an error that the other processes know of
 
 
 class ProcessLostError(RuntimeError):
@@ -39,7 +41,6 @@ class Processes:
     rank: int = 0
     size: int = 1
     group: Any = None
-    _told: list[BaseException] = field(default_factory=list, compare=False, repr=False)
 
     def __reduce__(self) -> tuple[type[Processes], tuple[()]]:
         return Processes, ()  # connections belong to this process: a copy elsewhere begins alone
@@ -70,8 +71,8 @@ class Processes:
         except (ProcessLostError, OtherProcessError):
             raise
         except Exception as error:
-            if not any(error is known for known in self._told):  # an inner block has not yet told the others
-                self._told[:] = [error]
+            if not hasattr(error, TOLD):  # an inner block has not yet told the others
+                setattr(error, TOLD, True)
                 with contextlib.suppress(OtherProcessError):
                     self._agree(failed=True)
             raise

@@ -116,7 +116,7 @@ def reinitialize(
 def reinitialize_by_name(
     root: nn.Module, names: Sequence[str], scheme: Scheme, *, seed: int, processes: Processes
 ) -> None:
-    """Draw the parameters of some modules of a network anew, the same in all processes.
+    """Reinitialize some modules of a network, the same in all processes, or leave it as it was where that fails.
 
     Args:
         root: The network; under FSDP the outermost wrapped module.
@@ -132,7 +132,16 @@ def reinitialize_by_name(
         owned.setdefault(owner, {})[leaf] = chunk
     # the innermost of those that wrappers give the same name
     modules = {clean_name(name): module for name, module in root.named_modules()}
-    reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=[owned.get(name, {}) for name in names])
+    held = [chunk.tensor.detach() for chunk in chunks.values()]
+    before = [(tensor, tensor.clone()) for tensor in (*held, *root.buffers())]
+    own = [owned.get(name, {}) for name in names]
+    try:
+        with processes.together():
+            reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=own)
+    except Exception:  # in any process: nothing has changed then
+        for tensor, value in before:
+            tensor.copy_(value)
+        raise
     whole = {id(chunk.tensor): chunk.tensor.detach() for chunk in chunks.values() if chunk.whole}
     for tensor in (*whole.values(), *root.buffers()):  # other kinds of processors may draw otherwise
         processes.copy_from_first(tensor)

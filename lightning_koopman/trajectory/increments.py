@@ -79,8 +79,9 @@ class Increments:
         """Copy (time, n) of the snapshots."""
         found = torch.empty(len(self), self.n, dtype=self.oldest.dtype)
         for index in range(len(self)):
-            found[index] = self.oldest
-            if index:
+            if index == 0:
+                found[0] = self.oldest
+            else:
                 torch.add(found[index - 1], self.rows.row(self.first + index).to(found), out=found[index])
         return found
 
@@ -191,9 +192,15 @@ def check_state(state: dict[str, Any]) -> int:
     limit = held if state["capacity"] is None else int(state["capacity"])
     if gram.shape != (held, held) or marks.shape != (held,) or held > limit or not 0 <= start <= first:
         raise ValueError(f"the saved state holds {held} snapshots, but {len(marks)} fingerprints: it is damaged.")
-    if state["capacity"] is not None and first - start > 3 * limit:
-        raise ValueError(f"the saved state begins {first - start} snapshots before it needs to: it is damaged.")
     return held
+
+
+def shortened(state: dict[str, Any], window: int | None) -> dict[str, Any]:
+    """A saved state as one with another window would have saved it: with its newest snapshots only."""
+    drop = 0 if window is None else max(0, check_state(state) - window)
+    gram = torch.from_numpy(merge_oldest(state["gram"].numpy(), drop))
+    first, marks = int(state["first"]) + drop, state["marks"][drop:]
+    return {**state, "capacity": window, "first": first, "gram": gram, "marks": marks}
 
 
 def _mark(halves: Array) -> int:

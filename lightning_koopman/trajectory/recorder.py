@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_koopman._checks import check_choice, check_count
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.shards import Shards
+from lightning_koopman.trajectory.increments import shortened
 from lightning_koopman.trajectory.rows import BITS, sum_of_bits
 from lightning_koopman.trajectory.sidecar import (
     Retention,
@@ -22,7 +25,6 @@ from lightning_koopman.trajectory.sidecar import (
     SegmentWriter,
     ShardReader,
     process_path,
-    write_layout,
 )
 from lightning_koopman.trajectory.trajectory import SKETCH, STORAGES, Trajectory
 
@@ -156,7 +158,7 @@ class Recorder:
         self._fingerprint: int | None = None  # of the newest snapshot
         self._writer: SegmentWriter | None = None
         self._written: list[Path] = []  # files of earlier segments in the folder
-        self._segments = 0
+        self._segments = self._saves = self._word = 0
         self._retention = Retention()
 
     def __len__(self) -> int:
@@ -227,6 +229,7 @@ class Recorder:
         anew = trajectory is None or self.interrupted or snapshot.numel != trajectory.n
         if self.processes.any(anew) or trajectory is None:
             self.clear()  # before the new one asks for memory
+            self._draw_word()
             dtype = snapshot.parts[0].dtype if snapshot.shards is None else getattr(torch, self.settings.dtype)
             self.trajectory = trajectory = Trajectory(
                 snapshot.numel,
@@ -240,6 +243,11 @@ class Recorder:
         self._fingerprint = snapshot.fingerprint()
         trajectory.stage(snapshot.parts, offsets=snapshot.offsets)
         return trajectory.commit(self.processes.all_sum(trajectory.message()))
+
+    def _draw_word(self) -> None:
+        """Draw what tells this recorder's references from others; the first process's number in all of them."""
+        own = secrets.randbits(32) if self.processes.rank == 0 else 0
+        self._word = int(self.processes.all_sum(np.array([float(own)]))[0])
 
     @property
     def _all_sum(self) -> Callable[..., Any] | None:
@@ -263,17 +271,16 @@ class Recorder:
 
     def save(self) -> dict[str, Any]:
         """State for a checkpoint, the same in all processes; their snapshots go to files in the folder."""
+        self._saves += 1  # before anything can differ between processes
         if self.trajectory is None or self.folder is None or (self._alike and self.processes.rank > 0):
             return {}
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / SIDECAR
         if self._writer is None:
             self._segments += 1
-            own = process_path(path, *self._place)
-            writer = SegmentWriter(own, keep=self.settings.window, segment=str(self._segments))
-            if self._shards is not None and not self._alike:
-                write_layout(own, writer.segment, self._shards)
-            self._writer = writer
+            own, shards = process_path(path, *self._place), None if self._alike else self._shards
+            keep, segment = self.settings.window, str(self._segments)
+            self._writer = SegmentWriter(own, keep=keep, segment=segment, shards=shards)
         state = self.trajectory.save(self._writer)
         return {
             **state,
@@ -281,11 +288,13 @@ class Recorder:
             "interrupted": self.interrupted,
             "path": os.fspath(path),
             "processes": self._place[1],
-            "reference": self._retention.note(self._writer.files(state)),
+            "reference": self._retention.note((self._word << 32) + self._saves, self._writer.files(state)),
         }
 
     def release(self, checkpoints: Iterable[Path]) -> None:
         """Delete the files that neither the next checkpoint needs nor one of those that are, or may be, on disk."""
+        if not self._retention.changed:
+            return
         written = [*self._written, *(self._writer.written if self._writer is not None else [])]
         current = self._writer.current if self._writer is not None else []
         gone = set(self._retention.release(checkpoints, written, current))
@@ -312,10 +321,10 @@ class Recorder:
         Raises:
             ValueError: If the state does not fit these settings.
         """
-        settings, epochs = self.settings, [int(each) for each in state["epochs"]]
+        settings, epochs = self.settings, torch.as_tensor(state["epochs"], dtype=torch.int64).tolist()
         kept = settings.sketch if settings.storage == "sketch" else 0
         dtype = settings.dtype if shards is not None and not kept else "float32" if kept else "float64"
-        for name, expected in {"capacity": settings.window, "sketch": kept, "dtype": dtype}.items():
+        for name, expected in {"sketch": kept, "dtype": dtype}.items():
             if state[name] != expected:
                 raise ValueError(f"its snapshots were recorded with {name}={state[name]!r}, not {expected!r}")
         whole = 1 if shards is None else sum(chunk.numel for chunk in shards.chunks.values())
@@ -323,6 +332,8 @@ class Recorder:
             raise ValueError(f"it holds {len(epochs)} snapshots of {state['total']} elements, this run {whole}")
         self.processes = Processes() if shards is None else shards.processes
         self._shards = shards
+        self._draw_word()
+        state = shortened(state, settings.window)
         path = Path(str(state["path"]))
         at = next((folder / path.name for folder in folders if _has_files(folder / path.name, state)), path)
         own = 1 if shards is None else shards.numel
@@ -339,7 +350,7 @@ class Recorder:
         self.interrupted, self._fingerprint = bool(state["interrupted"]), None
         if not self.epochs:
             self.clear()
-        return len(epochs) - len(self.epochs)
+        return len(state["marks"]) - len(self.epochs)
 
 
 def _has_files(path: Path, state: dict[str, Any]) -> bool:

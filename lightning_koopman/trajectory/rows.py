@@ -40,6 +40,9 @@ class RowStore:
         self._blocks: list[Tensor] = []
         self._block_rows = GROWTH if slots is None else slots
 
+    def __getstate__(self) -> dict[str, Any]:  # a copy lies in memory
+        return {**vars(self), "_file": None, "_blocks": [block.clone() for block in self._blocks]}
+
     @property
     def row_bytes(self) -> int:
         """Bytes of a row."""

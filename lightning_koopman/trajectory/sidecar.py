@@ -33,12 +33,16 @@ class SegmentWriter:
         path: Where the files' names begin.
         keep: Snapshots in the window, or None for all.
         segment: What tells this trajectory's files from others with the same path (default: random).
+        shards: Which elements the rows are made of, where several processes write; told in a file of its own.
     """
 
-    def __init__(self, path: Path, *, keep: int | None, segment: str | None = None) -> None:
+    def __init__(
+        self, path: Path, *, keep: int | None, segment: str | None = None, shards: Shards | None = None
+    ) -> None:
         self.path, self.keep = path.absolute(), keep
         self.segment = segment or uuid.uuid4().hex[:12]
-        self.written: list[Path] = []
+        self._layout = [] if shards is None else [write_layout(self.path, self.segment, shards)]
+        self.written = list(self._layout)
         self._starts: list[int] = []
         self._needed: list[int] = []  # of them, by the newest checkpoint
         self._end = -1  # index of the newest snapshot in the files
@@ -78,12 +82,13 @@ class SegmentWriter:
 
     def files(self, state: Mapping[str, Any]) -> list[Path]:
         """The files that a state returned by :meth:`write` needs."""
-        return [self._file(start) for start in state["starts"]]
+        return [*self._layout, *(self._file(start) for start in state["starts"])]
 
     @property
     def current(self) -> list[Path]:
         """The files that the next checkpoint may need."""
-        return [self._file(start) for start in self._starts if start >= min(self._needed, default=start)]
+        needed = min(self._needed, default=0)
+        return [*self._layout, *(self._file(start) for start in self._starts if start >= needed)]
 
     def _begin(self, start: int, snapshot: Tensor) -> None:
         file = self._file(start)
@@ -158,8 +163,8 @@ def process_path(path: Path, rank: int, size: int) -> Path:
     return path if size == 1 else path.with_name(f"{path.name}-{rank}-of-{size}")
 
 
-def write_layout(path: Path, segment: str, shards: Shards) -> None:
-    """Write which elements of which parameters make up the rows of a segment."""
+def write_layout(path: Path, segment: str, shards: Shards) -> Path:
+    """Write which elements of which parameters make up the rows of a segment; returns the file."""
     runs = [(name, part.starts, part.lengths) for name, part in shards.items()]
     none = np.zeros(0, dtype=np.int64)
     layout = {
@@ -172,6 +177,7 @@ def write_layout(path: Path, segment: str, shards: Shards) -> None:
     scratch = target.with_suffix(".part")
     torch.save(layout, scratch)
     scratch.replace(target)
+    return target
 
 
 @dataclass(frozen=True)
@@ -276,13 +282,20 @@ class Retention:
     """
 
     def __init__(self) -> None:
+        self.changed = False  # since files were last released
         self._needed: dict[str, list[Path]] = {}
         self._places: dict[str, set[Path]] = {}
 
-    def note(self, files: Iterable[Path]) -> str:
-        """A reference to files, for a checkpoint that is about to be written."""
-        reference = TOKEN + uuid.uuid4().hex[:16]
+    def note(self, word: int, files: Iterable[Path]) -> str:
+        """A reference to files, for a checkpoint that is about to be written.
+
+        Args:
+            word: A number below 2⁶⁴ that no other reference has, the same in all processes, as one writes for all.
+            files: Those of this process.
+        """
+        reference = f"{TOKEN}{word:016x}"
         self._needed[reference] = list(files)
+        self.changed = True
         return reference
 
     def release(self, checkpoints: Iterable[Path], written: Iterable[Path], current: Iterable[Path]) -> list[Path]:
@@ -296,6 +309,7 @@ class Retention:
         Returns:
             The files deleted.
         """
+        self.changed = False
         for path in {*checkpoints, *(place for places in self._places.values() for place in places)}:
             found = references_in(path)
             if found is None:
@@ -327,7 +341,7 @@ def references_in(checkpoint: Path) -> frozenset[str] | None:
     return _references(file, stat.st_mtime_ns, stat.st_size) if file.is_file() else None
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def _references(file: Path, _: int, __: int) -> frozenset[str] | None:
     """The references in a file of ``torch.save``, whose tensors lie apart and are not read."""
     try:

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import copy
+import pickle
 import shutil
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_koopman import KoopmanSpectrumMonitor, KoopmanWarning
+from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanSpectrumMonitor, KoopmanWarning, Trajectory
 
 
 @pytest.fixture
@@ -227,6 +229,31 @@ def test_shared_trajectories_resume_too(root, trainer, regression, tmp_path):
     assert resumed[0].trajectory is resumed[1].trajectory
     for ours, theirs in zip(resumed, whole, strict=True):
         same(ours, theirs)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*")
+def test_a_run_that_is_resumed_with_other_callbacks_keeps_what_they_can_use(root, trainer, regression, tmp_path):
+    def start(epochs, callbacks, ckpt_path=None):
+        save = root.callbacks.ModelCheckpoint(tmp_path / "c", filename="{epoch}", save_top_k=-1)
+        fit = trainer(callbacks=[*callbacks, save], enable_checkpointing=True, max_epochs=epochs)
+        fit.fit(regression(), ckpt_path=ckpt_path)
+
+    def stop():
+        return EarlyStopOnUnitEigenvalues(horizon=6, mode="report", dirpath=tmp_path)
+
+    start(12, [KoopmanSpectrumMonitor(dirpath=tmp_path), stop()])
+    alone = stop()
+    start(14, [alone], tmp_path / "c" / "epoch=11.ckpt")  # a warning would fail it
+    assert alone.recorder.epochs == list(range(8, 15))
+
+
+def test_snapshots_on_disk_can_be_copied(tmp_path):
+    trajectory = Trajectory(3, storage="disk", path=tmp_path)
+    for _ in range(4):
+        trajectory.append(torch.randn(3))
+    for twin in (copy.deepcopy(trajectory), pickle.loads(pickle.dumps(trajectory))):
+        twin.append(torch.zeros(3))
+        assert torch.equal(twin.snapshots()[:4], trajectory.snapshots())
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*")

@@ -93,7 +93,7 @@ CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     ),
     "a Gram matrix of 8 TB": lambda state: state["recorder"].update(gram=torch.zeros(1, 1).expand(10**6, 10**6)),
     "other weights": lambda state: state["recorder"].update(total=10**12, n=10**12),
-    "another window": lambda state: state["recorder"].update(capacity=10**9),
+    "a start far away": lambda state: state["recorder"].update(first=10**12),
     "a file far away": lambda state: state["recorder"].update(path="/dev/zero", starts=[0], start=0),
     "a start before all": lambda state: state["recorder"].update(start=-(10**9)),
 }

@@ -172,7 +172,6 @@ def test_a_damaged_file_is_noticed(tmp_path, damage):
         {"marks": torch.zeros(10**6, dtype=torch.int64)},
         {"gram": torch.zeros(1, 1).expand(10**6, 10**6)},
         {"start": -3},
-        {"first": 10**12},
     ],
 )
 def test_a_state_whose_parts_do_not_agree_costs_neither_time_nor_memory(tmp_path, change):
