@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import TypeVar
@@ -10,16 +10,14 @@ from typing import TypeVar
 import numpy as np
 
 T = TypeVar("T")
+MOST = sys.float_info.max
 
 
 def is_number(value: object) -> bool:
     """Whether it is a finite real number."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        return False
-    try:
-        return math.isfinite(float(value))
-    except OverflowError:  # a whole number, which knows no bound
-        return False
+    if isinstance(value, int):  # which knows no bound
+        return not isinstance(value, bool) and -MOST <= value <= MOST
+    return isinstance(value, Real) and -MOST <= float(value) <= MOST
 
 
 def is_count(value: object, least: int = 1) -> bool:

@@ -22,7 +22,7 @@ FAILURES = [
     (TRAJECTORY, "stage", 6, 1),
     (TRAJECTORY, "message", 6, 0),
     (TRAJECTORY, "commit", 8, 1),
-    ("trajectory.trajectory", "row_products", 6, 1),
+    ("trajectory.increments", "row_products", 6, 1),
     ("trajectory.sketch:Sketch", "of_parts", 4, 1),
     ("trajectory.trajectory", "decompose", 3, 0),
     (RECORDER, "save", 3, 0),
