@@ -27,7 +27,8 @@ UNDER_BOTH = {"test_monitor", "test_cli"}  # enough to tell that both names work
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run tests that need Lightning under its names."""
-    if "root" in metafunc.fixturenames:
+    own = any(mark.args[0] == "root" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "root" in metafunc.fixturenames and not own:
         both = metafunc.module.__name__.rpartition(".")[2] in UNDER_BOTH
         metafunc.parametrize("root", ROOTS if both else ROOTS[:1], indirect=True)
 
