@@ -26,7 +26,7 @@ from lightning_koopman.dmd.blas import single_blas_thread
 CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
 CHUNKS = 64  # at least so many: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
 BLOCK = 2**21  # bytes of a block of float64 rows: about the second-level cache
-WIDTHS = 1024, 65536  # least and most columns of a block, whose products are summed in its own precision
+WIDTHS = 1024, 8192  # least and most columns of a block, whose products are summed in its own precision
 PRECISE = 2**19  # columns below which float64 throughout costs milliseconds
 EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
 EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
