@@ -117,8 +117,9 @@ class Recording:
 
     def release(self, trainer: pl.Trainer) -> None:
         """Delete snapshots that no checkpoint needs any more."""
-        with self._guard("deleting snapshots that no checkpoint needs"):
-            self.own.release(checkpoints(trainer))
+        if self.own.has_saved:  # looking for checkpoints after every step would cost more than the step
+            with self._guard("deleting snapshots that no checkpoint needs"):
+                self.own.release(checkpoints(trainer))
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool) -> None:
         """Record the initial weights, or find that they go on from the newest snapshot."""

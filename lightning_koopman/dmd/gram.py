@@ -113,7 +113,7 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
     work = torch.float64 if wide else torch.float32
     rows = sum(len(segment) for segment in segments)
     found = torch.zeros(rows + 1, dtype=torch.float64)
-    # float32 rows are read in place; a short block would cost more in threads that wait for one another
+    # float32 rows are read in place, so that no buffer has to fit into the cache
     width = min(max(WIDTHS[0], BLOCK // (8 * (rows + 1))), WIDTHS[1]) if wide else WIDTHS[1]
     buffer = torch.empty(max((len(each) for each in segments), default=0), width, dtype=work)
     for start in range(0, columns, width):

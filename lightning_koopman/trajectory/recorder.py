@@ -291,10 +291,13 @@ class Recorder:
             "reference": self._retention.note((self._word << 32) + self._saves, self._writer.files(state)),
         }
 
+    @property
+    def has_saved(self) -> bool:
+        """Whether a checkpoint was written since files were last released."""
+        return self._retention.changed
+
     def release(self, checkpoints: Iterable[Path]) -> None:
         """Delete the files that neither the next checkpoint needs nor one of those that are, or may be, on disk."""
-        if not self._retention.changed:
-            return
         written = [*self._written, *(self._writer.written if self._writer is not None else [])]
         current = self._writer.current if self._writer is not None else []
         gone = set(self._retention.release(checkpoints, written, current))
