@@ -133,6 +133,7 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
     return found.numpy()
 
 
+@single_blas_thread()
 def factor_from_increment_gram(gram: Array) -> Array:
     """Factor ``R`` (r, time) of the snapshots from the Gram matrix (time, time) of their increments."""
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))

@@ -95,15 +95,11 @@ def check_options(*, tol: float, max_rank: int | None, delays: int) -> None:
         raise ValueError(f"delays must be at least 1, got {delays}: 1 means no delay embedding.")
 
 
+@single_blas_thread()
 def decompose(
     root: Real, *, tol: float = 1e-3, max_rank: int | None = None, delays: int = 1, refine: bool = True
 ) -> Spectrum:
     """DMD_RRR of the trajectory with factor ``root`` (r, time); the arguments are those of :func:`dmd_rrr`."""
-    with single_blas_thread():
-        return _decompose(root, tol, max_rank, delays, refine)
-
-
-def _decompose(root: Real, tol: float, max_rank: int | None, delays: int, refine: bool) -> Spectrum:
     n_snapshots = root.shape[1]
     embedded = hankel(root, delays)
     x, y = embedded[:, :-1], embedded[:, 1:]
