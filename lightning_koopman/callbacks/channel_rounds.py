@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_koopman.callbacks.averages import averaging_callbacks
-from lightning_koopman.callbacks.dry_run import can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.dry_run import bare_trainer, can_dry_run, dry_run, quiet_copy
 from lightning_koopman.callbacks.mask_rounds import Pruned
+from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.parameters.shards import Shards
-from lightning_koopman.pruning.channel_graph import Structure, agrees, torch_pruning
-from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_table, resize_like
+from lightning_koopman.pruning.channel_graph import Structure
+from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_table, left_alone_table, resize_like
+from lightning_koopman.pruning.channel_tracing import torch_pruning
+from lightning_koopman.pruning.channel_trial import agrees
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -109,10 +112,9 @@ class ChannelRounds:
             return
         structure = self.try_out(trainer, pl_module, batch, batch_idx)
         reasons = {**structure.left_alone, **(self.refused or {})}
-        skipped = "; ".join(f"{name} ({reason})" for name, reason in reasons.items()) or "no layer"
         rank_zero_info(
             f"{self.owner}: {sum(self.originals.values()):,} channels and neurons of {len(self.originals)} independent "
-            f"groups can be removed. Left alone: {skipped}."
+            f"groups can be removed.\n{left_alone_table(reasons, most=4)}"
         )
 
     def prune(
@@ -139,6 +141,17 @@ class ChannelRounds:
 
     def follow(self, removal: ChannelRemoval) -> None:
         """The next round traces the module anew."""
+
+    def preview(
+        self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
+    ) -> ChannelRemoval:
+        with bare_trainer(pl_module) as trainer:
+            moved = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
+            with self._tracing(trainer, pl_module, moved, 0) as run:
+                uses = self._uses(trainer, pl_module, moved, 0)
+                first = self._structure(pl_module, run, uses)
+                structure = self._structure(pl_module, run, uses, refused=first.unfit())
+                return structure.remove(structure.choose(target, None, self.scope))
 
     def try_out(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Structure:
         """Find out on copies which layers can lose channels.
@@ -184,7 +197,7 @@ class ChannelRounds:
             twin: Any = quiet_copy
             if not agrees(module, run, removal, twin):
                 raise ValueError("removing the chosen channels is not the same as setting them to zero")
-        shapes = {name: list(value.shape) for name, value in module.state_dict().items() if name in removal.kept}
+        shapes = {name: list(value.shape) for name, value in _plain_state(module).items() if name in removal.kept}
         removal.apply(module, trainer.optimizers)
         self.shapes = {**shapes, **self.shapes}
         self.removed += sum(map(len, removal.removed.values()))
@@ -207,10 +220,10 @@ class ChannelRounds:
         """Let the module take a state dict with fewer channels, until training starts."""
 
         def resize(_: Any, state_dict: Mapping[str, Tensor], *__: Any) -> None:
-            own = pl_module.state_dict()
+            own = _plain_state(pl_module)
             shapes = [
                 (self.shapes.get(name, own[name].shape), value.shape)
-                for name, value in state_dict.items()
+                for name, value in ((clean_name(path), value) for path, value in state_dict.items())
                 if name in own
             ]
             if all(len(a) == len(b) and all(x >= y for x, y in zip(a, b, strict=True)) for a, b in shapes):
@@ -218,7 +231,7 @@ class ChannelRounds:
                 self.note(
                     resize_like(pl_module, state_dict)
                 )  # else it is another network: PyTorch tells how they differ
-                after = {name: list(value.shape) for name, value in pl_module.state_dict().items()}
+                after = {name: list(value.shape) for name, value in _plain_state(pl_module).items()}
                 changed = {name: shape for name, shape in before.items() if after.get(name) != shape}
                 self.shapes = {**changed, **self.shapes}
 
@@ -240,12 +253,15 @@ class ChannelRounds:
             self.removed = int(state["removed"])
 
     def _structure(
-        self, module: pl.LightningModule, run: Callable[[Any], Any], also: Sequence[Callable[[Any], Any]] = ()
+        self,
+        module: pl.LightningModule,
+        run: Callable[[Any], Any],
+        also: Sequence[Callable[[Any], Any]] = (),
+        refused: Mapping[str, str] | None = None,
     ) -> Structure:
         twin: Any = quiet_copy
-        return Structure(
-            module, run, layers=self.layers, copy=twin, refused=self.refused, also=also, argument="parameters"
-        )
+        known = self.refused if refused is None else refused
+        return Structure(module, run, layers=self.layers, copy=twin, refused=known, also=also, argument="parameters")
 
     @staticmethod
     def _uses(
@@ -253,7 +269,8 @@ class ChannelRounds:
     ) -> list[Callable[[Any], Any]]:
         """What else the module is used for, besides what is traced; validation is tried with a training batch."""
         uses: list[Callable[[Any], Any]] = []
-        if type(module).validation_step.__qualname__ != "LightningModule.validation_step":  # under either root
+        step: Any = getattr(type(module), "validation_step", None)
+        if step is not None and step.__qualname__ != "LightningModule.validation_step":  # under either root
             arguments = (batch, batch_idx)[: len(inspect.signature(module.validation_step).parameters)]
             uses.append(lambda network: network.eval().validation_step(*copy.deepcopy(arguments)))
         if module.example_input_array is not None:
@@ -276,6 +293,11 @@ class ChannelRounds:
                     return loss(network)
 
             yield run
+
+
+def _plain_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state dict by names without wrappers."""
+    return {clean_name(name): value for name, value in module.state_dict().items()}
 
 
 def _forward(trainer: pl.Trainer, network: pl.LightningModule) -> Any:

@@ -32,11 +32,11 @@ class Clock:
 
     def completed(self, trainer: pl.Trainer) -> int:
         """Completed rounds by the trainer's own count."""
-        return trainer.current_epoch if self.every_n_steps is None else trainer.global_step // self.every_n_steps
+        return trainer.current_epoch if self.every_n_steps is None else steps_done(trainer) // self.every_n_steps
 
     def within(self, trainer: pl.Trainer) -> bool:
         """Whether a group of steps has begun."""
-        return self.every_n_steps is not None and trainer.global_step % self.every_n_steps > 0
+        return self.every_n_steps is not None and steps_done(trainer) % self.every_n_steps > 0
 
     def begins(self) -> bool:
         """Whether a group of steps begins with this batch; asked once a batch."""
@@ -60,3 +60,13 @@ class Clock:
     def span(self, rounds: int) -> str:
         """A length of time, for messages."""
         return f"{rounds} epochs" if self.every_n_steps is None else f"{rounds * self.every_n_steps} steps"
+
+
+def steps_done(trainer: pl.Trainer) -> int:
+    """Optimizer steps; under manual optimization batches.
+
+    Lightning's own count adds up the steps of all optimizers, and misses those of optimizers that it does not know.
+    """
+    if trainer.lightning_module.automatic_optimization:
+        return trainer.global_step
+    return trainer.fit_loop.total_batch_idx + 1

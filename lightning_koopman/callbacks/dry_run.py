@@ -85,6 +85,20 @@ def _is_of_torch(hook: Any) -> bool:
 
 
 @contextlib.contextmanager
+def bare_trainer(module: pl.LightningModule) -> Iterator[pl.Trainer]:
+    """Context in which a module that is in no run belongs to a trainer that does nothing."""
+    from pytorch_lightning import Trainer
+
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    before = module._trainer
+    module.trainer = trainer
+    try:
+        yield trainer
+    finally:
+        module._trainer = before
+
+
+@contextlib.contextmanager
 def dry_run(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
 ) -> Iterator[Callable[[pl.LightningModule], Tensor]]:

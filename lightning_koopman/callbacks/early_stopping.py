@@ -12,6 +12,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
 from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
+from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.lr_schedule import planned_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
 from lightning_koopman.stopping.evidence import Baseline, rate_will_matter
@@ -64,7 +65,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         patience: Epochs running for which they must be met, ≥ 1.
         min_epochs: Epochs that are trained in any case, ≥ 0; the Trainer's ``min_epochs`` is kept as well.
         every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
-            epochs.
+            epochs; batches under manual optimization.
         mode: ``"stop"``, or ``"report"`` to train on and only say when it would have stopped.
         parameters: Shell-style patterns of the names of the weights to observe (default: all that require a gradient).
         baseline_loss: The baseline loss, > 0, in place of the measurement.
@@ -240,7 +241,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.history.append(
             {
                 "epoch": epoch,
-                "step": trainer.global_step,
+                "step": steps_done(trainer),
                 "value": value,
                 "predicted_change": verdict.forecast.change,
                 "actual_change": math.nan if then is None else value - then["value"],

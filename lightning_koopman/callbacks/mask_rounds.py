@@ -18,6 +18,7 @@ from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.masks import MaskSet
 from lightning_koopman.pruning.pin import Pin, takes_hooks
+from lightning_koopman.pruning.prunable import prunable_parameters
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -27,6 +28,9 @@ COLUMNS = (
     "epoch", "step", "target", "sparsity", "pruned", "of", "parameters", "modes", "rank", "snapshots", "misfit",
     "magnitude_agreement",
 )  # fmt: skip
+
+
+WATCHED = 8  # batches: looking costs a pass over the weights, and on an accelerator a wait
 
 
 @dataclass(frozen=True)
@@ -88,6 +92,11 @@ class PruningMethod(Protocol):
     def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
         """Raise ValueError where the parameters of these names cannot be pruned."""
 
+    def preview(
+        self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
+    ) -> MaskSet | ChannelRemoval:
+        """What a pruning by the present weights would do."""
+
     def prune(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, shards: Shards, scores: dict[str, Tensor],
         target: float, batch: Any, batch_idx: int,
@@ -146,7 +155,7 @@ class MaskRounds:
         self._names: list[str] = []
         self._pin: Pin | None = None
         self._quiet = False  # gradients come without a hook being called
-        self._unhooked = False  # an optimizer does not tell when it has stepped
+        self._unseen = 0  # batches after which it is yet to be seen whether pruned weights were moved
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:  # hooks belong to this module
@@ -186,6 +195,15 @@ class MaskRounds:
                     "exclude it from `parameters` with '!', or set allow_empty=True."
                 )
 
+    def preview(
+        self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
+    ) -> MaskSet:
+        weights = prunable_parameters(pl_module, parameters)
+        sparsity, threshold = (None, target) if self.by_threshold else (target, None)
+        return MaskSet.from_scores(
+            weights, sparsity=sparsity, threshold=threshold, scope=self.scope, allow_empty=self.allow_empty
+        )
+
     def prune(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, shards: Shards, scores: dict[str, Tensor],
         target: float, batch: Any, batch_idx: int,
@@ -221,7 +239,7 @@ class MaskRounds:
         hooked, root = _stepping(trainer), outermost(trainer, pl_module)
         self._pin = self.masks.pin(root, *hooked, on_error=self._failed)
         self._quiet = root is not pl_module  # FSDP's gradients come without a hook being called
-        self._unhooked = len(hooked) < len(trainer.optimizers)
+        self._unseen = WATCHED
         for average in averages(trainer):
             self.masks.apply(getattr(average, "module", average))
 
@@ -236,7 +254,15 @@ class MaskRounds:
             self.hold(trainer, pl_module)
         elif when == "step" and self._quiet:
             self._pin.clear_gradients()
-        elif when == "always" or (when == "batch" and self._unhooked):
+        elif when in ("batch", "always"):
+            if self._unseen and self._pin.moved():
+                self._guard.warn(
+                    "moved",
+                    "pruned weights were moved, and set to zero again after the batch: something steps that is no "
+                    "optimizer of `configure_optimizers`, or not by its `step`. What it computed with those weights "
+                    "within the batch was not of the pruned network.",
+                )
+            self._unseen = max(0, self._unseen - 1)
             self._pin.clear()
 
     def release(self) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from lightning_koopman._checks import check_count, check_positive
 from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
+from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.figures import deliver
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.dmd.random_walk import random_walk_spectrum
@@ -256,7 +257,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         self.history.append(
             {
                 "epoch": epoch,
-                "step": trainer.global_step,
+                "step": steps_done(trainer),
                 "n_snapshots": len(self.recorder),
                 "train_loss": math.nan if loss is None else loss,
                 **scalars,

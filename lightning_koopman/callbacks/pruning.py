@@ -18,11 +18,13 @@ from lightning_koopman.callbacks.base import (
     start_segments,
 )
 from lightning_koopman.callbacks.channel_rounds import ChannelRounds
+from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, Pruned, PruningMethod
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, PruningSchedule
 from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, trained_parameters
 from lightning_koopman.parameters.select import as_patterns
+from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.masks import MaskSet, check_amount
 
 if TYPE_CHECKING:
@@ -34,21 +36,17 @@ class KoopmanPruner(TrajectoryCallback):
 
     After ``epoch`` epochs, before the next one begins, the weights' trajectory is decomposed.  The modes whose
     eigenvalues cluster at 1, and those ranked above, make up what stays of the weights; where that is small in
-    magnitude, the weights are set to zero and held there (:class:`MaskSet`) while training goes on.  What becomes of
-    the survivors is the difference between the paper's two algorithms:
-
-    - ``"keep"``: they go on from where they are (the text to Algorithm 1);
-    - ``"reconstruction"``: they are set to their reconstruction (Algorithm 1 as printed);
-    - ``"reinit"``: they are drawn anew, and the optimizer forgets them (Algorithm 2).
+    magnitude, the weights are set to zero and held there (:class:`MaskSet`) while training goes on.  The paper's two
+    algorithms differ in what becomes of the survivors: ``"keep"`` lets them go on from where they are (the text to
+    Algorithm 1), ``"reconstruction"`` sets them to their reconstruction (Algorithm 1 as printed), ``"reinit"`` draws
+    them anew, and the optimizer forgets them (Algorithm 2).
 
     State-dict keys do not change, and a checkpoint loaded without this library gives the sparse network.  Resumed runs
     go on with the same masks.  Every Koopman callback starts a new trajectory at a pruning.
 
     Zeros alone make no network faster.  With ``structured=True`` whole channels and neurons are removed instead
-    (:func:`remove_channels`): layers get smaller, the optimizer keeps what it knows of the rest.  Layers that cannot
-    lose channels are named when training starts; those whose outputs leave the network, attention and layer norms are
-    left alone.  Checkpoints then hold the small network: this callback resumes from them, and :func:`resize_like`
-    prepares a network to load one.
+    (:func:`remove_channels`).  Layers that cannot lose any are named when training starts.  Checkpoints then hold the
+    small network: this callback resumes from them, and :func:`resize_like` prepares a network to load one.
 
     Args:
         sparsity: Share of the selected weights (``structured``: of the channels) to prune, in (0, 1); or
@@ -76,7 +74,7 @@ class KoopmanPruner(TrajectoryCallback):
             ``parameters`` given, those that own one of them.
         seed: Seed of that draw, ≥ 0; the run's own random state is left alone.
         every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
-            epochs.
+            epochs; batches under manual optimization.
         dirpath: Local folder below which ``koopman_prune`` is made for the table and the snapshots that checkpoints
             refer to (default: the run's log folder).
         prefix: First part of the logged names and of that folder's; give two of them on one Trainer different ones.
@@ -178,12 +176,20 @@ class KoopmanPruner(TrajectoryCallback):
         return getattr(self.method, "changes", {})
 
     def table(self, module: nn.Module | None = None) -> str:
-        """The sparsity of each pruned tensor and overall, or the layers that got smaller, as a table.
+        """The sparsity of each pruned tensor and overall (of a module given, with all else), or the smaller layers."""
+        return self.method.table(module)
+
+    def preview(self, pl_module: pl.LightningModule, batch: Any = None) -> MaskSet | ChannelRemoval:
+        """What all rounds together would prune if the weights stayed as they are; nothing is changed.
 
         Args:
-            module: The network; its total then counts the parameters that are left alone too.
+            pl_module: The module.
+            batch: With ``structured``, one as its ``training_step`` takes it, to trace the module with.
+
+        Returns:
+            The masks or the removal of channels; the ``table`` of both says what would go, and what not and why.
         """
-        return self.method.table(module)
+        return self.method.preview(pl_module, batch, self.parameters, self.schedule.final)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -288,13 +294,10 @@ class KoopmanPruner(TrajectoryCallback):
             return
         self.method.accept(done)
         if done.removal is not None:
-            for other in koopman_callbacks(trainer):
-                if isinstance(other, KoopmanPruner):
-                    other.scores.follow(done.removal)
-                    other.method.follow(done.removal)
+            _follow(trainer, done.removal)
         with self.guard.together("setting the survivors", processes):
             self.survivors.set(trainer, pl_module, self.recording.weights, done.values, self.schedule.attempted)
-        row = done.row(self.clock.rounds, trainer.global_step, target, about)
+        row = done.row(self.clock.rounds, steps_done(trainer), target, about)
         self.history.append(row)
         if self.guard.zero:
             self.write_history()
@@ -327,3 +330,11 @@ class KoopmanPruner(TrajectoryCallback):
     def restore_own(self, state: dict[str, Any]) -> None:
         self.schedule.load_state_dict(state["schedule"])
         self.method.load_state_dict(state["method"])
+
+
+def _follow(trainer: pl.Trainer, removal: ChannelRemoval) -> None:
+    """Let all pruners know that channels are gone."""
+    for other in koopman_callbacks(trainer):
+        if isinstance(other, KoopmanPruner):
+            other.scores.follow(removal)
+            other.method.follow(removal)

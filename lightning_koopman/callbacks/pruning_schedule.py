@@ -93,6 +93,11 @@ class PruningSchedule:
         assert self.sparsity is not None
         return self.sparsity * (1 - (1 - done) ** 3)
 
+    @property
+    def final(self) -> float:
+        """Sparsity or threshold of the last pruning."""
+        return self.threshold or self.sparsity or 0.0
+
     def tried(self, epoch: int) -> None:
         """Count a pruning, whether or not it succeeded."""
         self.attempted += 1

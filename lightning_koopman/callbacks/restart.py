@@ -14,6 +14,7 @@ from lightning_koopman._checks import check_count
 from lightning_koopman.callbacks.averages import averaging_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback, start_segments
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
+from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.reinitialize import check_scheme, reinitialize_by_name, select_modules
@@ -56,7 +57,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
         seed: Seed of the first restart, ≥ 0; later ones count up.  The run's own random state is left alone.
         baseline_loss: The baseline loss, > 0, in place of the measurement; manual optimization needs it.
         chance_loss: Its former name.
-        every_n_steps: Optimizer steps that take the place of an epoch above, ≥ 1, for trainings of few, long epochs.
+        every_n_steps: Optimizer steps that take the place of an epoch above, ≥ 1, for trainings of few, long
+            epochs; batches under manual optimization.
         dirpath: Local folder below which ``koopman_restart`` is made for the snapshots that checkpoints refer to
             (default: the run's log folder).
 
@@ -228,7 +230,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         seed = FAR_SEED + self.seed + len(self.restarts)
         root, processes = outermost(trainer, pl_module), self.recording.weights.processes
         # counted in any case: one that fails would be tried for ever
-        self.restarts.append({"epoch": self.clock.rounds, "step": trainer.global_step, "reason": reason})
+        self.restarts.append({"epoch": self.clock.rounds, "step": steps_done(trainer), "reason": reason})
         self._begin(self.clock.rounds)
         reinitialize_by_name(root, self._chosen, self.scheme, seed=seed, processes=processes)
         trainer.strategy.setup_optimizers(trainer)

@@ -17,7 +17,7 @@ from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.dmd.spectrum import PERSISTENT
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.reinitialize import Scheme, check_scheme, reinitialize_by_name, select_modules
-from lightning_koopman.parameters.sharded_modules import clean_name
+from lightning_koopman.parameters.sharded_modules import named_parts
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.optimizer_state import forget
 from lightning_koopman.pruning.prunable import prunable_parameters
@@ -110,10 +110,9 @@ class Survivors:
         owners = None
         if parameters is not None:
             owned = {id(parameter) for parameter in parameters}
-            modules = pl_module.named_modules()
             owners = [
-                clean_name(name)
-                for name, module in modules
+                name
+                for name, module in named_parts(pl_module).items()
                 if any(id(parameter) in owned for parameter in module.parameters(recurse=False))
             ]
         self._names = list(select_modules(pl_module, owners, self._scheme))
@@ -148,7 +147,7 @@ def redraw(
 ) -> None:
     """Reinitialize modules; optimizers and averages follow."""
     reinitialize_by_name(outermost(trainer, pl_module), names, scheme, seed=seed, processes=processes)
-    modules = {clean_name(name): module for name, module in pl_module.named_modules()}
+    modules = named_parts(pl_module)
     redrawn = [modules[name] for name in names]
     forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
     for average in averages(trainer):  # what it holds was trained from other weights

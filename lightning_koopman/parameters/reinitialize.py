@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_koopman.parameters.process_group import Processes
+from lightning_koopman.parameters.randomness import seeded
 from lightning_koopman.parameters.select import match_names
-from lightning_koopman.parameters.sharded_modules import clean_name, local_chunks
+from lightning_koopman.parameters.sharded_modules import local_chunks, named_parts
 from lightning_koopman.parameters.shards import Chunk
 
 Scheme = Callable[[nn.Module], Any] | str | None
@@ -44,8 +43,8 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
         ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be initialised.
     """
     owners = {
-        clean_name(name): owner
-        for name, owner in module.named_modules()
+        name: owner
+        for name, owner in named_parts(module).items()
         if list(owner.parameters(recurse=False)) or hasattr(owner, "reset_running_stats")
     }
     if patterns is None:
@@ -97,20 +96,12 @@ def reinitialize(
         True
     """
     devices = {parameter.device for module in modules for parameter in module.parameters(recurse=False)}
-    numpy_state, python_state = np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        with torch.random.fork_rng([device for device in devices if device.type == "cuda"]), torch.no_grad():
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002
-            random.seed(seed)
-            for module, own in zip(modules, chunks or [{} for _ in modules], strict=True):
-                if all(chunk.whole for chunk in own.values()):
-                    _draw(module, scheme)
-                else:
-                    _draw_whole(module, scheme, own)
-    finally:  # a callable of the user's may fail
-        np.random.set_state(numpy_state)  # noqa: NPY002
-        random.setstate(python_state)
+    with seeded(seed, devices), torch.no_grad():
+        for module, own in zip(modules, chunks or [{} for _ in modules], strict=True):
+            if all(chunk.whole for chunk in own.values()):
+                _draw(module, scheme)
+            else:
+                _draw_whole(module, scheme, own)
 
 
 def reinitialize_by_name(
@@ -130,8 +121,7 @@ def reinitialize_by_name(
     for name, chunk in chunks.items():
         owner, _, leaf = name.rpartition(".")
         owned.setdefault(owner, {})[leaf] = chunk
-    # the innermost of those that wrappers give the same name
-    modules = {clean_name(name): module for name, module in root.named_modules()}
+    modules = named_parts(root)
     held = [chunk.tensor.detach() for chunk in chunks.values()]
     before = [(tensor, tensor.clone()) for tensor in (*held, *root.buffers())]
     own = [owned.get(name, {}) for name in names]

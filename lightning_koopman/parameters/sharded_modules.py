@@ -12,7 +12,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_koopman.parameters.shards import Chunk, Indices, one_run
 
-WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts of names that state dicts leave out
+# parts of names that a plain network does not have
+WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def local_chunks(module: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Chunk]:
@@ -112,3 +113,8 @@ def is_kind(value: object, *kinds: str) -> bool:
 def clean_name(name: str) -> str:
     """A module's or parameter's name without the parts that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def named_parts(module: nn.Module) -> dict[str, nn.Module]:
+    """All modules by the names that they have without any wrapper; the wrapped one, not the wrapper."""
+    return {clean_name(name): part for name, part in module.named_modules()}

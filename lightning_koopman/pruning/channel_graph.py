@@ -1,26 +1,72 @@
-"""Which channels of a network go together, found by tracing, and whether they can go at all, found by trying."""
+"""Which channels of a network can be removed, and what is left without them."""
 
 from __future__ import annotations
 
 import copy
-import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from lightning_koopman.parameters.select import match_names
-from lightning_koopman.pruning.channel_removal import ChannelRemoval
+from lightning_koopman.parameters.sharded_modules import clean_name, named_parts
+from lightning_koopman.pruning.channel_removal import ChannelRemoval, left_alone_table
+from lightning_koopman.pruning.channel_tracing import (
+    LAYERS,
+    Run,
+    Scripted,
+    Tracing,
+    eager_copy,
+    is_layer,
+    torch_pruning,
+)
+from lightning_koopman.pruning.channel_trial import OUTPUT, Copy, agrees, check_repeats
 
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose outputs are removed
-KNOWN = (*LAYERS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)  # to the tracing
-MIXING = ("Bmm", "ScaledDotProduct", "Softmax", "Opaque")  # operations that do more than pass channels through
-OUTPUT = "its outputs leave the network"
-Run = Callable[[nn.Module], Any]
+MIXING = {  # operations that do more than pass channels through
+    "Bmm": "attention or a product",
+    "ScaledDotProduct": "attention",
+    "Softmax": "a softmax",
+    "Opaque": "a module that is traced as a whole",
+}
+ARGUMENTS = {"in_features": "nx", "out_features": "nf"}  # of a layer with a transposed weight
+
+
+@dataclass(frozen=True)
+class Coupled:
+    """Layers whose channels go together.
+
+    Attributes:
+        group: Torch-Pruning's.
+        closures: Channels of the first layer that cannot go without one another.
+        uses: Array (layers, closures): how many channels each of the layers has in each closure.
+    """
+
+    group: Any
+    closures: list[list[int]]
+    uses: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(cls, group: Any) -> Coupled:
+        """From a group of all channels of a layer."""
+        place = {channel: at for at, closure in enumerate(group.closures) for channel in closure}
+        rows = [
+            np.bincount([place[channel] for channel in item.root_idxs], minlength=len(group.closures))
+            for item in group
+            if isinstance(item.dep.target.module, nn.Module) and len(item.idxs)
+        ]
+        return cls(group, group.closures, np.stack(rows))
+
+    @property
+    def channels(self) -> int:
+        """Channels of the first layer."""
+        return sum(map(len, self.closures))
 
 
 class Structure:
@@ -42,7 +88,7 @@ class Structure:
         run: Run,
         *,
         layers: str | Sequence[str] | None = None,
-        copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
+        copy: Copy = copy.deepcopy,
         refused: Mapping[str, str] | None = None,
         also: Sequence[Run] = (),
         argument: str = "layers",
@@ -50,82 +96,40 @@ class Structure:
         pruning = torch_pruning()
         self._selected: set[str] | None = None
         if layers is not None:
-            names = [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, LAYERS)]
-            self._selected = set(match_names(names, layers, argument=argument, kind="weight of a layer"))
-        self._run, self._also = run, also
+            matrices = [f"{name}.weight" for name, part in named_parts(module).items() if is_layer(part)]
+            self._selected = set(match_names(matrices, layers, argument=argument, kind="weight of a layer"))
         self._again = partial(Structure, module, run, layers=layers, copy=copy, also=also, argument=argument)
         self._agrees = partial(agrees, module, run, copy=copy, also=also)
-        try:
-            self.twin = copy(module)
-        except Exception as error:
-            raise ValueError(
-                f"the module cannot be copied, so nothing can be tried out: {type(error).__name__}: {error}"
-            ) from error
-        self._graph = pruning.DependencyGraph()
-        found_groups = self._trace()
-        self._names = {part: name for name, part in self.twin.named_modules()}
+        self._check_repeats = partial(check_repeats, module, run, copy)
+        self._tracing = Tracing(eager_copy(module, copy), run)
         self._importance = pruning.importance.GroupMagnitudeImportance(p=2)
-        self.groups: dict[str, Any] = {}
+        self.groups: dict[str, Coupled] = {}
         self.left_alone: dict[str, str] = {}
-        weights = dict(module.named_parameters(remove_duplicate=False))
-        counts = Counter(id(each) for part in module.modules() for each in part._parameters.values())
-        order = list(self._names.values())
-        found = set()
-        for group in found_groups:
+        names = self._tracing.names
+        weights = {clean_name(name): each for name, each in module.named_parameters(remove_duplicate=False)}
+        counts = Counter(id(each) for part in set(module.modules()) for each in part._parameters.values())
+        order = list(names.values())
+        for group in self._tracing.groups:
             outputs = [
-                self._names[dep.target.module]
+                names[dep.target.module]
                 for dep, _ in group
-                if isinstance(dep.target.module, LAYERS) and self._graph.is_out_channel_pruning_fn(dep.handler)
+                if isinstance(dep.target.module, LAYERS) and self._tracing.graph.is_out_channel_pruning_fn(dep.handler)
             ]
-            found.update(outputs)
             reason = self._obstacle(group, outputs, weights, counts)
             for name in outputs:
                 reason = reason or (refused or {}).get(name)
             if reason is None:
-                self.groups[min(outputs, key=order.index)] = group
+                self.groups[min(outputs, key=order.index)] = Coupled.of(group)
             else:
                 self.left_alone |= dict.fromkeys(outputs, reason)
-        for name, part in module.named_modules():
-            if isinstance(part, LAYERS) and name not in found:
-                self.left_alone[name] = "not reached, or inside a module that is traced as a whole"
-
-    def _trace(self) -> list[Any]:
-        """All groups of the twin's channels."""
-        hooks = [
-            part.register_forward_hook(_hide)
-            for part in self.twin.modules()
-            if isinstance(part, nn.RNNBase)
-            or (not isinstance(part, KNOWN) and not list(part.children()) and list(part.parameters()))
-        ]
-
-        def traced(network: nn.Module, _: Any) -> list[Tensor]:
-            found = [value for value in _tensors(self._run(network)) if value.requires_grad]
-            if not found:
-                raise ValueError("`run` returned nothing that depends on the network it was given")
-            return found
-
-        try:
-            with warnings.catch_warnings(), torch.enable_grad():
-                warnings.simplefilter("ignore")  # about bare parameters and unknown operations: they are left alone
-                self._graph.build_dependency(
-                    self.twin,
-                    (),
-                    forward_fn=traced,
-                    verbose=False,
-                )
-                return list(self._graph.get_all_groups(root_module_types=list(LAYERS)))
-        except Exception as error:
-            raise ValueError(
-                f"the network cannot be traced, so no channel of it can be removed: {type(error).__name__}: {error}"
-            ) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
+        found = {*self.left_alone, *(names[item.dep.target.module] for coupled in self.groups.values()
+                                     for item in coupled.group if item.dep.target.module in names)}  # fmt: skip
+        self.left_alone |= _not_seen(names, found)
 
     @property
     def channels(self) -> dict[str, int]:
         """By name of each group's first layer, the number of its channels."""
-        return {name: len(group[0].idxs) for name, group in self.groups.items()}
+        return {name: coupled.channels for name, coupled in self.groups.items()}
 
     def choose(
         self,
@@ -135,70 +139,106 @@ class Structure:
         originals: Mapping[str, int] | None = None,
     ) -> dict[str, list[int]]:
         """The channels of least importance; the arguments are those of :func:`remove_channels`."""
-        own = dict(self.twin.named_parameters())
-        for name, value in (scores or {}).items():
-            if name not in own or own[name].shape != value.shape:
-                expected = f"has shape {tuple(own[name].shape)}" if name in own else "does not exist in the network"
-                raise ValueError(f"scores[{name!r}] has shape {tuple(value.shape)}, but that parameter {expected}.")
-        present = {name: own[name].detach().clone() for name in scores or {}}
-        for name, value in (scores or {}).items():
-            own[name].data.copy_(value)
-        importance = {name: self._importance(group).float().cpu() for name, group in self.groups.items()}
-        for name, value in present.items():
-            own[name].data.copy_(value)
+        importance = self._importance_by(scores or {})
         channels = self.channels
         full = {name: (originals or {}).get(name, count) for name, count in channels.items()}
         if scope == "tensor":
-            excess = {name: count - full[name] + round(sparsity * full[name]) for name, count in channels.items()}
-        else:
-            together = torch.cat(list(importance.values()))
-            spare = sum(channels.values()) - sum(full.values()) + round(sparsity * sum(full.values()))
-            lowest = torch.argsort(together, stable=True)[: max(0, spare)]
-            chosen = torch.zeros_like(together, dtype=torch.bool)
-            chosen[lowest] = True
-            parts = torch.split(chosen, list(channels.values()))
-            excess = {name: int(part.sum()) for name, part in zip(channels, parts, strict=True)}
-        return {
-            name: sorted(torch.argsort(value, stable=True)[: min(max(0, excess[name]), channels[name] - 1)].tolist())
-            for name, value in importance.items()
-        }
+            quotas = {name: count - full[name] + round(sparsity * full[name]) for name, count in channels.items()}
+            picked = [self._pick({name: importance[name]}, quota) for name, quota in quotas.items()]
+            return {name: gone for each in picked for name, gone in each.items()}
+        spare = sum(channels.values()) - sum(full.values()) + round(sparsity * sum(full.values()))
+        return self._pick(importance, spare)
+
+    def _importance_by(self, scores: Mapping[str, Tensor]) -> dict[str, npt.NDArray[np.float64]]:
+        """Importance of each closure of each group, judged by scores in place of some parameters."""
+        own = dict(self._tracing.twin.named_parameters())
+        turned = {f"{name}.weight" for name in self._tracing.transposed}
+        oriented = {name: value.T if name in turned else value for name, value in scores.items()}
+        for name, value in oriented.items():
+            if name not in own or own[name].shape != value.shape:
+                expected = "does not exist in the network"
+                if name in own:
+                    expected = f"has shape {tuple(own[name].T.shape if name in turned else own[name].shape)}"
+                raise ValueError(
+                    f"scores[{name!r}] has shape {tuple(scores[name].shape)}, but that parameter {expected}."
+                )
+        present = {name: own[name].detach().clone() for name in oriented}
+        for name, value in oriented.items():
+            own[name].data.copy_(value)
+        found = {}
+        for name, coupled in self.groups.items():
+            single = self._importance(coupled.group).double().cpu().numpy()
+            found[name] = np.array([single[closure].mean() for closure in coupled.closures])
+        for name, value in present.items():
+            own[name].data.copy_(value)
+        return found
+
+    def _pick(self, importance: Mapping[str, npt.NDArray[np.float64]], quota: int) -> dict[str, list[int]]:
+        """Channels of the least important closures, as many as a quota allows; each layer keeps at least one."""
+        picked: dict[str, list[int]] = {name: [] for name in importance}
+        left = {name: self.groups[name].uses.sum(axis=1) for name in importance}
+        places = [(name, at) for name, values in importance.items() for at in range(len(values))]
+        taken = 0
+        for place in np.argsort(np.concatenate([*importance.values(), []]), kind="stable"):
+            name, at = places[place]
+            coupled = self.groups[name]
+            closure, uses = coupled.closures[at], coupled.uses[:, at]
+            if taken + len(closure) / 2 <= quota and (left[name] - uses >= (uses > 0)).all():
+                left[name] = left[name] - uses
+                picked[name] += closure
+                taken += len(closure)
+        return {name: sorted(gone) for name, gone in picked.items()}
 
     def remove(self, chosen: Mapping[str, Sequence[int]]) -> ChannelRemoval:
-        """What remains without the chosen channels; uses the traced copy up, the network itself is not touched."""
-        twin, channels = self.twin, self.channels
-        before = {name: _arguments(part) for name, part in twin.named_modules()}
-        tensors = dict(_tensors_of(twin))
-        sizes = {name: tensor.shape for name, tensor in tensors.items()}
-        for tensor in tensors.values():  # each entry its own index: what is left of them tells what was kept
-            tensor.data = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
+        """What remains without the chosen channels; uses the traced copy up, the network itself is not touched.
+
+        Raises:
+            ValueError: If a layer would be left without a channel.
+        """
+        graph, channels = self._tracing.graph, self.channels
+        parts = {name: part for part, name in self._tracing.names.items()}
+        before = {name: _arguments(part) for name, part in parts.items()}
+        turned = {f"{name}.weight" for name in self._tracing.transposed}
+        sizes = {}
+        for name, tensor in _tensors_of(self._tracing.twin):
+            sizes[name] = tensor.shape
+            # each entry its own index in the network: what is left of them tells what was kept
+            index = torch.arange(tensor.numel(), dtype=torch.float64)
+            tensor.data = index.reshape(tensor.T.shape).T if name in turned else index.reshape(tensor.shape)
+        removed: dict[str, list[int]] = {name: [] for name in chosen}
         for name, channel in chosen.items():
             if channel:
-                root = self.groups[name][0].dep
-                self._graph.get_pruning_group(root.target.module, root.handler, list(channel)).prune()
-        kept = {
-            name: (tensor.detach().reshape(-1).round().long(), tensor.shape)
-            for name, tensor in _tensors_of(twin)
-            if tensor.shape != sizes[name]
-        }
+                root = self.groups[name].group[0].dep
+                group = graph.get_pruning_group(root.target.module, root.handler, list(channel))
+                group.prune()
+                removed[name] = sorted(group[0].idxs)
+        kept = {}
+        for name, tensor in _tensors_of(self._tracing.twin):
+            if tensor.shape != sizes[name]:
+                if not tensor.numel():
+                    raise ValueError(f"{name!r} would be left without a channel")
+                oriented = tensor.T if name in turned else tensor
+                kept[name] = (oriented.detach().reshape(-1).round().long(), oriented.shape)
         changes = {}
-        for name, part in twin.named_modules():
+        for name, part in parts.items():
             now = _arguments(part)
-            changed = {key: (old, now[key]) for key, old in before[name].items() if now[key] != old}
+            renamed = ARGUMENTS if name in self._tracing.transposed else {}
+            changed = {renamed.get(key, key): (old, now[key]) for key, old in before[name].items() if now[key] != old}
             if changed:
                 changes[name] = changed
-        return ChannelRemoval(changes, {k: list(v) for k, v in chosen.items()}, channels, self.left_alone, kept)
+        return ChannelRemoval(changes, removed, channels, self.left_alone, kept)
 
     def unfit(self) -> dict[str, str]:
         """Layers whose channels cannot be removed without side effects, with the reason, by trying on copies.
 
         Raises:
-            ValueError: If no layer is left.
+            ValueError: If no layer is left, or the network computes something else each time.
         """
-        drawn = torch.Generator().manual_seed(0)  # a regular pattern would hide what is regular, such as heads
-        halves = {
-            name: sorted(torch.randperm(count, generator=drawn)[: count // 2].tolist())
-            for name, count in self.channels.items()
-        }
+        self._check_repeats()
+        drawn = np.random.default_rng(0)  # a regular pattern would hide what is regular, such as heads
+        halves: dict[str, list[int]] = {}
+        for name, coupled in self.groups.items():
+            halves |= self._pick({name: drawn.random(len(coupled.closures))}, coupled.channels // 2)
         refused: dict[str, str] = {}
         if self._again().problem(halves) is not None:
             for name, half in halves.items():
@@ -206,8 +246,8 @@ class Structure:
                 if problem is not None:
                     refused[name] = problem
         if len(refused) == len(self.groups):
-            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in {**self.left_alone, **refused}.items())
-            raise ValueError(f"no channel of the network can be removed ({reasons or 'no such layer'}).")
+            table = left_alone_table({**self.left_alone, **refused}, most=8)
+            raise ValueError(f"no channel of the network can be removed. {table or 'It has no such layer.'}")
         return refused
 
     def problem(self, chosen: Mapping[str, Sequence[int]]) -> str | None:
@@ -222,7 +262,7 @@ class Structure:
         self, group: Any, outputs: Sequence[str], weights: Mapping[str, nn.Parameter], counts: Mapping[int, int]
     ) -> str | None:
         """Why a group is left alone, or None."""
-        kinds = torch_pruning().ops.OPTYPE
+        kinds, names = torch_pruning().ops.OPTYPE, self._tracing.names
         allowed = {
             kinds.CONV, kinds.DEPTHWISE_CONV, kinds.LINEAR, kinds.BN, kinds.PRELU, kinds.CONCAT, kinds.SPLIT,
             kinds.ELEMENTWISE, kinds.RESHAPE, kinds.UNBIND, kinds.EXPAND, kinds.SLICE,
@@ -230,26 +270,28 @@ class Structure:
         readers = [
             dep.target.module
             for dep, _ in group
-            if isinstance(dep.target.module, LAYERS) and not self._graph.is_out_channel_pruning_fn(dep.handler)
+            if isinstance(dep.target.module, LAYERS) and not self._tracing.graph.is_out_channel_pruning_fn(dep.handler)
         ]
         if not readers or any(dep.target.type == kinds.OUTPUT for dep, _ in group):
             return OUTPUT
         for dep, _ in group:
             target = dep.target
             if target.type not in allowed:
-                name = self._names.get(target.module, "a parameter that belongs to no layer")
-                return f"coupled with {name!r} ({type(target.module).__name__})"
+                kind = type(target.module).__name__
+                return f"coupled with {kind if target.module in names else 'a parameter that belongs to no layer'}"
             operation = str(getattr(target.module, "_grad_fn", ""))
             mixing = next((name for name in MIXING if name in operation), None)
             if mixing is not None:
-                return f"coupled by {'an unknown module' if mixing == 'Opaque' else mixing}"
+                return f"coupled by {MIXING[mixing]}"
             if target.type == kinds.CONV and target.module.groups > 1:
-                return f"coupled with the grouped convolution {self._names[target.module]!r}"
-        for part in (dep.target.module for dep, _ in group if dep.target.module in self._names):
+                return "coupled with a grouped convolution"
+        if group.misread:
+            return "coupled by an operation over channels that is not understood"
+        for part in (dep.target.module for dep, _ in group if dep.target.module in names):
             if isinstance(part, LAYERS) and part._parameters.get("weight") is None:
-                return f"the weight of {self._names[part]!r} is computed from other parameters"
+                return f"the weight of {names[part]!r} is computed from other parameters"
             for leaf in part._parameters:
-                name = f"{self._names[part]}.{leaf}"
+                name = f"{names[part]}.{leaf}"
                 if name in weights and counts[id(weights[name])] > 1:
                     return f"the parameter {name!r} is shared between modules"
         own = [f"{name}.weight" for name in outputs]
@@ -258,115 +300,27 @@ class Structure:
         if self._selected is not None and not self._selected.issuperset(own):
             apart = [name for name in outputs if f"{name}.weight" not in self._selected]
             return "not selected" if len(apart) == len(own) else f"coupled with {apart[0]!r}, which is not selected"
-        return "it has a single channel" if len(group[0].idxs) == 1 else None
+        if not group.closures or not all(weights[name].numel() for name in own):
+            return "it is empty"
+        return "it has a single channel, or all go together" if len(group.closures) == 1 else None
 
 
-def agrees(
-    module: nn.Module,
-    run: Run,
-    removal: ChannelRemoval,
-    copy: Callable[[nn.Module], nn.Module],
-    also: Sequence[Run] = (),
-) -> bool:
-    """Whether a copy without the channels computes the same as one in which their weights are zero.
-
-    Both are given the same random weights: the present ones may be zero where it matters.  The copy must also not fail
-    in training mode, nor at what else the network is used for.
-    """
-    zeroed, smaller = copy(module), copy(module)
-    for network in (zeroed, smaller):
-        _draw(network)
-    for name, tensor in zeroed.named_parameters():
-        if name in removal.kept:
-            gone = torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
-            gone[removal.kept[name][0].to(tensor.device)] = False
-            tensor.data.masked_fill_(gone.reshape(tensor.shape), 0.0)
-    removal.apply(smaller)
-    heads = [name for name, reason in removal.left_alone.items() if reason == OUTPUT]
-    expected, found = (_outputs(network.eval(), run, heads) for network in (zeroed, smaller))
-    if [values.shape for values in expected] != [values.shape for values in found]:
-        return False
-    half = any(parameter.dtype.itemsize < 4 for parameter in module.parameters())
-    allowed = 0.05 if half else 1e-3  # of the largest output
-    pairs = zip(expected, found, strict=True)
-    if not all(bool((a - b).abs().max() <= allowed * a.abs().max()) for a, b in pairs if a.numel()):
-        return False
-    for use in (run, *also):
-        try:
-            _outputs(copy(module).train(), use, [])
-        except Exception:  # it fails with all channels too, so it tells nothing
+def _not_seen(names: Mapping[nn.Module, str], found: set[str]) -> dict[str, str]:
+    """Other parts with matrices of their own, and why no channel of theirs can be removed."""
+    reasons = {}
+    for part, name in names.items():
+        matrices = [leaf for leaf, each in part._parameters.items() if each is not None and each.ndim >= 2]
+        if isinstance(part, Scripted):
+            reasons[name] = "scripted"
+        elif not matrices or name in found or isinstance(part, nn.utils.parametrize.ParametrizationList):
             continue
-        _outputs(smaller.train(), use, [])
-    return True
-
-
-def _draw(network: nn.Module) -> None:
-    """Give a network random weights of the usual size, the same for the same structure."""
-    drawn = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        values = torch.randn(parameter.shape, generator=drawn)
-        if parameter.ndim >= 2:
-            values *= parameter[0].numel() ** -0.5
+        elif isinstance(part, LAYERS):
+            reasons[name] = "not reached, or inside a module that is traced as a whole"
+        elif list(part.children()) and not type(part).__module__.startswith("torch.nn"):
+            reasons |= {f"{name}.{leaf}".lstrip("."): "a parameter that belongs to no layer" for leaf in matrices}
         else:
-            values = 1 + 0.3 * values
-        parameter.data.copy_(values)
-
-
-def torch_pruning() -> Any:
-    """The package that traces which channels go together."""
-    try:
-        import torch_pruning as package
-
-        package.importance.GroupMagnitudeImportance  # noqa: B018 - since 1.5.2
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise ModuleNotFoundError(
-            "Removing channels needs Torch-Pruning 1.5.2 or newer: pip install 'lightning_koopman[structured]'",
-            name="torch_pruning",
-        ) from error
-    return package
-
-
-def _outputs(network: nn.Module, run: Run, heads: Sequence[str]) -> list[Tensor]:
-    """What some layers and the network as a whole compute."""
-    outputs: list[Tensor] = []
-    hooks = [
-        network.get_submodule(name).register_forward_hook(lambda *given: outputs.append(given[2].detach()))
-        for name in heads
-    ]
-    devices = {parameter.device for parameter in network.parameters() if parameter.device.type == "cuda"}
-    try:
-        with torch.random.fork_rng(list(devices)), torch.enable_grad():
-            torch.manual_seed(0)  # a step that draws noise draws the same
-            outputs += [value.detach() for value in _tensors(run(network))]
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return outputs
-
-
-class _Opaque(torch.autograd.Function):
-    """A node of the graph that stands for all that a module does."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, *_: Tensor) -> Tensor:  # noqa: ARG004
-        return output.clone()
-
-
-def _hide(_: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Forward hook: put one node in place of a module's own graph, which tracing could not read."""
-    if isinstance(outputs, Tensor):
-        given = _tensors(inputs)
-        return _Opaque.apply(outputs.detach(), *given) if outputs.is_floating_point() and given else outputs
-    return type(outputs)(_hide(_, inputs, each) for each in outputs) if type(outputs) in (tuple, list) else outputs
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    """All tensors of floating point in a nested structure."""
-    if isinstance(values, Tensor):
-        return [values] if values.is_floating_point() else []
-    if isinstance(values, Mapping):
-        values = list(values.values())
-    return [each for value in values for each in _tensors(value)] if isinstance(values, (list, tuple)) else []
+            reasons[name] = f"no layer of a known kind ({type(part).__name__})"
+    return reasons
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, named_parts
 from lightning_koopman.pruning.optimizer_state import replacement
 
 
@@ -67,9 +68,10 @@ class ChannelRemoval:
         held = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
         smaller: list[tuple[nn.Module, str, Tensor]] = []
         exchanged: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
+        owners = named_parts(module)
         for name, (index, shape) in self.kept.items():
             path, _, leaf = name.rpartition(".")
-            owner = module.get_submodule(path)
+            owner = owners[path]
             old = getattr(owner, leaf)
             index = index.to(old.device)
             values = old.detach().reshape(-1)[index].reshape(shape)
@@ -80,7 +82,7 @@ class ChannelRemoval:
                 vars(values).update(vars(old))
                 exchanged.append((old, values, index))
             smaller.append((owner, leaf, values))
-        parts = {path: module.get_submodule(path) for path in self.changes}
+        parts = {path: owners[path] for path in self.changes}
         commit = replacement(held, exchanged)
         for owner, leaf, values in smaller:  # from here on nothing can fail
             _put(owner, leaf, values)
@@ -90,21 +92,38 @@ class ChannelRemoval:
         commit()
 
     def table(self) -> str:
-        """What changed and what was left alone, a line each."""
+        """What changed, a line a layer, and what was left alone, a line a reason."""
         return changes_table(self.changes, self.left_alone)
 
 
 def changes_table(
     changes: Mapping[str, Mapping[str, tuple[Any, Any]]], left_alone: Mapping[str, str] | None = None
 ) -> str:
-    """Changed constructor arguments by module name, and why others were left alone, a line each."""
-    texts = [
-        (name, ", ".join(f"{key} {old} → {now}" for key, (old, now) in arguments.items()))
+    """Changed constructor arguments by module name, a line each, and what was left alone, a line a reason."""
+    texts = {
+        name: ", ".join(f"{key} {old} → {now}" for key, (old, now) in arguments.items())
         for name, arguments in changes.items()
-    ]
-    texts += [(name, f"left alone: {reason}") for name, reason in (left_alone or {}).items()]
-    width = max((len(name) for name, _ in texts), default=0)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts)
+    }
+    width = max(map(len, texts), default=0)
+    lines = [f"{name:<{width}}  {text}" for name, text in texts.items()]
+    return "\n".join([*lines, *filter(None, [left_alone_table(left_alone or {})])])
+
+
+def left_alone_table(left_alone: Mapping[str, str], most: int | None = None) -> str:
+    """Names of layers by the reason why they are left alone, a line a reason; of each the first ones where asked."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_alone.items():
+        by_reason.setdefault(reason, []).append(name)
+    return "\n".join(
+        f"left alone, {reason}: {', '.join(names[:most])}"
+        + (f" and {len(names) - most} more" if most is not None and len(names) > most else "")
+        for reason, names in by_reason.items()
+    )
+
+
+def is_transposed(part: nn.Module) -> bool:
+    """Whether it is the ``Conv1D`` of ``transformers``: a linear layer with its weight transposed."""
+    return is_kind(part, "Conv1D") and hasattr(part, "nf")
 
 
 def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[Any, Any]]]:
@@ -129,12 +148,13 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         {'0': {'out_features': (32, 8)}, '2': {'in_features': (32, 8)}}
     """
     plan = []
-    for path, part in module.named_modules():
+    shapes = {clean_name(name): value.shape for name, value in state_dict.items()}
+    for path, part in named_parts(module).items():
         own = {
-            leaf: state_dict[name].shape
+            leaf: shapes[name]
             for leaf, tensor in chain(part._parameters.items(), part._buffers.items())
-            if tensor is not None and (name := f"{path}.{leaf}" if path else leaf) in state_dict
-            if state_dict[name].shape != tensor.shape
+            if tensor is not None and (name := f"{path}.{leaf}" if path else leaf) in shapes
+            if shapes[name] != tensor.shape
         }
         if own:
             plan.append((path, part, own, _resized(path, part, own)))
@@ -159,7 +179,9 @@ def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> di
     """Constructor arguments of a layer whose tensors get other shapes, old and new."""
     now: dict[str, Any] = {}
     shape = next(iter(shapes.values()))  # the weight's, or that of a statistic
-    if isinstance(part, nn.Linear) and "weight" in shapes:
+    if is_transposed(part) and "weight" in shapes:
+        now = {"nx": shape[0], "nf": shape[1]}
+    elif isinstance(part, nn.Linear) and "weight" in shapes:
         now = {"in_features": shape[1], "out_features": shape[0]}
     elif isinstance(part, nn.modules.conv._ConvNd) and "weight" in shapes:
         depthwise = part.groups == part.in_channels > 1

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.pruning.channel_graph import Run, Structure, agrees
+from lightning_koopman.pruning.channel_graph import Structure
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
+from lightning_koopman.pruning.channel_tracing import Run
+from lightning_koopman.pruning.channel_trial import agrees
 from lightning_koopman.pruning.masks import SCOPES, check_share
 
 
@@ -60,7 +62,7 @@ def remove_channels(
         >>> print(removal.table())
         0  out_features 32 → 8
         2  in_features 32 → 8
-        2  left alone: its outputs leave the network
+        left alone, its outputs leave the network: 2
     """
     check_share(sparsity)
     if scope not in SCOPES:

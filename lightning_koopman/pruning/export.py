@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -9,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lightning_koopman.parameters.sharded_modules import clean_name
+from lightning_koopman.pruning.channel_tracing import eager_copy
 from lightning_koopman.sobolev.loss import SobolevLoss
 
 
@@ -30,8 +33,9 @@ def export_network(
             ``torch.load`` that holds a dict: ``state_dict``, and ``arguments``, by module name the constructor
             arguments that differ from the original network.
         changes: :attr:`KoopmanPruner.changes` or :attr:`ChannelRemoval.changes`, the source of ``arguments``.
-        example: For ONNX: a tensor (batch, …), or a tuple of them, that ``forward`` takes (default: the module's
-            ``example_input_array``).
+        example: For ONNX: a tensor (batch, …), or a tuple of all that ``forward`` takes (default: the module's
+            ``example_input_array``).  Tensors as long as the first one share its batch dimension; others and numbers
+            are passed as they are.
 
     Returns:
         The path.
@@ -52,14 +56,10 @@ def export_network(
     target = Path(path)
     if target.suffix != ".onnx":
         arguments = {name: {key: now for key, (_, now) in each.items()} for name, each in (changes or {}).items()}
-        losses = tuple(
-            f"{name}." for name, part in network.named_modules(remove_duplicate=False) if isinstance(part, SobolevLoss)
-        )
-        state = {
-            name: value.detach().cpu().clone()
-            for name, value in network.state_dict().items()
-            if not name.startswith(losses)
-        }
+        named = {clean_name(name): part for name, part in network.named_modules(remove_duplicate=False)}
+        losses = tuple(f"{name}." for name, part in named.items() if isinstance(part, SobolevLoss))
+        held = {clean_name(name): value for name, value in network.state_dict().items()}
+        state = {name: value.detach().cpu().clone() for name, value in held.items() if not name.startswith(losses)}
         torch.save({"state_dict": state, "arguments": arguments}, target)
         return target
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
@@ -76,15 +76,26 @@ def export_network(
         )
     given = tuple(example) if isinstance(example, (tuple, list)) else (example,)
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    given = tuple(value.to(device) for value in given)
-    if given[0].shape[0] == 1:  # a batch of one would be taken for a fixed size
-        given = tuple(value.expand(2, *value.shape[1:]) for value in given)
+    given = tuple(value.to(device) if isinstance(value, Tensor) else value for value in given)
+    size = next((len(value) for value in given if isinstance(value, Tensor) and value.ndim), None)
+    batched = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == size for value in given]
+    if size == 1:  # a batch of one would be taken for a fixed size
+        given = tuple(
+            value.expand(2, *value.shape[1:]) if each else value for value, each in zip(given, batched, strict=True)
+        )
+    if any(hasattr(part, "_orig_mod") for part in network.modules()):  # what is compiled cannot be exported
+        network = eager_copy(network, copy.deepcopy)
     modes = {part: part.training for part in network.modules()}
     network.eval()
     try:
         batch = torch.export.Dim("batch")
         torch.onnx.export(
-            network, given, target, dynamo=True, dynamic_shapes=tuple({0: batch} for _ in given), verbose=False
+            network,
+            given,
+            target,
+            dynamo=True,
+            dynamic_shapes=tuple({0: batch} if each else None for each in batched),
+            verbose=False,
         )
     finally:
         for part, training in modes.items():

@@ -65,6 +65,10 @@ class Pin:
         for chunk, bits in self._matched:
             _clear(chunk.tensor, bits)
 
+    def moved(self) -> bool:
+        """Whether a pruned weight is not zero."""
+        return any(bool(_masked(chunk.tensor, bits).any()) for chunk, bits in self._matched)
+
     def clear_gradients(self) -> None:
         """Set the pruned weights' gradients to zero, where they come without a hook being called, as under FSDP."""
         for chunk, bits in self._matched:
@@ -131,6 +135,12 @@ def _clear(values: Tensor, bits: Tensor) -> None:
     if bits.dtype.itemsize != values.dtype.itemsize or bits.device != values.device:  # the module was converted
         bits = _bits(bits != 0, values)
     values.detach().view(bits.dtype).bitwise_and_(bits.reshape(values.shape))
+
+
+def _masked(values: Tensor, bits: Tensor) -> Tensor:
+    """The values that are masked, zero elsewhere; −0 counts as zero."""
+    kept = (bits != 0).reshape(values.shape).to(values.device)
+    return torch.where(kept, 0, values.detach())
 
 
 def takes_hooks(optimizer: object) -> bool:

@@ -45,7 +45,10 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
         chosen = [
             name
             for name, chunk in chunks.items()
-            if chunk.parameter.requires_grad and len(chunk.shape) >= 2 and id(chunk.parameter) not in norms | derived
+            if chunk.parameter.requires_grad
+            and len(chunk.shape) >= 2
+            and chunk.numel
+            and id(chunk.parameter) not in norms | derived
         ]
         if not chosen:
             raise ValueError(

@@ -403,7 +403,9 @@ def test_forward_is_traced_where_training_steps_cannot_be(fit, build):
 def test_networks_without_channels_to_spare_are_refused_before_a_step(fit, build):
     module = build(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))
     before = copy.deepcopy(module.state_dict())
-    with pytest.raises(ValueError, match=r"no channel of the network can be removed \('network.1': its outputs leave"):
+    with pytest.raises(
+        ValueError, match=r"no channel of the network can be removed\. left alone, its outputs leave.*: network.1"
+    ):
         fit(KoopmanPruner(0.5, epoch=3, structured=True), module=module)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 

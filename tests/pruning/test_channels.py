@@ -153,10 +153,14 @@ def test_what_is_left_alone_is_named_with_the_reason():
         return remove_channels(build(), lambda net: net(example), sparsity=0.5).left_alone
 
     assert reasons("residual") == {"head": "its outputs leave the network"}
-    assert "MultiheadAttention" in reasons("encoder")["embedding"]
+    encoder = reasons("encoder")
+    assert encoder["embedding"] == "coupled with LayerNorm"
+    assert encoder["encoder.layers.0.self_attn"] == "no layer of a known kind (MultiheadAttention)"
     heads = reasons("heads")
-    assert {heads[name] for name in "qkv"} == {"coupled by ScaledDotProduct"}
-    assert reasons("recurrent")["inner"] == "coupled by an unknown module"
+    assert {heads[name] for name in "qkv"} == {"coupled by attention"}
+    recurrent = reasons("recurrent")
+    assert recurrent["inner"] == "coupled by a module that is traced as a whole"
+    assert recurrent["gru"] == "no layer of a known kind (GRU)"
 
 
 def test_scores_decide_what_goes():

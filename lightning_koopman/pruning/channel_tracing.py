@@ -1,0 +1,293 @@
+"""Which channels of a network go together, traced through a copy by Torch-Pruning."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_koopman.parameters.randomness import seeded
+from lightning_koopman.parameters.sharded_modules import named_parts
+from lightning_koopman.pruning.channel_removal import is_transposed
+
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose outputs are removed
+KNOWN = (*LAYERS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)  # to the tracing
+SECONDS = 60.0  # that tracing may take: networks of a thousand layers take a few
+Run = Callable[[nn.Module], Any]
+
+
+def is_layer(part: nn.Module) -> bool:
+    """Whether it is a convolution or a linear layer, a transposed one of ``transformers`` too."""
+    return isinstance(part, LAYERS) or is_transposed(part)
+
+
+def eager_copy(module: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A copy without compiled parts, which would be compiled anew for each size, and without caches of keys.
+
+    Raises:
+        ValueError: If the module cannot be copied.
+    """
+    try:
+        twin = copy(module)
+    except Exception as error:
+        raise ValueError(
+            f"the module cannot be copied, so nothing can be tried out: {type(error).__name__}: {error}"
+        ) from error
+    twin = getattr(twin, "_orig_mod", twin)
+    for part in [each for each in twin.modules() if not isinstance(each, torch.jit.ScriptModule)]:
+        for leaf, child in part._modules.items():
+            part._modules[leaf] = getattr(child, "_orig_mod", child)
+        config = getattr(part, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False  # type: ignore[union-attr]
+    return twin
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Context in which compiled functions run as they were written."""
+    stance = getattr(torch.compiler, "set_stance", None)  # since 2.6
+    with nullcontext() if stance is None else stance("force_eager"):
+        yield
+
+
+class Tracing:
+    """A copy of a network and the groups of its channels that go together.
+
+    Args:
+        twin: The copy; its transposed linear layers are replaced by plain ones.
+        run: Called with the copy; returns what it computes, with a graph.
+
+    Attributes:
+        twin: The copy.
+        names: Names of its modules.
+        transposed: Names of the layers whose weight is transposed in the network.
+        graph: Torch-Pruning's.
+        groups: Of all channels of a layer, with :attr:`closures`.
+
+    Raises:
+        ValueError: If it cannot be traced, or not within a minute.
+    """
+
+    def __init__(self, twin: nn.Module, run: Run) -> None:
+        self.twin = twin
+        self.transposed = {name for name, part in named_parts(twin).items() if is_transposed(part)}
+        for owner in [each for each in twin.modules() if not isinstance(each, torch.jit.ScriptModule)]:
+            for leaf, part in owner._modules.items():
+                owner._modules[leaf] = _readable(part) if part is not None else None
+        self.names = {part: name for name, part in named_parts(twin).items()}
+        hooks = [part.register_forward_hook(_hide) for part in _unknown(twin)]
+
+        def traced(network: nn.Module, _: Any) -> list[Tensor]:
+            found = [value for value in tensors(run(network)) if value.requires_grad]
+            if not found:
+                raise ValueError("`run` returned nothing that depends on the network it was given")
+            return found
+
+        self.graph = _graph_type()()
+        try:
+            devices = {parameter.device for parameter in twin.parameters()}
+            with warnings.catch_warnings(), seeded(0, devices), torch.enable_grad(), eagerly(), _Spelled():
+                warnings.simplefilter("ignore")  # about bare parameters and unknown operations: they are left alone
+                self.graph.build_dependency(twin, (), forward_fn=traced, verbose=False)
+                self.groups = list(self.graph.get_all_groups(root_module_types=list(LAYERS)))
+        except Exception as error:
+            raise ValueError(
+                f"the network cannot be traced, so no channel of it can be removed: {type(error).__name__}: {error}"
+            ) from error
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def torch_pruning() -> Any:
+    """The package that traces which channels go together."""
+    try:
+        import torch_pruning as package
+
+        package.importance.GroupMagnitudeImportance  # noqa: B018 - since 1.5.2
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise ModuleNotFoundError(
+            "Removing channels needs Torch-Pruning 1.5.2 or newer: pip install 'lightning_koopman[structured]'",
+            name="torch_pruning",
+        ) from error
+    return package
+
+
+@cache
+def _graph_type() -> Any:
+    """Torch-Pruning's graph, whose groups say which channels of the first layer cannot go without one another."""
+    pruning = torch_pruning()
+    from torch_pruning._helpers import GroupItem, _HybridIndex
+    from torch_pruning.dependency import Dependency, Group, index_mapping
+
+    class Graph(pruning.DependencyGraph):  # type: ignore[misc, name-defined]
+        deadline = time.monotonic() + SECONDS
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.deadline = time.monotonic() + SECONDS
+
+        def get_pruner_of_module(self, module: nn.Module) -> Any:  # called by all that may take long
+            if time.monotonic() > self.deadline:
+                raise TimeoutError(f"it took more than {SECONDS:.0f} s")
+            return super().get_pruner_of_module(module)
+
+        def _build_dependency(self, module2node: Mapping[Any, Any]) -> None:
+            for node in module2node.values():
+                if node.type == pruning.ops.OPTYPE.SPLIT:
+                    node.grad_fn = _split_of_channels(node.grad_fn)
+            super()._build_dependency(module2node)
+
+        def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Sequence[int]) -> Any:
+            # its own visits channels again and again where a group meets itself, and forgets that it does
+            if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1:
+                pruning_fn = pruning.function.prune_depthwise_conv_out_channels
+            index_mapping.update_index_mapping(self)
+            root = self.module2node[module]
+            meeting = {int(index): int(index) for index in idxs}  # by channel of the first layer, one it goes with
+
+            def leader(channel: int) -> int:
+                while meeting.setdefault(channel, channel) != channel:
+                    meeting[channel] = channel = meeting[meeting[channel]]
+                return channel
+
+            widest = max(
+                getattr(part, size, 0)
+                for part in self.model.modules()
+                for size in ("in_features", "out_features", "in_channels", "out_channels")
+            )
+            first = Dependency(pruning_fn, pruning_fn, source=root, target=root)
+            stack = [(first, [_HybridIndex(idx=int(index), root_idx=int(index)) for index in idxs])]
+            reached: dict[Any, tuple[Any, dict[int, int]]] = {}
+            misread = False
+            while stack:
+                self.get_pruner_of_module(module)
+                dep, indices = stack.pop()
+                known = reached.setdefault((dep.target, dep.handler), (dep, {}))[1]
+                is_out = self.is_out_channel_pruning_fn(dep.handler)
+                channels = (self.get_out_channels if is_out else self.get_in_channels)(dep.target.module)
+                new = []
+                for index in indices:
+                    if index.idx >= (channels or widest):  # of an operation that was misread: it may grow without end
+                        misread = misread or channels is not None
+                    elif index.idx in known:
+                        meeting[leader(known[index.idx])] = leader(index.root_idx)
+                    else:
+                        known[index.idx] = index.root_idx
+                        new.append(index)
+                for following in dep.target.dependencies if new else ():
+                    if following.is_triggered_by(dep.handler):
+                        moved = new
+                        for mapping in following.index_mapping:
+                            moved = moved if mapping is None else mapping(moved)
+                        if len(moved):
+                            stack.append((following, moved))
+            group = Group()
+            group._DG = self
+            for dep, known in reached.values():
+                item = GroupItem(dep, list(known))
+                item.root_idxs = list(known.values())
+                group.items.append(item)
+            together: dict[int, list[int]] = {}
+            for channel in sorted(reached[root, pruning_fn][1]):
+                together.setdefault(leader(channel), []).append(channel)
+            group.closures, group.misread = list(together.values()), misread
+            return group
+
+    return Graph
+
+
+def _split_of_channels(operation: Any) -> Any:
+    """A split of the last dimension, where linear layers have their channels, as one of the dimension that is read."""
+    sizes = getattr(operation, "_saved_self_sym_sizes", getattr(operation, "_saved_self_sizes", ()))
+    if len(sizes) < 3 or getattr(operation, "_saved_dim", None) not in (len(sizes) - 1, 2**64 - 1, -1):
+        return operation
+    found = {"_saved_self_sizes": sizes, "_saved_self_sym_sizes": sizes, "_saved_dim": 1}
+    for name in ("_saved_split_sizes", "_saved_split_size"):
+        if hasattr(operation, name):
+            found[name] = getattr(operation, name)
+    return SimpleNamespace(**found)
+
+
+def _readable(part: nn.Module) -> nn.Module:
+    """What stands for a module in the copy: a plain linear layer for a transposed one, a wrapper for a scripted one."""
+    if isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+        return Scripted(part)
+    if not is_transposed(part):
+        return part
+    weight: Any = part.weight
+    width, height = weight.shape
+    linear = nn.Linear(width, height, bias=part.bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().T.contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = part.bias  # type: ignore[assignment]
+    return linear.train(part.training)
+
+
+class _Spelled(TorchFunctionMode):
+    """Context in which gated linear units are made of the operations that the tracing knows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not nn.functional.glu:
+            return func(*args, **(kwargs or {}))
+        first, second = _halves(*args, **(kwargs or {}))
+        return first * second.sigmoid()
+
+
+def _halves(input: Tensor, dim: int = -1) -> tuple[Tensor, ...]:  # noqa: A002  # the names of torch.nn.functional.glu
+    return input.chunk(2, dim % input.ndim)
+
+
+class Scripted(nn.Module):
+    """Runs a scripted module, whose parts are out of reach."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.inside = (part,)  # not a child: its parts would be looked at
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the module computes."""
+        return _hide(self, [args, kwargs], self.inside[0](*args, **kwargs))
+
+
+def _unknown(twin: nn.Module) -> list[nn.Module]:
+    """The modules that are traced as a whole, for their own graph cannot be read."""
+    return [
+        part
+        for part in twin.modules()
+        if isinstance(part, nn.RNNBase)
+        or (not isinstance(part, KNOWN) and not list(part.children()) and list(part.parameters()))
+    ]
+
+
+class _Opaque(torch.autograd.Function):
+    """A node of the graph that stands for all that a module does."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *_: Tensor) -> Tensor:  # noqa: ARG004
+        return output.clone()
+
+
+def _hide(_: nn.Module, inputs: Any, outputs: Any) -> Any:
+    """Forward hook: put one node in place of a module's own graph, which tracing could not read."""
+    if isinstance(outputs, Tensor):
+        given = tensors(inputs)
+        return _Opaque.apply(outputs.detach(), *given) if outputs.is_floating_point() and given else outputs
+    return type(outputs)(_hide(_, inputs, each) for each in outputs) if type(outputs) in (tuple, list) else outputs
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """All tensors of floating point in a nested structure."""
+    if isinstance(values, Tensor):
+        return [values] if values.is_floating_point() else []
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    return [each for value in values for each in tensors(value)] if isinstance(values, (list, tuple)) else []

@@ -1,0 +1,98 @@
+"""Trying out on copies whether channels can be removed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_koopman.parameters.randomness import seeded
+from lightning_koopman.parameters.sharded_modules import clean_name, named_parts
+from lightning_koopman.pruning.channel_removal import ChannelRemoval
+from lightning_koopman.pruning.channel_tracing import Run, eager_copy, eagerly, tensors
+
+OUTPUT = "its outputs leave the network"
+Copy = Callable[[nn.Module], nn.Module]
+
+
+def agrees(module: nn.Module, run: Run, removal: ChannelRemoval, copy: Copy, also: Sequence[Run] = ()) -> bool:
+    """Whether a copy without the channels computes the same as one in which their weights are zero.
+
+    Both are given the same random weights: the present ones may be zero where it matters.  The copy must also not fail
+    in training mode, nor at what else the network is used for.
+    """
+    zeroed, smaller = eager_copy(module, copy), eager_copy(module, copy)
+    for network in (zeroed, smaller):
+        _draw(network)
+    for path, tensor in zeroed.named_parameters():
+        name = clean_name(path)
+        if name in removal.kept:
+            gone = torch.ones(tensor.numel(), dtype=torch.bool, device=tensor.device)
+            gone[removal.kept[name][0].to(tensor.device)] = False
+            tensor.data.masked_fill_(gone.reshape(tensor.shape), 0.0)
+    removal.apply(smaller)
+    heads = [name for name, reason in removal.left_alone.items() if reason == OUTPUT]
+    expected, found = (_outputs(network.eval(), run, heads) for network in (zeroed, smaller))
+    if not _alike(expected, found, module):
+        return False
+    for use in (run, *also):
+        try:
+            _outputs(eager_copy(module, copy).train(), use, [])
+        except Exception:  # it fails with all channels too, so it tells nothing
+            continue
+        _outputs(smaller.train(), use, [])
+    return True
+
+
+def check_repeats(module: nn.Module, run: Run, copy: Copy) -> None:
+    """Raise ValueError if two equal copies compute different things, so that no comparison of copies means anything."""
+    twice = []
+    for _ in range(2):
+        network = eager_copy(module, copy)
+        _draw(network)
+        twice.append(_outputs(network.eval(), run, []))
+    if not _alike(twice[0], twice[1], module):
+        raise ValueError(
+            "the step disagrees with itself: two equal copies of the network, given the same batch and the same state "
+            "of PyTorch's, NumPy's and Python's random generators, computed different things. Let it draw from those, "
+            "or from a generator that the module holds."
+        )
+
+
+def _alike(expected: Sequence[Tensor], found: Sequence[Tensor], module: nn.Module) -> bool:
+    """Whether outputs are equal up to rounding."""
+    if [values.shape for values in expected] != [values.shape for values in found]:
+        return False
+    half = any(parameter.dtype.itemsize < 4 for parameter in module.parameters())
+    allowed = 0.05 if half else 1e-3  # of the largest output
+    pairs = zip(expected, found, strict=True)
+    return all(bool((a - b).abs().max() <= allowed * a.abs().max()) for a, b in pairs if a.numel())
+
+
+def _draw(network: nn.Module) -> None:
+    """Give a network random weights of the usual size, the same for the same structure."""
+    drawn = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        values = torch.randn(parameter.shape, generator=drawn)
+        if parameter.ndim >= 2:
+            values *= max(1, parameter[:1].numel()) ** -0.5
+        else:
+            values = 1 + 0.3 * values
+        parameter.data.copy_(values)
+
+
+def _outputs(network: nn.Module, run: Run, heads: Sequence[str]) -> list[Tensor]:
+    """What some layers and the network as a whole compute."""
+    outputs: list[Tensor] = []
+    parts = named_parts(network)
+    hooks = [
+        parts[name].register_forward_hook(lambda *given: outputs.append(given[2].detach().clone())) for name in heads
+    ]
+    try:
+        with seeded(0, {parameter.device for parameter in network.parameters()}), torch.enable_grad(), eagerly():
+            outputs += [value.detach() for value in tensors(run(network))]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return outputs
