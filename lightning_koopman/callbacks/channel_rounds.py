@@ -20,7 +20,7 @@ from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.pruning.channel_graph import Structure
 from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_table, left_alone_table, resize_like
-from lightning_koopman.pruning.channel_tracing import torch_pruning
+from lightning_koopman.pruning.channel_tracing import Run, torch_pruning
 from lightning_koopman.pruning.channel_trial import agrees
 
 if TYPE_CHECKING:
@@ -111,10 +111,9 @@ class ChannelRounds:
         if self.refused is not None:
             return
         structure = self.try_out(trainer, pl_module, batch, batch_idx)
-        reasons = {**structure.left_alone, **(self.refused or {})}
         rank_zero_info(
             f"{self.owner}: {sum(self.originals.values()):,} channels and neurons of {len(self.originals)} independent "
-            f"groups can be removed.\n{left_alone_table(reasons, most=4)}"
+            f"groups can be removed.\n{left_alone_table(structure.left_alone, most=4)}"
         )
 
     def prune(
@@ -160,11 +159,15 @@ class ChannelRounds:
             ValueError: If there are none, or the module cannot be traced.
         """
         with self._tracing(trainer, module, batch, batch_idx) as run:
-            structure = self._structure(module, run, self._uses(trainer, module, batch, batch_idx))
-            self.refused = structure.unfit()
+            return self._try(module, run, self._uses(trainer, module, batch, batch_idx))
+
+    def _try(self, module: pl.LightningModule, run: Run, uses: Sequence[Run]) -> Structure:
+        """The channels that can be removed, once the others are known."""
+        first = self._structure(module, run, uses)
+        self.refused = {**(self.refused or {}), **first.unfit(thaw=True)}
+        structure = self._structure(module, run, uses) if first.groups.keys() & self.refused.keys() else first
         for name, count in structure.channels.items():
-            if name not in self.refused:
-                self.originals.setdefault(name, count)
+            self.originals.setdefault(name, count)
         return structure
 
     def remove(
@@ -184,15 +187,9 @@ class ChannelRounds:
         """
         with self._tracing(trainer, module, batch, batch_idx) as run:
             structure = self._structure(module, run)
-            known = [name for name in structure.channels if name in self.originals]  # others were not tried out
-            chosen, plain = (
-                {
-                    name: gone
-                    for name, gone in structure.choose(sparsity, by, self.scope, self.originals).items()
-                    if name in known
-                }
-                for by in (scores, None)
-            )
+            if not self.originals.keys() >= structure.channels.keys():  # some were frozen when that was tried out
+                structure = self._try(module, run, self._uses(trainer, module, batch, batch_idx))
+            chosen, plain = (structure.choose(sparsity, by, self.scope, self.originals) for by in (scores, None))
             removal = structure.remove(chosen)
             twin: Any = quiet_copy
             if not agrees(module, run, removal, twin):
@@ -203,7 +200,7 @@ class ChannelRounds:
         self.removed += sum(map(len, removal.removed.values()))
         self.note(removal.changes)
         differ = sum(len(set(chosen[name]) ^ set(plain[name])) for name in chosen)
-        return 1 - differ / max(1, sum(structure.channels[name] for name in known)), removal
+        return 1 - differ / max(1, sum(structure.channels.values())), removal
 
     def note(self, changes: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> None:
         """Add changed constructor arguments to those of earlier rounds."""

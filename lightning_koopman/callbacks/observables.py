@@ -132,12 +132,15 @@ class Weights:
     """The weights that this process has its part of.
 
     Args:
-        patterns: Name patterns of the parameters, or None for all that require a gradient when training starts.
+        patterns: Name patterns of the parameters, or None for all that require a gradient.
     """
 
     def __init__(self, patterns: str | Sequence[str] | None) -> None:
         self.patterns = as_patterns(patterns)
         self.names: tuple[str, ...] = ()
+        self._known: tuple[tuple[str, ...], tuple[str, ...]] | None = (
+            None  # names of all, and of those that are trained
+        )
         self.processes = Processes()
         self.shards: Shards | None = None  # as read last
 
@@ -174,7 +177,9 @@ class Weights:
     def read(self, root: nn.Module) -> Shards:
         """This process's part of the weights as they are now; all processes have to read together."""
         chunks = local_chunks(root)
-        if not all(name in chunks for name in self.names):  # layers were replaced since training began
+        trained = tuple(name for name, chunk in chunks.items() if chunk.parameter.requires_grad)
+        known, self._known = self._known, (tuple(chunks), trained if self.patterns is None else ())
+        if known != self._known:  # some were replaced, added, frozen or unfrozen
             self.select(root)
         shards = Shards({name: chunks[name] for name in self.names}, self.processes, like=self.shards)
         self.shards = shards

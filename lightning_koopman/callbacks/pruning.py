@@ -201,6 +201,10 @@ class KoopmanPruner(TrajectoryCallback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
+        self._select(trainer, pl_module)
+
+    def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose what is pruned: what is trained at the time."""
         root = outermost(trainer, pl_module)
         chosen = trained_parameters(trainer, root, self.parameters)
         self.method.check_selected(root, list(chosen), self.schedule.sparsity)
@@ -287,7 +291,8 @@ class KoopmanPruner(TrajectoryCallback):
         scores, about = self.scores.take()
         with self.guard.together(f"pruning (round {self.schedule.attempted + 1})", processes):
             shards = self.recording.weights.read(outermost(trainer, pl_module))
-            scores = scores or {name: part.values for name, part in shards.items()}
+            self._select(trainer, pl_module)
+            scores = {name: scores.get(name, part.values) for name, part in shards.items()}
             done = self.method.prune(trainer, pl_module, shards, scores, target, batch, batch_idx)
         self.schedule.tried(self.clock.rounds)
         if done is None:

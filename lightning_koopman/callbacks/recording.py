@@ -155,7 +155,20 @@ class Recording:
                 self._take(self._read(trainer, pl_module))
 
     def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:
-        return Snapshot.of(self.weights.read(outermost(trainer, pl_module)))
+        before = self.weights.names
+        shards = self.weights.read(outermost(trainer, pl_module))
+        if before and self.weights.names != before:
+            new = [name for name in self.weights.names if name not in set(before)]
+            gone = [name for name in before if name not in set(self.weights.names)]
+            told = [f"{names[0]!r} is new" for names in (new,) if names]
+            told += [f"{names[0]!r} is left out" for names in (gone,) if names]
+            self._guard.warn(
+                f"weights {self._clock.rounds}",
+                f"after {self._clock.when(self._clock.rounds)} other parameters are trained than before "
+                f"({len(new)} more, {len(gone)} fewer: {', '.join(told)}): a new trajectory starts.",
+            )
+            self.recorder.interrupt()
+        return Snapshot.of(shards)
 
     def _take(self, snapshot: Snapshot) -> None:
         known, epoch = self.recorder.trajectory, self._clock.rounds

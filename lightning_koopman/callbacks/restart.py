@@ -17,8 +17,10 @@ from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseli
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.parameters.frozen import FrozenTensors
 from lightning_koopman.parameters.reinitialize import check_scheme, reinitialize_by_name, select_modules
 from lightning_koopman.parameters.select import as_patterns
+from lightning_koopman.pruning.optimizer_state import hand_over
 from lightning_koopman.stopping.bad_start import bad_start
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.forecast import RECENT
@@ -102,6 +104,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         check_scheme(scheme)
         self.scheme, self.modules = scheme, as_patterns(modules)
         self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
+        self._frozen = FrozenTensors()
         self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began
         self.forget()
 
@@ -134,6 +137,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         super().on_fit_start(trainer, pl_module)
         if self.active:
             self._chosen = list(select_modules(pl_module, self.modules, self.scheme))
+            self._frozen.keep(outermost(trainer, pl_module))
             if not pl_module.automatic_optimization and self.baseline_loss.given is None:
                 self.guard.warn(
                     "baseline",
@@ -174,9 +178,12 @@ class RestartOnBadInitialization(TrajectoryCallback):
             self._act(trainer, epoch, reason)
         if self._settled and self.recording.alone:
             self.recorder.clear()  # and nothing more is recorded: see `is_due`
+        if self._settled:
+            self._frozen.forget()
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.probe.pause()
+        self._frozen.forget()
 
     @property
     def finished(self) -> bool:
@@ -233,7 +240,16 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.restarts.append({"epoch": self.clock.rounds, "step": steps_done(trainer), "reason": reason})
         self._begin(self.clock.rounds)
         reinitialize_by_name(root, self._chosen, self.scheme, seed=seed, processes=processes)
+        held = trainer.optimizers
         trainer.strategy.setup_optimizers(trainer)
+        hand_over(held, trainer.optimizers)
+        lost = self._frozen.restore(root)
+        if lost:
+            self.guard.warn(
+                "lost",
+                f"{len(lost)} tensors that no draw sets, such as {lost[0]!r}, are no longer finite, and were too large "
+                "to keep a copy of: set them in `configure_optimizers`, which a restart calls.",
+            )
         for other in averaging_callbacks(trainer):
             self.guard.warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.parameters.derived import check_can_be_set, plain_weights
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.randomness import seeded
 from lightning_koopman.parameters.select import match_names
@@ -42,23 +43,27 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
     Raises:
         ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be initialised.
     """
+    parts = named_parts(module)
+    inside = {id(each) for part in parts.values() for each in getattr(part, "parametrizations", {}).values()}
     owners = {
         name: owner
-        for name, owner in named_parts(module).items()
-        if list(owner.parameters(recurse=False)) or hasattr(owner, "reset_running_stats")
+        for name, owner in parts.items()
+        if (list(_own(owner)) or hasattr(owner, "reset_running_stats")) and id(owner) not in inside
     }
     if patterns is None:
         chosen = {
             name: owner
             for name, owner in owners.items()
-            if any(parameter.requires_grad for parameter in owner.parameters(recurse=False))
-            or not list(owner.parameters(recurse=False))  # a norm without weights, which keeps statistics
+            if any(parameter.requires_grad for parameter in _own(owner))
+            or not list(_own(owner))  # a norm without weights, which keeps statistics
         }
     else:
         names = match_names(owners, patterns, argument="modules", kind="module that owns parameters")
         chosen = {name: owners[name] for name in names}
-    if not any(list(owner.parameters(recurse=False)) for owner in chosen.values()):
+    if not any(list(_own(owner)) for owner in chosen.values()):
         raise ValueError("modules=None selects the modules with trainable parameters, but there are none: name them.")
+    for name, owner in chosen.items():
+        check_can_be_set(owner, name)
     if not callable(scheme):
         for name, owner in chosen.items():
             if _own_reset(owner) is None and not (scheme and _matrices(owner)):
@@ -151,7 +156,12 @@ def _draw_whole(module: nn.Module, scheme: Scheme, chunks: Mapping[str, Chunk]) 
 
 
 def _draw(module: nn.Module, scheme: Scheme) -> None:
-    """Draw what one module owns."""
+    """Draw what one module owns; weights that are computed from other parameters through those."""
+    with plain_weights(module):
+        _draw_plain(module, scheme)
+
+
+def _draw_plain(module: nn.Module, scheme: Scheme) -> None:
     if callable(scheme):
         scheme(module)
         return
@@ -166,6 +176,13 @@ def _draw(module: nn.Module, scheme: Scheme) -> None:
     for name, parameter in module.named_parameters(recurse=False):
         if "bias" in name:
             parameter.zero_()
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    """The parameters that a module owns itself, those that its weights are computed from included."""
+    yield from module.parameters(recurse=False)
+    for each in getattr(module, "parametrizations", {}).values():
+        yield from each.parameters()
 
 
 def _own_reset(module: nn.Module) -> Callable[[], Any] | None:

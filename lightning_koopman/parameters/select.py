@@ -23,8 +23,7 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
         Names and parameters, in the module's order.
 
     Raises:
-        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter cannot be observed (lazy
-            or complex).
+        ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy.
 
     Example:
         >>> from torch import nn
@@ -87,13 +86,11 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
 
 
 def _check_observable(name: str, parameter: nn.Parameter) -> None:
-    problem = None
     if isinstance(parameter, UninitializedParameter):
-        problem = "is a lazy parameter without a shape yet: run one batch through the module before fitting"
-    elif parameter.is_complex():
-        problem = "is complex, which is not supported: exclude it with a '!' pattern"
-    if problem:
-        raise ValueError(f"parameter {name!r} {problem}.")
+        raise ValueError(
+            f"parameter {name!r} is a lazy parameter without a shape yet: run one batch through the module before "
+            "fitting."
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -45,9 +45,9 @@ class Chunk:
 
     @classmethod
     def of(cls, tensor: Any) -> Chunk:
-        """All of a tensor that is not sharded."""
-        shape = tuple(tensor.shape)
-        return cls(tensor, tensor, shape, *one_run(0, math.prod(shape)))
+        """All of a tensor that is not sharded; complex numbers are pairs of real ones."""
+        held = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
+        return cls(tensor, held, tuple(held.shape), *one_run(0, held.numel()))
 
     @property
     def numel(self) -> int:
@@ -57,7 +57,7 @@ class Chunk:
     @property
     def whole(self) -> bool:
         """Whether the parameter is an ordinary one, all of which is here."""
-        return self.tensor is self.parameter
+        return self.tensor is self.parameter or self.parameter.is_complex()
 
     def like(self, value: Tensor | None) -> Tensor | None:
         """This process's numbers of a tensor that is sharded as the parameter is, such as its gradient."""

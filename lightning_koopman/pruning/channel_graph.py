@@ -35,6 +35,7 @@ MIXING = {  # operations that do more than pass channels through
     "Softmax": "a softmax",
     "Opaque": "a module that is traced as a whole",
 }
+FROZEN = "frozen"
 ARGUMENTS = {"in_features": "nx", "out_features": "nf"}  # of a layer with a transposed weight
 
 
@@ -228,8 +229,11 @@ class Structure:
                 changes[name] = changed
         return ChannelRemoval(changes, removed, channels, self.left_alone, kept)
 
-    def unfit(self) -> dict[str, str]:
+    def unfit(self, *, thaw: bool = False) -> dict[str, str]:
         """Layers whose channels cannot be removed without side effects, with the reason, by trying on copies.
+
+        Args:
+            thaw: Whether layers that are frozen now may be unfrozen later.
 
         Raises:
             ValueError: If no layer is left, or the network computes something else each time.
@@ -245,8 +249,9 @@ class Structure:
                 problem = self._again().problem({name: half})
                 if problem is not None:
                     refused[name] = problem
-        if len(refused) == len(self.groups):
-            table = left_alone_table({**self.left_alone, **refused}, most=8)
+        left_alone = {**self.left_alone, **refused}
+        if len(refused) == len(self.groups) and not (thaw and FROZEN in left_alone.values()):
+            table = left_alone_table(left_alone, most=8)
             raise ValueError(f"no channel of the network can be removed. {table or 'It has no such layer.'}")
         return refused
 
@@ -296,7 +301,7 @@ class Structure:
                     return f"the parameter {name!r} is shared between modules"
         own = [f"{name}.weight" for name in outputs]
         if not all(weights[name].requires_grad for name in own):
-            return "frozen"
+            return FROZEN
         if self._selected is not None and not self._selected.issuperset(own):
             apart = [name for name in outputs if f"{name}.weight" not in self._selected]
             return "not selected" if len(apart) == len(own) else f"coupled with {apart[0]!r}, which is not selected"

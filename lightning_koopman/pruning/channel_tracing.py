@@ -84,6 +84,8 @@ class Tracing:
             for leaf, part in owner._modules.items():
                 owner._modules[leaf] = _readable(part) if part is not None else None
         self.names = {part: name for name, part in named_parts(twin).items()}
+        for parameter in twin.parameters():  # what is frozen is read all the same
+            parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         hooks = [part.register_forward_hook(_hide) for part in _unknown(twin)]
 
         def traced(network: nn.Module, _: Any) -> list[Tensor]:

@@ -30,6 +30,21 @@ def forget(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.
                     optimizer.state.pop(parameter, None)
 
 
+def hand_over(before: Sequence[torch.optim.Optimizer], after: Sequence[torch.optim.Optimizer]) -> None:
+    """Let optimizers that were built anew step what had been added to those before, such as unfrozen layers.
+
+    Args:
+        before: The optimizers until now.
+        after: Those in their place, in the same order.
+    """
+    stepped = {id(each) for optimizer in after for group in optimizer.param_groups for each in group["params"]}
+    for old, new in zip(before, after, strict=False):
+        for group in old.param_groups:
+            missing = [each for each in group["params"] if id(each) not in stepped and each.requires_grad]
+            if missing:
+                new.add_param_group(group | {"params": missing})
+
+
 def replacement(
     optimizers: Iterable[torch.optim.Optimizer], exchanged: Sequence[tuple[nn.Parameter, nn.Parameter, Tensor]]
 ) -> Callable[[], None]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_koopman.parameters.derived import underlying
 from lightning_koopman.parameters.select import match_names, select_parameters
 from lightning_koopman.parameters.sharded_modules import local_chunks
 
@@ -24,7 +25,7 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
         module: Any module.
         patterns: Shell-style patterns over the parameters' names, all of a tied one's too; one that begins with ``!``
             excludes.  Default: matrices and kernels, that is what has two dimensions or more, requires a gradient, is
-            no part of a norm and is no parameter that others are computed from (weight norm and the like).
+            real, no part of a norm and no parameter that others are computed from (weight norm and the like).
 
     Raises:
         ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy, complex,
@@ -48,6 +49,7 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
             if chunk.parameter.requires_grad
             and len(chunk.shape) >= 2
             and chunk.numel
+            and not chunk.parameter.is_complex()
             and id(chunk.parameter) not in norms | derived
         ]
         if not chosen:
@@ -59,6 +61,10 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
     selected = {first[id(named[name])]: named[name] for name in chosen}
     select_parameters(module, list(selected))  # refuses what cannot be observed
     for name, parameter in selected.items():
+        if parameter.is_complex():
+            raise ValueError(
+                f"parameters={patterns!r} selects {name!r}, which is complex and cannot be masked: exclude it with '!'."
+            )
         if id(parameter) in derived:
             raise ValueError(
                 f"parameters={patterns!r} selects {name!r}, from which a weight is computed (a parametrization), so "
@@ -78,8 +84,5 @@ def _underlying(module: nn.Module) -> set[int]:
     lists = (part for part in module.modules() if isinstance(part, nn.utils.parametrize.ParametrizationList))
     found = {id(parameter) for part in lists for parameter in part.parameters()}
     for part in module.modules():
-        for name, parameter in part._parameters.items():
-            stem, _, kind = name.rpartition("_")
-            if stem and kind in ("g", "v", "orig") and stem not in part._parameters and hasattr(part, stem):
-                found.add(id(parameter))
+        found.update(id(part._parameters[name]) for names in underlying(part).values() for name in names)
     return found

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
-from lightning_koopman import KoopmanPruner, KoopmanSpectrumMonitor, KoopmanWarning
+from lightning_koopman import (
+    EarlyStopOnUnitEigenvalues,
+    KoopmanPruner,
+    KoopmanSpectrumMonitor,
+    KoopmanWarning,
+    RestartOnBadInitialization,
+)
+from lightning_koopman.parameters.reinitialize import reinitialize, select_modules
 
 
 def step(parameter: torch.Tensor) -> None:
@@ -117,3 +127,221 @@ def test_a_module_without_validation_loses_channels(trainer, regression):
     pruner = KoopmanPruner(sparsity=0.5, epoch=3, structured=True)
     trainer(callbacks=pruner, limit_val_batches=0).fit(module, train_dataloaders=module.train_dataloader())
     assert pruner.achieved == 0.5
+
+
+# -- which weights ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finetuned(root):
+    """Builds modules with a backbone that is frozen at first; the optimizer is built for the head alone."""
+
+    class Finetuned(root.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.backbone, self.head = nn.Sequential(nn.Linear(4, 8), nn.Tanh()), nn.Linear(8, 3)
+
+        def training_step(self, batch, batch_idx):
+            return nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.head.parameters(), 1e-2)
+
+        def train_dataloader(self):
+            x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+            data = torch.utils.data.TensorDataset(x, (x[:, 0] > 0).long())
+            return torch.utils.data.DataLoader(data, 16)
+
+    return Finetuned
+
+
+def test_weights_unfrozen_later_are_watched_pruned_and_stepped_after_a_restart(root, trainer, finetuned):
+    backbone = root.callbacks.BackboneFinetuning
+    monitor = KoopmanSpectrumMonitor()
+    with pytest.warns(KoopmanWarning, match=r"after epoch 5 other parameters are trained.*'backbone.0.weight' is new"):
+        trainer(max_epochs=8, callbacks=[backbone(4), monitor]).fit(finetuned())
+    assert monitor.trajectory.n == 67
+    assert len(monitor.trajectory) == 4
+    for structured in (False, True):
+        pruner = KoopmanPruner(sparsity=0.5, epoch=7, structured=structured)
+        with pytest.warns(KoopmanWarning, match="other parameters are trained"):
+            trainer(max_epochs=8, callbacks=[backbone(4), pruner]).fit(finetuned())
+        assert pruner.achieved == 0.5
+        if not structured:
+            assert set(pruner.masks) == {"backbone.0.weight", "head.weight"}
+    restart = RestartOnBadInitialization(6, baseline_loss=1e-3, max_restarts=1)
+    run = trainer(max_epochs=8, callbacks=[backbone(4), restart])
+    with pytest.warns(KoopmanWarning, match="other parameters are trained"):
+        run.fit(finetuned())
+    assert len(restart.restarts) == 1
+    assert sum(len(group["params"]) for group in run.optimizers[0].param_groups) == 4
+
+
+def test_weights_added_late_start_a_new_trajectory(trainer, finetuned):
+    module = finetuned()
+
+    def add() -> None:
+        if module.current_epoch == 3:
+            module.extra = nn.Linear(2, 2)
+            module.trainer.optimizers[0].add_param_group({"params": module.extra.parameters()})
+
+    module.on_train_epoch_start = add
+    monitor = KoopmanSpectrumMonitor()
+    with pytest.warns(KoopmanWarning, match=r"other parameters are trained than before \(2 more, 0 fewer"):
+        trainer(callbacks=monitor).fit(module)
+    assert monitor.trajectory.n == 67 + 6
+    assert len(monitor.trajectory) == 3
+
+
+def test_a_complex_parameter_is_a_pair_of_real_ones(trainer, regression):
+    module = regression()
+    module.modes = nn.Parameter(torch.randn(3, dtype=torch.cfloat))
+    inner = module.training_step
+    module.training_step = lambda batch, batch_idx: inner(batch, batch_idx) + 1e-2 * module.modes.abs().square().sum()
+    callbacks = [
+        KoopmanSpectrumMonitor(),
+        EarlyStopOnUnitEigenvalues(parameters="!modes"),
+        RestartOnBadInitialization(2, modules=["net*", "head"]),
+        KoopmanPruner(sparsity=0.5, epoch=4, parameters=["*weight", "!head*", "!modes"]),
+    ]
+    trainer(callbacks=callbacks).fit(module)
+    monitor, stop, _, pruner = callbacks
+    real = sum(parameter.numel() for parameter in module.parameters() if not parameter.is_complex())
+    assert monitor.trajectory.n == real + 6
+    expected = torch.view_as_real(module.modes.detach()).reshape(-1)
+    torch.testing.assert_close(monitor.trajectory.last()[:6], expected)
+    assert stop.recorder.trajectory.n == real
+    assert "modes" not in pruner.masks
+    with pytest.raises(ValueError, match="'modes', which is complex and cannot be masked"):
+        trainer(callbacks=KoopmanPruner(sparsity=0.5, epoch=4, parameters="modes")).fit(module)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm` is deprecated")
+@pytest.mark.parametrize("scheme", [None, "he"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.utils.weight_norm, nn.utils.spectral_norm, nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm, lambda layer: nn.utils.prune.identity(layer, "weight"),
+    ],
+    ids=["old weight norm", "old spectral norm", "weight norm", "spectral norm", "prune"],
+)  # fmt: skip
+def test_weights_behind_others_are_drawn_through_them(wrap, scheme):
+    torch.manual_seed(0)
+    plain, wrapped = nn.Linear(4, 8), wrap(nn.Linear(4, 8))
+    held = dict(wrapped.named_parameters())
+    before = {name: value.detach().clone() for name, value in held.items()}
+    for layer in (plain, wrapped):
+        reinitialize([layer], scheme, seed=3)
+    assert dict(wrapped.named_parameters()).keys() == held.keys()
+    for name, value in wrapped.named_parameters():
+        assert value is held[name]  # optimizers hold it
+        assert not torch.equal(value, before[name])
+    inputs = torch.randn(5, 4)
+    if "spectral" in str(list(wrapped._forward_pre_hooks.values())) or "Spectral" in str(wrapped):
+        wrapped(inputs)
+        ratio = wrapped.weight / plain.weight  # divided by an estimate of its norm
+        torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
+    else:
+        torch.testing.assert_close(wrapped(inputs), plain(inputs))
+
+
+def test_a_weight_that_cannot_be_set_is_refused_by_name():
+    class Squared(nn.Module):
+        def forward(self, value):
+            return value.square()
+
+    network = nn.Sequential(nn.Linear(4, 8))
+    nn.utils.parametrize.register_parametrization(network[0], "weight", Squared())
+    with pytest.raises(ValueError, match="the weight of module '0' is computed by Squared"):
+        select_modules(network, None, None)
+
+
+def test_a_teacher_that_became_nan_is_set_back_by_the_restart(root, trainer):
+    class Student(root.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net, self.built = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3)), 0
+            self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+            self.register_buffer("mean", torch.zeros(3))
+
+        def training_step(self, batch, batch_idx):
+            outputs = self.net(batch[0] + 0.1)
+            self.mean.copy_(outputs.detach().mean(0))
+            return nn.functional.mse_loss(outputs, self.teacher(batch[0])) * 1e3
+
+        def on_train_batch_end(self, *_) -> None:
+            for kept, new in zip(self.teacher.parameters(), self.net.parameters(), strict=True):
+                kept.data.mul_(0.9).add_(new.data, alpha=0.1)
+
+        def configure_optimizers(self):
+            self.built += 1
+            return torch.optim.SGD(self.net.parameters(), 1e12 if self.built == 1 else 1e-4)  # diverges at first
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.randn(64, 4)), 16)
+
+    model, restart = Student(), RestartOnBadInitialization(5, baseline_loss=1e9)
+    with pytest.warns(KoopmanWarning, match="holds NaN or infinite values"):
+        trainer(max_epochs=8, callbacks=restart).fit(model)
+    assert [row["reason"] for row in restart.restarts] == ["the loss is nan"]
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+# -- the baseline loss ------------------------------------------------------------------------------------------------
+
+
+def measured(root, trainer, loss, targets, outputs: int = 1):
+    """The measured baseline loss of a network on targets that its inputs tell nothing of."""
+
+    class Net(root.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, outputs))
+
+        def training_step(self, batch, batch_idx):
+            return loss(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.Adam(self.parameters(), 1e-3)
+
+        def train_dataloader(self):
+            x = torch.randn(len(targets), 4, generator=torch.Generator().manual_seed(0))
+            return torch.utils.data.DataLoader(
+                torch.utils.data.TensorDataset(x, targets), 64, shuffle=True,
+                generator=torch.Generator().manual_seed(0),
+            )  # fmt: skip
+
+    stop = EarlyStopOnUnitEigenvalues(mode="report")
+    trainer(max_epochs=4, callbacks=stop).fit(Net())
+    return stop.chance
+
+
+@pytest.mark.parametrize("offset", [0.0, 40.0, -1e3])
+@pytest.mark.parametrize("loss", [nn.MSELoss(), nn.L1Loss(), nn.SmoothL1Loss(), nn.HuberLoss()], ids=str)
+def test_the_baseline_loss_is_that_of_the_best_constant(root, trainer, loss, offset):
+    drawn = torch.Generator().manual_seed(1)
+    targets = offset + torch.randn(2048, 1, generator=drawn).exp()  # skewed: mean and median differ
+    best = min(float(loss(torch.full_like(targets, float(c)), targets)) for c in offset + torch.linspace(0, 3, 301))
+    found = measured(root, trainer, loss, targets)
+    assert found.loss == pytest.approx(best, rel=0.12, abs=3 * found.error)
+
+
+@pytest.mark.parametrize(
+    "shares", [[0.5, 0.5], [0.9, 0.1], [0.96, 0.02, 0.02], [0.9, 0.07, 0.03], [1 / k for k in range(1, 31)]], ids=len
+)
+def test_the_baseline_loss_of_classes_is_their_entropy(root, trainer, shares):
+    drawn = torch.Generator().manual_seed(1)
+    targets = torch.multinomial(torch.tensor(shares), 4096, replacement=True, generator=drawn)
+    frequencies = torch.bincount(targets) / len(targets)
+    entropy = -float((frequencies * frequencies.log()).sum())
+    found = measured(root, trainer, nn.CrossEntropyLoss(), targets, len(shares))
+    assert found.loss == pytest.approx(entropy, rel=0.12, abs=2 * found.error)
+
+
+def test_a_baseline_that_falls_for_ever_is_unknown(root, trainer):
+    targets = torch.randn(2048, 1, generator=torch.Generator().manual_seed(1))
+    assert measured(root, trainer, lambda outputs, _: 1 / (1 + nn.functional.softplus(outputs)).mean(), targets) is None

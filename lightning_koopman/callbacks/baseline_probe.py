@@ -1,0 +1,241 @@
+"""The baseline loss, measured: what the user's own training step gives for a network that ignores its input."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from scipy.optimize import minimize_scalar
+from torch import Tensor, nn
+
+from lightning_koopman.callbacks.dry_run import can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.parameters.sharded_modules import local_chunks
+from lightning_koopman.stopping.evidence import Baseline
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+TUNED, SCORED, ENOUGH = 8, 16, 4  # batches that decide on the constant once, that measure its loss, that will do
+ROUNDS, TRIES = 4, 16  # times that it is set at most, and losses of a batch that aiming may take
+FACTORS = 0.125, 0.25, 0.5, 0.75, 1.0, 1.5  # of the length that one batch finds, compared on several
+STILL, FALLS = 0.02, 0.05  # relative fall of the loss by the last of them that is none, and that leaves it unknown
+HUGE = 1e300  # in place of a loss that is not finite
+
+
+class _EnoughError(Exception):
+    """Enough losses were tried."""
+
+
+class BaselineProbe:
+    """Runs ``training_step`` on the first batches with a copy of the module that can only give a constant output.
+
+    All trainable weights of the copy are zero.  Its biases are set by steepest descent: along their mean gradient over
+    some batches, as far as one batch suggests (Brent's method) and the mean of others confirms, until the loss falls no
+    more.  The best constant has the targets' variance for a squared error, their mean distance from the median for an
+    absolute one, the entropy of the classes for a cross-entropy.  Where the loss still falls in the end it is unknown.
+    Works for any loss and any structure of batches.  The copy shares the user's data and frozen weights, holds no
+    trainable ones (a zero stands for each tensor), logs nothing, and leaves the random state as it was.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was measured."""
+        self._copy: pl.LightningModule | None = None
+        self._biases: list[nn.Parameter] = []
+        self._values: list[Tensor] | None = None  # of the biases, from a checkpoint
+        self._sum: Tensor | None = None  # of gradients, or of losses at several lengths, over batches
+        self._seen = 0  # batches in it
+        self._direction: Tensor | None = None  # known: lengths along it are being compared
+        self._lengths: list[float] = []
+        self._losses: list[float] = []
+        self._rounds, self._tuned, self._falls = 0, False, False
+        self._last: tuple[int, int] | None = None
+        self.wanted = True  # whether another batch helps
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy elsewhere makes its own copy of the module
+        return {**vars(self), "_copy": None, "_biases": [], "_values": self._bias_values()}
+
+    def pause(self) -> None:
+        """Let go of the module, until another batch comes."""
+        self._values, self._copy, self._biases = self._bias_values(), None, []
+
+    def finish(self) -> None:
+        """Measure no more."""
+        self.wanted, self._copy, self._biases, self._values = False, None, [], None
+        self._sum = self._direction = None
+
+    def _bias_values(self) -> list[Tensor] | None:
+        return [bias.detach().clone() for bias in self._biases] if self._copy is not None else self._values
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; tensors and primitives."""
+        return {
+            "wanted": self.wanted,
+            "last": self._last,
+            "rounds": self._rounds,
+            "tuned": self._tuned,
+            "falls": self._falls,
+            "losses": list(self._losses),
+            "sum": self._sum,
+            "seen": self._seen,
+            "direction": self._direction,
+            "lengths": list(self._lengths),
+            "biases": self._bias_values(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.restart()
+        last = state["last"]
+        self._last = None if last is None else (int(last[0]), int(last[1]))
+        self.wanted, self._tuned, self._falls = bool(state["wanted"]), bool(state["tuned"]), bool(state["falls"])
+        self._rounds, self._seen = int(state["rounds"]), int(state["seen"])
+        self._losses = [float(each) for each in state["losses"]]
+        self._lengths = [float(each) for each in state["lengths"]]
+        self._sum, self._direction, self._values = state["sum"], state["direction"], state["biases"]
+
+    def observe(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Measure one batch, once; any failure ends the measurement."""
+        now = trainer.current_epoch, batch_idx
+        if not self.wanted or now == self._last:  # another callback that shares the probe was first
+            return
+        later, self._last = self._last is not None and self._last[0] != now[0], now
+        try:
+            self._measure(trainer, module, batch, batch_idx, later)
+        except Exception:
+            self.finish()
+            raise
+        if len(self._losses) == SCORED:
+            self.finish()
+
+    def _measure(
+        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, later: bool
+    ) -> None:
+        if not can_dry_run(module):
+            self.finish()
+            return
+        if self._copy is None:
+            self._copy, self._biases = _constant(module, outermost(trainer, module))
+            with torch.no_grad():
+                for bias, value in zip(self._biases, self._values or [], strict=self._values is not None):
+                    bias.copy_(value)
+        network, alike = self._copy, trainer.world_size > 1
+        with dry_run(trainer, module, batch, batch_idx) as loss:
+            if self._tuned:
+                self._losses.append(float(loss(network).detach()))
+                return
+            last = later or self._seen + 1 == TUNED  # a full batch is an epoch
+            seen, self._seen = self._seen + 1, 0 if last else self._seen + 1
+            if self._direction is None:
+                gradient = self._gradient(value := loss(network))
+                self._sum = gradient if self._sum is None else self._sum + gradient
+                if last:
+                    self._aim(seen, float(value.detach()), lambda: float(loss(network).detach()), alike=alike)
+            else:
+                found = self._along([0.0, *self._lengths], lambda: float(loss(network).detach()))
+                self._sum = torch.tensor(found) if self._sum is None else self._sum + torch.tensor(found)
+                if last:
+                    self._go(alike=alike)
+
+    def _gradient(self, loss: Tensor) -> Tensor:
+        """Gradient of all biases, flat."""
+        if not loss.requires_grad or not self._biases:
+            return torch.zeros(1)
+        found = torch.autograd.grad(loss, self._biases, allow_unused=True, materialize_grads=True)
+        return torch.cat([gradient.reshape(-1).double().cpu() for gradient in found])
+
+    def _aim(self, batches: int, before: float, loss: Callable[[], float], *, alike: bool) -> None:
+        """Find out how far to go along the mean gradient, on this batch alone, and what to compare on others.
+
+        Args:
+            batches: Number of those whose gradients were summed.
+            before: The loss as it is.
+            loss: Gives that of the biases as they are set.
+            alike: Whether all processes have to do the same number of steps, which may talk to one another.
+        """
+        assert self._sum is not None
+        self._direction, self._sum = -self._sum, None
+        tried = [(0.0, before)]
+
+        def at(length: float) -> float:
+            if len(tried) > TRIES:
+                raise _EnoughError
+            tried.append((float(length), self._along([float(length)], loss)[0]))
+            return tried[-1][1]
+
+        if bool(self._direction.isfinite().all()) and bool(self._direction.any()):
+            with contextlib.suppress(_EnoughError, RuntimeError):  # no least one: the best of those tried is taken
+                # where the slope is small a step of 1 would be lost to rounding
+                slope = float(self._direction @ self._direction) / batches
+                minimize_scalar(at, bracket=(0.0, max(1.0, 0.01 * abs(before) / slope)))
+        while alike and len(tried) <= TRIES:
+            at(0.0)
+        length = min(tried, key=lambda each: each[1])[0]
+        self._lengths = [length * factor for factor in FACTORS]
+
+    def _go(self, *, alike: bool) -> None:
+        """Go to where the mean loss over the batches was least, and see whether that is the end."""
+        assert self._sum is not None
+        assert self._direction is not None
+        before, *losses = self._sum.tolist()
+        value, length = min([(before, 0.0), *zip(losses, self._lengths, strict=True)])
+        self._set([bias.detach().clone() for bias in self._biases], length * self._direction)
+        self._sum, self._direction = None, None
+        self._rounds += 1
+        fall = (before - value) / abs(before) if before else 0.0
+        self._tuned = self._rounds == ROUNDS or (fall < STILL and not alike)
+        self._falls = fall > FALLS
+
+    def _along(self, lengths: Sequence[float], loss: Callable[[], float]) -> list[float]:
+        """Losses where the biases lie so far along the direction."""
+        assert self._direction is not None
+        start = [bias.detach().clone() for bias in self._biases]
+        found = []
+        for length in lengths:
+            self._set(start, length * self._direction)
+            value = loss()
+            found.append(value if math.isfinite(value) else HUGE)
+        self._set(start, 0 * self._direction)
+        return found
+
+    def _set(self, start: Sequence[Tensor], change: Tensor) -> None:
+        """Set the biases to what they were and a change."""
+        parts = torch.split(change, [bias.numel() for bias in self._biases])
+        with torch.no_grad():
+            for bias, value, part in zip(self._biases, start, parts, strict=True):
+                bias.copy_(value + part.reshape(bias.shape).to(bias))
+
+    def measured(self) -> Baseline | None:
+        """The mean with its standard error, or None where nothing sensible was measured."""
+        if len(self._losses) < ENOUGH or self._falls:
+            return None
+        losses = torch.tensor(self._losses, dtype=torch.float64)
+        mean = float(losses.mean())
+        return Baseline(mean, float(losses.std()) / math.sqrt(len(losses))) if 0 < mean < math.inf else None
+
+
+def _constant(module: pl.LightningModule, root: nn.Module) -> tuple[pl.LightningModule, list[nn.Parameter]]:
+    """Copy of a module with all trainable weights zero, without memory for the large ones, and its biases."""
+    memo: dict[int, Any] = {}
+    biases = []
+    for name, chunk in local_chunks(root).items():
+        parameter = chunk.parameter
+        shape = tuple(parameter.shape) if parameter.is_complex() else chunk.shape
+        twin = parameter  # frozen ones may make the targets
+        if not parameter.requires_grad and not chunk.whole:
+            raise ValueError(f"the frozen parameter {name!r} is sharded, so that a copy of the module cannot use it")
+        if parameter.requires_grad and len(shape) == 1 and not parameter.is_complex():
+            twin = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
+            biases.append(twin)
+        elif parameter.requires_grad:
+            zero = torch.zeros((), dtype=parameter.dtype, device=parameter.device)
+            twin = nn.Parameter(zero.expand(shape), requires_grad=False)
+        memo[id(parameter)] = twin
+    return quiet_copy(module, memo), biases

@@ -1,0 +1,64 @@
+"""What nobody draws: frozen parameters and buffers, as they were when training began."""
+
+from __future__ import annotations
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+
+
+MOST = 2  # times the memory of the trained parameters
+
+
+class FrozenTensors:
+    """Copies of a module's frozen parameters and buffers, as many as take twice the memory of its trained ones.
+
+    A teacher that follows a network which has become NaN stays NaN, whatever is done to the network.
+    """
+
+    def __init__(self) -> None:
+        self._copies: dict[str, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, dict[str, Tensor]]:  # a copy elsewhere makes its own
+        return {"_copies": {}}
+
+    def keep(self, module: nn.Module) -> None:
+        """Copy what can become non-finite."""
+        room = MOST * sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
+        self.forget()
+        for name, tensor in sorted(_untrained(module).items(), key=lambda item: item[1].numel()):
+            room -= tensor.numel() * tensor.element_size()
+            if room < 0:
+                return
+            self._copies[name] = tensor.clone()
+
+    def restore(self, module: nn.Module) -> list[str]:
+        """Set back what is no longer finite.
+
+        Returns:
+            The names of those of which there is no copy.
+        """
+        lost = []
+        for name, tensor in _untrained(module).items():
+            if not torch.isfinite(tensor).all():
+                copy = self._copies.get(name)
+                if copy is not None and copy.shape == tensor.shape:
+                    tensor.copy_(copy)
+                else:
+                    lost.append(name)
+        return lost
+
+    def forget(self) -> None:
+        """Free the copies."""
+        self._copies = {}
+
+
+def _untrained(module: nn.Module) -> dict[str, Tensor]:
+    """Frozen parameters and buffers of floating point, detached, by name."""
+    named = chain(module.named_parameters(), module.named_buffers())
+    return {
+        name: tensor.detach()
+        for name, tensor in named
+        if not tensor.requires_grad and (tensor.is_floating_point() or tensor.is_complex())
+    }
