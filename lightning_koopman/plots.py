@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -55,6 +55,7 @@ def plot_spectrum(
     from matplotlib import colors
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     panels = [(title, spectrum)] + ([("random walk, same step lengths", surrogate)] if surrogate is not None else [])
     figure = Figure(figsize=(4.6 * len(panels) + 0.9, 4.9), layout="constrained")
@@ -67,6 +68,13 @@ def plot_spectrum(
             fontsize=10,
             color=INK,
         )
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=MUTED, markersize=size, label=label)
+        for size, label in ((4, "little importance"), (11, "the largest"))
+    ]
+    handles.append(Line2D([], [], color=WALK, linewidth=1.2, linestyle=(0, (2, 1.5)), label=f"within {radius:g} of 1"))
+    handles.append(Line2D([], [], color=MUTED, linewidth=1, label="modulus 1: neither grows nor decays"))
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     bar = figure.colorbar(ScalarMappable(scale, "viridis_r"), ax=list(axes), fraction=0.05, pad=0.02)
     bar.set_label("residual of the eigenvalue (dark: uncertain)", fontsize=9, color=INK)
     return figure
@@ -104,8 +112,10 @@ def _draw_eigenvalues(axis: Axes, spectrum: Spectrum, scale: object, radius: flo
     axis.tick_params(labelsize=8, colors=INK)
 
 
-def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
-    """Training loss beside the unit fraction of the training and of the random walk, over epochs.
+def plot_history(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training loss beside the unit fraction of the training and of the random walk, over epochs or steps.
+
+    Where a trajectory begins anew there is a dotted line.
 
     Args:
         history: Rows with ``epoch``, ``train_loss``, ``unit_fraction`` and ``surrogate_unit_fraction``, such as
@@ -125,7 +135,8 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
 
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    epochs = [row["epoch"] for row in history]
+    by_steps = bool(history) and str(history[0].get("unit", "epochs")).endswith("steps")
+    epochs = [row["step" if by_steps else "epoch"] for row in history]
     losses = np.array([row["train_loss"] for row in history], dtype=float)
     top.plot(epochs, losses, color=INK, linewidth=1.4)
     if np.nanmin(losses, initial=np.inf) > 0 and np.isfinite(losses).any():
@@ -137,7 +148,14 @@ def plot_history(history: Sequence[Mapping[str, float]]) -> Figure:
     ):
         bottom.plot(epochs, [row[key] for row in history], style, color=color, linewidth=1.4, label=label)
     bottom.set(ylim=(-0.03, 1.03))
-    bottom.set_xlabel("epochs completed", fontsize=9, color=INK)
+    counts = [row.get("n_snapshots", 0) for row in history]
+    anew = [at for at, before, now in zip(epochs[1:], counts, counts[1:], strict=False) if now < before]
+    for axis in (top, bottom):
+        for at in anew:
+            axis.axvline(at, color=MUTED, linewidth=1, linestyle=":")
+    if anew:
+        bottom.plot([], [], ":", color=MUTED, label="a new trajectory: pruned, restarted or other weights")
+    bottom.set_xlabel("optimizer steps" if by_steps else "epochs completed", fontsize=9, color=INK)
     bottom.set_ylabel("importance near 1\n(unit fraction)", fontsize=9, color=INK)
     bottom.legend(fontsize=8, frameon=False)
     for axis in (top, bottom):

@@ -267,9 +267,8 @@ class TrajectoryCallback(LightningCallback):
 
     def log_values(self, trainer: pl.Trainer, pl_module: pl.LightningModule, scalars: Mapping[str, float]) -> None:
         """Log scalars, equal on all ranks, for stock callbacks and loggers."""
-        named = {f"{self.prefix}/{name}": value for name, value in scalars.items()}
         with self.guard("logging"):
-            log_scalars(trainer, pl_module, named, by_steps=self.clock.by_steps)
+            log_scalars(trainer, pl_module, self.prefix, scalars, by_steps=self.clock.by_steps)
 
     def write_history(self, *, anew: bool = False) -> None:
         """Append the last row to the table, or write it all anew."""

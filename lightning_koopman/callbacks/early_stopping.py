@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -15,6 +16,8 @@ from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseli
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.lr_schedule import planned_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
+from lightning_koopman.callbacks.outlook import tell_if_short
+from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.stopping.evidence import Baseline, rate_will_matter
 from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, Hold, StoppingReason, Verdict
 from lightning_koopman.trajectory.recorder import WEIGHTS
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 MODES = ("stop", "report")
-LOGGED = ("predicted_change", "actual_change", "predicted_then", "weights_unit_fraction")
+# what is logged, and what callbacks that monitor it find while it is unknown: finite, and no evidence of convergence
+LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "weights_unit_fraction": 0.0}
+COLLAPSED = 1e-3  # of the highest learning rate: with less, weights stand still whatever the loss has left to give
 COLUMNS = ("epoch", "step", "value", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
@@ -51,7 +56,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     Each epoch is a row of ``history.csv``, with what still blocks a stop; logged are
     ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
     last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/weights_unit_fraction``;
-    none of them before it is known.
+    none of them before it is known.  Callbacks that monitor them find −1, −1, −1 and 0 until then.
 
     Args:
         observable: What must stand still: ``"train_loss"``, the epoch's mean of the loss that ``training_step``
@@ -76,7 +81,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
 
     Attributes:
         stopping_reason: :class:`StoppingReason`.
-        message: Why it stopped, in plain words.
+        message: Why it stopped, or what has spoken against it, in plain words.
         stopped_epoch: Completed epochs when it stopped, or None.
         would_stop_epoch: Completed epochs when the rule was first met, or None; in mode ``"report"`` training goes on.
         history: List of dicts, one an epoch, with the columns of ``history.csv``.
@@ -178,6 +183,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.start(resumed=self.resumed)
+        publish(trainer, self.prefix, LOGGED)
+        tell_if_short(self, trainer, self.rule.horizon + 1 + self.patience, "the first decision")
 
     def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._needs_baseline:
@@ -199,7 +206,9 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             value = self.recording.value(trainer)
         judged = self.on_zero(trainer, "judging convergence", lambda: self._judge(trainer, epoch, value, recorded))
         met, logged = judged or (False, {})
-        self.log_values(trainer, pl_module, {name: value for name, value in logged.items() if not math.isnan(value)})
+        known = {name: value for name, value in logged.items() if not math.isnan(value)}
+        publish(trainer, self.prefix, {name: value for name, value in LOGGED.items() if name not in known})
+        self.log_values(trainer, pl_module, known)
         if trainer.strategy.reduce_boolean_decision(met, all=False):
             self._conclude(trainer, epoch)
 
@@ -214,6 +223,11 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                 f"{self.clock.span(last['epoch'] - met)}, in which {self.observable} changed by "
                 f"{last['value'] - values[met]:+.2g}."
             )
+        if self.stopping_reason is StoppingReason.NOT_STOPPED and met is None:
+            why = why_not(row["hold"] for row in self.history)
+            text = f"{type(self).__name__}: not stopped in {self.clock.span(self.clock.rounds)}, held back by: {why}."
+            self.message = trainer.strategy.broadcast(text)
+            rank_zero_info(self.message)
 
     def segment_begins(self) -> None:
         self._segment, self._agreed = len(self.history), 0
@@ -286,6 +300,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                     f"{row['bound']:.1g}: less than {self.rule.tolerance:g} of {row['scale']:.3g}, "
                     f"{'its range so far' if self.chance is None else 'the baseline loss'}."
                 )
+                self.message += collapse(row["learning_rate"], self._rates)
             self.message = trainer.strategy.broadcast(self.message)
             rank_zero_info(self.message)
         if stops:
@@ -311,3 +326,17 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self._segment, self._agreed = int(state["segment"]), int(state["agreed"])
         met = state["would_stop_epoch"]
         self.would_stop_epoch, self.message = None if met is None else int(met), str(state["message"])
+
+
+def why_not(holds: Iterable[str]) -> str:
+    """What held a stop back, in one line, the most frequent first."""
+    counts = Counter(hold for hold in holds if hold).most_common(3)
+    return "; ".join(f"{hold} ({count} times)" for hold, count in counts) or "nothing was judged"
+
+
+def collapse(rate: float, before: Sequence[Sequence[float]]) -> str:
+    """A sentence where the learning rate has fallen so far that the weights stand still in any case, or nothing."""
+    highest = max((each for rates in before for each in rates), default=0.0)
+    if not rate < COLLAPSED * highest:
+        return ""
+    return f" But the learning rate has fallen from {highest:.2g} to {rate:.2g}: nothing can move at that."

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from lightning_koopman._checks import check_count, check_positive
 from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.figures import deliver
+from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.dmd.random_walk import random_walk_spectrum
 from lightning_koopman.dmd.rrr import check_options
@@ -37,7 +38,7 @@ NO_EVIDENCE = {
     "misfit": 1.0,
     "rank": 0.0,
 }
-COLUMNS = ("epoch", "step", "n_snapshots", "train_loss", *NO_EVIDENCE, "sketch_error", "seconds")
+COLUMNS = ("epoch", "unit", "step", "n_snapshots", "train_loss", *NO_EVIDENCE, "sketch_error", "seconds")
 
 
 class KoopmanSpectrumMonitor(TrajectoryCallback):
@@ -54,9 +55,10 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     - ``koopman/misfit``: :math:`\|Y - AX\|_F/\|Y\|_F`: what the linear model misses from one snapshot to the next;
     - ``koopman/rank``: the numerical rank of the snapshots.
 
-    Until the spectrum can be computed (3 snapshots of the weights, 6 values of a scalar) they hold values that are no
-    evidence of convergence (0, 0, 1, 1, 1, 0), and so do modulus and misfit while the rank is as large as the number of
-    snapshots allows.  Eigenvalues belong to one step between snapshots, ``every_n_epochs``.
+    Until the spectrum can be computed (3 snapshots of the weights, 6 values of a scalar) callbacks that monitor them
+    find values that are no evidence of convergence (0, 0, 1, 1, 1, 0), and so with modulus and misfit while the rank is
+    as large as the number of snapshots allows; loggers get what is known only.  Eigenvalues belong to one step between
+    snapshots, ``every_n_epochs``.
 
     It works under DDP, FSDP and FSDP2: each process keeps its part of the snapshots, and a small sum a snapshot is all
     that they exchange.
@@ -213,18 +215,19 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if not self.active:  # stock callbacks look for the scalars all the same
-            self._publish(trainer, None)
+            publish(trainer, self.prefix, NO_EVIDENCE)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known = self.history[-1] if self.history and not self.anew else None  # which the first process alone keeps
-        self._publish(trainer, self.on_zero(trainer, "reading the history", lambda: known and self._logged(known)))
+        logged = self.on_zero(trainer, "reading the history", lambda: known and self._logged(known))
+        publish(trainer, self.prefix, {**NO_EVIDENCE, **(logged or {})})
+        tell_if_short(self, trainer, 2 if self.settings.observable == WEIGHTS else 6, "the first spectrum")
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         logged = self.on_zero(trainer, "analysing the spectrum", lambda: self._analyse(trainer, epoch))
-        if logged is None:
-            self._publish(trainer, None)
-        else:
-            self.log_values(trainer, pl_module, logged)
+        known = logged or {}
+        publish(trainer, self.prefix, {name: value for name, value in NO_EVIDENCE.items() if name not in known})
+        self.log_values(trainer, pl_module, known)
         if self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
             self._draw(trainer)
 
@@ -257,6 +260,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         self.history.append(
             {
                 "epoch": epoch,
+                "unit": "epochs" if self.clock.every_n_steps is None else f"{self.clock.every_n_steps} steps",
                 "step": steps_done(trainer),
                 "n_snapshots": len(self.recorder),
                 "train_loss": math.nan if loss is None else loss,
@@ -268,15 +272,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         self.write_history()
         return self._logged(scalars)
 
-    def _logged(self, row: dict[str, float]) -> dict[str, float] | None:
-        """The scalars of a row as they are logged, unknown ones replaced; None where nothing is known."""
-        if math.isnan(row["rank"]):
-            return None
-        return {name: unknown if math.isnan(row[name]) else row[name] for name, unknown in NO_EVIDENCE.items()}
-
-    def _publish(self, trainer: pl.Trainer, scalars: dict[str, float] | None) -> None:
-        """Show scalars to callbacks that monitor, not to loggers, whose curves should hold only what was analysed."""
-        publish(trainer, {f"{self.prefix}/{name}": value for name, value in (scalars or NO_EVIDENCE).items()})
+    def _logged(self, row: dict[str, Any]) -> dict[str, float]:
+        """The scalars of a row that are known."""
+        return {name: row[name] for name in NO_EVIDENCE if not math.isnan(row[name])}
 
     def _walk(self, trajectory: Trajectory, spectrum: Spectrum, *, refine: bool = False) -> Spectrum:
         """The random walk's spectrum, under the same settings as the training's."""

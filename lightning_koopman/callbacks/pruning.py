@@ -19,7 +19,7 @@ from lightning_koopman.callbacks.base import (
 )
 from lightning_koopman.callbacks.channel_rounds import ChannelRounds
 from lightning_koopman.callbacks.clock import steps_done
-from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, Pruned, PruningMethod
+from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, PruningMethod
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, PruningSchedule
 from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, trained_parameters
@@ -180,14 +180,11 @@ class KoopmanPruner(TrajectoryCallback):
         return self.method.table(module)
 
     def preview(self, pl_module: pl.LightningModule, batch: Any = None) -> MaskSet | ChannelRemoval:
-        """What all rounds together would prune if the weights stayed as they are; nothing is changed.
+        """What all rounds would prune of the weights as they are; nothing is changed, and ``table`` of it says all.
 
         Args:
             pl_module: The module.
             batch: With ``structured``, one as its ``training_step`` takes it, to trace the module with.
-
-        Returns:
-            The masks or the removal of channels; the ``table`` of both says what would go, and what not and why.
         """
         return self.method.preview(pl_module, batch, self.parameters, self.schedule.final)
 
@@ -202,11 +199,11 @@ class KoopmanPruner(TrajectoryCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._select(trainer, pl_module)
+        self.schedule.tell_if_early(type(self).__name__)
 
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose what is pruned: what is trained at the time."""
         root = outermost(trainer, pl_module)
-        chosen = trained_parameters(trainer, root, self.parameters)
+        chosen = trained_parameters(trainer, root, self.parameters)  # what is trained at the time
         self.method.check_selected(root, list(chosen), self.schedule.sparsity)
         self.survivors.select(pl_module, None if self.parameters is None else chosen.values())
 
@@ -286,8 +283,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, batch_idx: int = 0) -> None:
         """Prune once; all ranks together, each its own part of the weights."""
-        target, processes = self.schedule.target, self.recording.weights.processes
-        done: Pruned | None = None
+        target, processes, done = self.schedule.target, self.recording.weights.processes, None
         scores, about = self.scores.take()
         with self.guard.together(f"pruning (round {self.schedule.attempted + 1})", processes):
             shards = self.recording.weights.read(outermost(trainer, pl_module))

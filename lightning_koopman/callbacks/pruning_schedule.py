@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
+
 from lightning_koopman._checks import check_count, check_positive, check_share
 from lightning_koopman.callbacks.clock import Clock
 from lightning_koopman.callbacks.lr_schedule import warming_up
@@ -112,6 +114,14 @@ class PruningSchedule:
             return False
         self.changes = relative_changes(trajectory.factor(last=HORIZON + 1), HORIZON)
         return max(self.changes) <= self.settled_change and not warming_up(trainer, [self.highest_rate], every_n_steps)
+
+    def tell_if_early(self, owner: str) -> None:
+        """Say so if the first pruning comes before there is a spectrum."""
+        if self.first is not None and self.first < LEAST - 1 and not self.attempted:
+            rank_zero_info(
+                f"{owner}: epoch={self.first} is before the first spectrum, which takes {LEAST} snapshots: present "
+                f"magnitudes will decide. Prune after epoch {LEAST - 1} or later."
+            )
 
     def check_end(self, trainer: pl.Trainer, clock: Clock) -> None:
         """Raise ValueError if training ends before the last pruning."""

@@ -194,7 +194,8 @@ class Recording:
             return self.train_loss
         value = self.metric.take(trainer)
         if value is None and self.metric.is_missing(trainer):
-            names = sorted(key for key in trainer.callback_metrics if not key.startswith("koopman"))
+            ours = {str(getattr(each, "prefix", "")) for each in trainer.callbacks}  # type: ignore[attr-defined]
+            names = sorted(key for key in trainer.callback_metrics if key.partition("/")[0] not in ours)
             self._guard.warn(
                 "metric",
                 f"observable={name!r} was not logged by the end of epoch {trainer.current_epoch}, so nothing is "

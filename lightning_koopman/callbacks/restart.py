@@ -17,6 +17,7 @@ from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseli
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.parameters.frozen import FrozenTensors
 from lightning_koopman.parameters.reinitialize import check_scheme, reinitialize_by_name, select_modules
 from lightning_koopman.parameters.select import as_patterns
@@ -149,6 +150,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.baseline_loss.start(resumed=self.resumed)
         if self.anew:
             self._settled = self.clock.rounds > 0  # resumed from a checkpoint that knows nothing of us
+        tell_if_short(self, trainer, self.check_epoch, "judging the start")
         if not self.resumed:
             self._due = None  # of an earlier fit
             self._begin(self.clock.rounds)
@@ -184,6 +186,9 @@ class RestartOnBadInitialization(TrajectoryCallback):
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.probe.pause()
         self._frozen.forget()
+        if not self.message:
+            known = "the start was found good" if self._settled else "training ended before the start could be judged"
+            self.message = f"{type(self).__name__}: {known}, after {self.clock.when(self.clock.rounds)}."
 
     @property
     def finished(self) -> bool:

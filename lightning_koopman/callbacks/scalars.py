@@ -7,22 +7,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_koopman.callbacks.clock import steps_done
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
 def log_scalars(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, scalars: Mapping[str, float], *, by_steps: bool
+    trainer: pl.Trainer, pl_module: pl.LightningModule, prefix: str, scalars: Mapping[str, float], *, by_steps: bool
 ) -> None:
     """Log scalars that are equal on all ranks, at the end of an epoch or of a group of steps."""
     if by_steps:  # what is logged within an epoch reaches loggers only every `log_every_n_steps` steps
-        publish(trainer, scalars)
-        give(trainer, scalars)
+        publish(trainer, prefix, scalars)
+        give(trainer, {f"{prefix}/{name}": value for name, value in scalars.items()})
         return
     # Lightning's own method, whatever the module has made of it
     kind: Any = next(each for each in type(pl_module).__mro__ if each.__name__ == "LightningModule")
     for name, value in scalars.items():
-        kind.log(pl_module, name, value, batch_size=1, sync_dist=trainer.world_size > 1)
+        kind.log(pl_module, f"{prefix}/{name}", value, batch_size=1, sync_dist=trainer.world_size > 1)
 
 
 def give(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
@@ -30,13 +32,13 @@ def give(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
     failures = []
     for logger in trainer.loggers if scalars else ():
         try:
-            logger.log_metrics(dict(scalars), step=trainer.global_step)
+            logger.log_metrics(dict(scalars), step=steps_done(trainer))
         except Exception as error:  # noqa: PERF203 - one logger's failure must not cost the others theirs
             failures.append(error)
     if failures:
         raise failures[0]
 
 
-def publish(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
-    """Show scalars to callbacks that monitor, not to loggers."""
-    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+def publish(trainer: pl.Trainer, prefix: str, scalars: Mapping[str, float]) -> None:
+    """Show scalars to callbacks that monitor, not to loggers, whose curves should hold only what is known."""
+    trainer.callback_metrics.update({f"{prefix}/{name}": torch.tensor(value) for name, value in scalars.items()})

@@ -7,7 +7,6 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-
 MOST = 2  # times the memory of the trained parameters
 
 

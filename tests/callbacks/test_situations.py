@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from lightning_koopman import (
     KoopmanSpectrumMonitor,
     KoopmanWarning,
     RestartOnBadInitialization,
+    plot_history,
 )
 from lightning_koopman.parameters.reinitialize import reinitialize, select_modules
 
@@ -345,3 +348,90 @@ def test_the_baseline_loss_of_classes_is_their_entropy(root, trainer, shares):
 def test_a_baseline_that_falls_for_ever_is_unknown(root, trainer):
     targets = torch.randn(2048, 1, generator=torch.Generator().manual_seed(1))
     assert measured(root, trainer, lambda outputs, _: 1 / (1 + nn.functional.softplus(outputs)).mean(), targets) is None
+
+
+# -- silence and noise ------------------------------------------------------------------------------------------------
+
+
+def told(caplog) -> str:
+    return "\n".join(record.getMessage() for record in caplog.records)
+
+
+def test_a_stop_that_did_not_come_says_what_held_it_back(trainer, regression, caplog):
+    stop = EarlyStopOnUnitEigenvalues(baseline_loss=1.0)
+    with caplog.at_level("INFO"):
+        trainer(max_epochs=3, callbacks=stop).fit(regression())
+    assert stop.message.endswith("not stopped in 3 epochs, held back by: too few epochs to tell (3 times).")
+    assert stop.message in told(caplog)
+    assert "the first decision takes 13 epochs, but this run has 3 epochs" in told(caplog)
+    stop = EarlyStopOnUnitEigenvalues(baseline_loss=1e-9, horizon=6)
+    trainer(max_epochs=20, callbacks=stop).fit(regression())
+    assert "the loss is no better than that of a network which ignores its input" in stop.message
+
+
+def test_what_cannot_act_is_said_before_training(trainer, regression, caplog):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(4), torch.randn(1)) for _ in range(32)])
+
+    with caplog.at_level("INFO"):
+        trainer(max_epochs=2, limit_val_batches=0, callbacks=KoopmanSpectrumMonitor()).fit(
+            regression(), torch.utils.data.DataLoader(Stream(), 16)
+        )
+        assert "the training data have no length" in told(caplog)
+        trainer(max_epochs=1, callbacks=KoopmanSpectrumMonitor(prefix="short")).fit(regression())
+        assert "the first spectrum takes 2 epochs, but this run has 1 epochs" in told(caplog)
+        trainer(max_epochs=4, callbacks=RestartOnBadInitialization(6, modules="net*")).fit(regression())
+        assert "judging the start takes 6 epochs, but this run has 4 epochs" in told(caplog)
+        trainer(max_epochs=9, max_steps=9, callbacks=KoopmanSpectrumMonitor(every_n_steps=5)).fit(regression())
+        assert "the first spectrum takes 10 steps, but this run has 5 steps" in told(caplog)
+        with pytest.warns(KoopmanWarning, match="too few"):
+            trainer(callbacks=KoopmanPruner(sparsity=0.5, epoch=1, parameters="net*weight")).fit(regression())
+        assert "epoch=1 is before the first spectrum" in told(caplog)
+
+
+def test_a_rate_that_has_collapsed_is_said_in_the_message(trainer, classifier):
+    def schedule(optimizer):
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0 if epoch < 10 else 1e-9)
+
+    stop = EarlyStopOnUnitEigenvalues(mode="report")
+    trainer(max_epochs=40, limit_val_batches=0, callbacks=stop).fit(classifier(scheduler=schedule))
+    assert stop.would_stop_epoch is not None
+    assert "the learning rate has fallen from 0.01 to 1e-11" in stop.message
+
+
+def test_loggers_get_what_is_known_and_stock_callbacks_survive(root, trainer, regression, tmp_path):
+    for ours, key in (
+        (KoopmanSpectrumMonitor, "koopman/misfit"),
+        (EarlyStopOnUnitEigenvalues, "koopman/predicted_change"),
+    ):
+        stock = root.callbacks.EarlyStopping(key, patience=99)
+        best = root.callbacks.ModelCheckpoint(tmp_path / key, monitor=key)
+        logger = root.loggers.CSVLogger(tmp_path / f"logs {ours.__name__}")
+        run = trainer(max_epochs=4, callbacks=[ours(), stock, best], logger=logger, enable_checkpointing=True)
+        run.fit(regression())
+        assert run.current_epoch == 4
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert not any(row.get(key) for row in rows)  # full rank, or too early: nothing is known
+
+
+def test_missing_metrics_are_answered_with_those_of_the_module(trainer, regression):
+    monitor = KoopmanSpectrumMonitor(observable="nothing")
+    other = KoopmanSpectrumMonitor(prefix="mine")
+    with pytest.warns(KoopmanWarning, match=r"logged so far: fit_error, val_error\. Log it"):
+        trainer(callbacks=[other, monitor]).fit(regression())
+
+
+def test_the_history_is_drawn_over_steps_with_marks_where_it_begins_anew(trainer, regression):
+    monitor, pruner = KoopmanSpectrumMonitor(every_n_steps=2), KoopmanPruner(sparsity=0.5, epoch=3)
+    trainer(callbacks=[monitor, pruner]).fit(regression())
+    top, bottom = plot_history(monitor.history).axes
+    assert bottom.get_xlabel() == "optimizer steps"
+    assert list(top.lines[0].get_xdata()) == [row["step"] for row in monitor.history]
+    marked = [line.get_xdata()[0] for line in top.lines if line.get_linestyle() == ":"]
+    assert marked == [14]  # pruned after 12 steps
+    assert any("pruned" in text.get_text() for text in bottom.get_legend().get_texts())
+    plain = KoopmanSpectrumMonitor()
+    trainer(callbacks=plain).fit(regression())
+    assert plot_history(plain.history).axes[1].get_xlabel() == "epochs completed"

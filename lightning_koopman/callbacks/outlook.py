@@ -1,0 +1,44 @@
+"""Saying before training what a run is too short for."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+    from lightning_koopman.callbacks.base import TrajectoryCallback
+
+
+def tell_if_short(callback: TrajectoryCallback, trainer: pl.Trainer, needed: int, doing: str) -> None:
+    """Say so if the run ends before a callback can do its work, or may have no epoch that ends.
+
+    Args:
+        callback: The callback.
+        trainer: The run.
+        needed: Completed rounds that it takes.
+        doing: What takes them.
+    """
+    clock, owner = callback.clock, type(callback).__name__
+    batches = trainer.num_training_batches
+    steps = math.ceil(batches / trainer.accumulate_grad_batches) if batches < math.inf else math.inf
+    epochs = math.inf if trainer.max_epochs is None or trainer.max_epochs < 0 else trainer.max_epochs
+    total = trainer.max_steps if trainer.max_steps >= 0 else math.inf
+    if clock.every_n_steps is not None:
+        rounds = min(total, epochs * steps if epochs else 0) / clock.every_n_steps
+    else:
+        rounds = min(epochs, total / steps if steps else math.inf)
+        if batches == math.inf:
+            rank_zero_info(
+                f"{owner}: the training data have no length. Where an epoch does not end nothing is recorded: pass "
+                "every_n_steps then."
+            )
+            return
+    if rounds < needed:
+        rank_zero_info(
+            f"{owner}: {doing} takes {clock.span(needed)}, but this run has {clock.span(int(rounds))}: it will not "
+            "come to that."
+        )
