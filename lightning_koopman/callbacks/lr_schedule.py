@@ -64,7 +64,8 @@ def _times(trainer: pl.Trainer, every_n_steps: int | None) -> Iterator[dict[str,
     """For each epoch to come: the batches and the epochs at whose ends schedulers are stepped, as Lightning counts."""
     now = trainer.current_epoch
     last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else now + FAR
-    batches = int(trainer.num_training_batches) if trainer.num_training_batches < float("inf") else 1
+    known = batches_in_an_epoch(trainer, within=every_n_steps is not None)
+    batches = known or 1
     every = trainer.accumulate_grad_batches
     taken = [batch for batch in range(1, batches + 1) if batch % every == 0 or batch == batches]
     left = MOST_STEPS if trainer.max_steps < 0 else min(MOST_STEPS, trainer.max_steps - trainer.global_step)
@@ -75,13 +76,29 @@ def _times(trainer: pl.Trainer, every_n_steps: int | None) -> Iterator[dict[str,
             if left < 0:
                 return
         return
-    per_epoch = len(taken) if trainer.num_training_batches < float("inf") else MOST_STEPS
+    per_epoch = len(taken) if known else MOST_STEPS
     done = trainer.global_step
     left = min(left, last * per_epoch - done)
     for start in range(done, done + left, every_n_steps):
         steps = range(start, start + every_n_steps)
         ends = [step // per_epoch + 1 for step in steps if (step + 1) % per_epoch == 0]
         yield {"step": [taken[step % len(taken)] for step in steps], "epoch": ends}
+
+
+def batches_in_an_epoch(trainer: pl.Trainer, *, within: bool) -> int | None:
+    """Batches in an epoch: as the data say, else as the epochs so far had, or None before the first has ended.
+
+    Args:
+        trainer: The run.
+        within: Whether the present epoch may not have ended.
+    """
+    if trainer.num_training_batches < float("inf"):
+        return int(trainer.num_training_batches)
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    earlier = progress.total.ready - progress.current.ready
+    if earlier > 0 and trainer.current_epoch > 0:
+        return max(1, round(earlier / trainer.current_epoch))
+    return None if within else max(1, progress.current.ready)
 
 
 def warming_up(trainer: pl.Trainer, past: list[float], every_n_steps: int | None = None) -> bool:

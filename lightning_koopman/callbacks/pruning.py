@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -131,7 +131,7 @@ class KoopmanPruner(TrajectoryCallback):
         window: int | None = 30,
         settled_change: float = 0.03,
         allow_empty: bool = False,
-        scheme: Callable[[nn.Module], Any] | str | None = None,
+        scheme: Literal["he", "xavier", "orthogonal"] | Callable[[nn.Module], Any] | None = None,
         seed: int = 0,
         every_n_steps: int | None = None,
         dirpath: str | os.PathLike[str] | None = None,

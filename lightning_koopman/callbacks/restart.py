@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
@@ -90,7 +90,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         check_epoch: int = 10,
         *,
         max_restarts: int = 3,
-        scheme: Callable[[nn.Module], Any] | str | None = None,
+        scheme: Literal["he", "xavier", "orthogonal"] | Callable[[nn.Module], Any] | None = None,
         modules: str | Sequence[str] | None = None,
         seed: int = 0,
         baseline_loss: float | None = None,

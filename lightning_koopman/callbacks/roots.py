@@ -6,12 +6,17 @@ import logging
 import sys
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core import rank_zero
 
 __all__ = ["LightningCallback"]
 ROOTS = ("pytorch_lightning", "lightning.pytorch")
+
+
+def _own_state(self: Any) -> dict[str, Any]:
+    """What a copy gets: without the module's methods that Lightning sets on callbacks, and with them the module."""
+    return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
 
 if TYPE_CHECKING:
@@ -27,4 +32,5 @@ else:
         return found
 
     # both roots test `isinstance(callback, Callback)`, each with its own class
-    LightningCallback = type("LightningCallback", _installed_callbacks(), {"__module__": __name__})
+    own = {"__module__": __name__, "__getstate__": _own_state}
+    LightningCallback = type("LightningCallback", _installed_callbacks(), own)

@@ -34,7 +34,7 @@ def check_domain(domain: object) -> tuple[Interval, ...]:
 
 def check_points(points: Tensor, box: Sequence[Interval]) -> None:
     """Raise ValueError unless all points (N, D) are finite and lie in the box."""
-    if torch.compiler.is_compiling():  # values are not known while a step is compiled
+    if is_hidden(points):  # values are not known while a step is compiled
         return
     reach = torch.stack([points.detach().amin(0), points.detach().amax(0)]).tolist()  # NaN goes through both
     for axis, ((low, high), least, most) in enumerate(zip(box, *reach, strict=True)):
@@ -51,7 +51,7 @@ def check_points(points: Tensor, box: Sequence[Interval]) -> None:
 
 def check_finite(points: Tensor) -> None:
     """Raise ValueError unless all points are finite."""
-    if not torch.compiler.is_compiling() and not torch.isfinite(points).all():
+    if not is_hidden(points) and not torch.isfinite(points).all():
         raise ValueError("points hold NaN or infinite values: leave those samples out.")
 
 
@@ -62,13 +62,22 @@ def match_domain(domain: tuple[Interval, ...], dim: int) -> tuple[Interval, ...]
     return domain * dim if len(domain) == 1 else domain
 
 
+def is_hidden(*tensors: Tensor | None) -> bool:
+    """Whether numbers cannot be looked at: a step is being compiled, or transformed by ``torch.func``."""
+    return torch.compiler.is_compiling() or any(
+        torch._C._functorch.is_functorch_wrapped_tensor(each) for each in tensors if each is not None
+    )
+
+
 def observe_domain(points: Tensor) -> tuple[Interval, ...]:
     """One period from the points (N, D): their range and one mean spacing more, exact where they form a grid.
 
     Raises:
-        ValueError: If a point is not finite, or the points do not differ in one of the inputs.
+        ValueError: If a point is not finite, the points do not differ in one of the inputs, or cannot be looked at.
     """
     check_finite(points)
+    if is_hidden(points) and not torch.compiler.is_compiling():
+        raise ValueError("domain=None is read off the points, which torch.func hides: give domain=(low, high).")
     if len(points) == 1:
         raise ValueError("a single sample shows no period: give domain=(low, high).")
     box = []

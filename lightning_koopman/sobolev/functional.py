@@ -19,6 +19,7 @@ from lightning_koopman.fourier.domain import (
     Interval,
     check_domain,
     check_points,
+    is_hidden,
     match_domain,
     observe_domain,
     to_torus,
@@ -99,7 +100,7 @@ def sobolev_loss(
     weights = check_weights(weights, targets, n_samples)
     box = observe_domain(points) if box is None else match_domain(box, points.shape[1])
     check_points(points, box)
-    if not torch.compiler.is_compiling():
+    if not is_hidden(points):
         warn_of_modes(rule.bands(len(stack), points.shape[1]), len(targets) if n_samples is None else n_samples)
     return scattered_loss(stack, targets, points, rule, box, weights, n_samples)
 
@@ -124,7 +125,7 @@ def scattered_loss(
         modes, factors = rule.tensors(len(outputs), points.shape[1], points)
         step = modes_at_once(len(modes), n_points, dtype)
         if step >= len(modes):
-            if cache is None or points.requires_grad or torch.compiler.is_compiling():
+            if cache is None or points.requires_grad or is_hidden(points):
                 basis = fourier_basis(to_torus(points, box), modes)
             else:
                 basis = cache.get(points, box, modes)
@@ -133,7 +134,8 @@ def scattered_loss(
             torus_points, total = to_torus(points, box), scaled.new_zeros(())
             for some, their in zip(torch.split(modes, step), torch.split(factors, step, dim=1), strict=True):
                 piece = partial(power_of_modes, some, their)
-                if torch.is_grad_enabled():  # the piece of the basis is made again for the gradient
+                # the piece of the basis is made again for the gradient, which torch.func has no way to do
+                if torch.is_grad_enabled() and not is_hidden(torus_points, scaled):
                     total = total + checkpoint(
                         piece, torus_points, scaled, use_reentrant=False, preserve_rng_state=False
                     )
@@ -267,7 +269,7 @@ def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | No
         raise ValueError(f"weights must be a real tensor ({n_points},), one for each sample, got {got}.")
     if n_samples == math.inf:
         raise ValueError("weights of infinitely many samples are all zero: leave weights or n_samples=inf out.")
-    if not torch.compiler.is_compiling():
+    if not is_hidden(weights):
         total = float(weights.detach().sum())
         if not total <= 1.01 or (n_samples in (None, n_points) and total < 0.99):
             raise ValueError(f"weights sum to {total:.6g}, not to 1: divide them by their sum over the whole data set.")

@@ -94,3 +94,29 @@ def test_without_schedulers_nothing_is_planned(trainer, regression):
     fit = trainer(max_epochs=1)
     fit.fit(regression())
     assert planned_rates(fit) == []
+
+
+@pytest.mark.parametrize("by_steps", [False, True])
+def test_the_length_of_an_epoch_is_learnt_where_the_data_have_none(root, trainer, regression, by_steps):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter([(torch.randn(4), torch.randn(1)) for _ in range(48)])
+
+    class Scheduled(regression):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+            rising = schedulers.LambdaLR(optimizer, lambda step: 0.01 if step < 18 else 1.0)  # of 3 steps an epoch
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
+
+    planned = {}
+
+    class Look(root.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            planned[trainer.current_epoch] = planned_rates(trainer, 3 if by_steps else None)
+
+    module = Scheduled()
+    data = torch.utils.data.DataLoader(Stream(), 16)
+    trainer(callbacks=Look(), max_epochs=10, limit_val_batches=0).fit(module, data)
+    rates = [0.001] * 6 + [0.1] * 4
+    for epoch in (1, 3):
+        assert [rate for (rate,) in planned[epoch]][: 9 - epoch] == pytest.approx(rates[epoch + 1 :])

@@ -427,3 +427,22 @@ def test_more_modes_than_samples_can_tell_apart_are_a_warning():
     sobolev_loss(values, values, scales=3)
     with pytest.warns(UserWarning, match="6 points in dimension 0, which cannot tell mode 4"):
         sobolev_loss(values, values, scales=4)
+
+
+def test_functional_transforms_give_what_a_loop_gives():
+    outputs, points = torch.randn(3, 40, 1), torch.rand(3, 40, 1)
+
+    def loss(outputs, points, scale=4):
+        return sobolev_loss(outputs, torch.zeros_like(outputs), points, scales=scale, domain=(0, 1))
+
+    looped = torch.stack([loss(*each) for each in zip(outputs, points, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(loss)(outputs, points), looped)
+    shared = torch.stack([loss(each, points[0]) for each in outputs])
+    torch.testing.assert_close(torch.func.vmap(loss, in_dims=(0, None))(outputs, points[0]), shared)
+    for count, scale in ((400, 4), (4000, 40)):  # all modes at once, and in pieces
+        values, places = torch.randn(count, 1, requires_grad=True), torch.rand(count, 2)
+        expected = torch.autograd.grad(loss(values, places, scale), values)[0]
+        found = torch.func.grad(lambda each, at=places, scale=scale: loss(each, at, scale))(values.detach())
+        torch.testing.assert_close(found, expected)
+    with pytest.raises(ValueError, match=r"domain=None is read off the points, which torch\.func hides"):
+        torch.func.vmap(lambda o, p: sobolev_loss(o, torch.zeros_like(o), p, scales=4))(outputs, points)

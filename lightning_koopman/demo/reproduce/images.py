@@ -146,7 +146,7 @@ def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: s
     if branch.method == "algorithm 1":
         acting = KoopmanPruner(survivors="reconstruction", **options)
     elif branch.method == "algorithm 2":
-        acting = KoopmanPruner(survivors="reinit", scheme=branch.start, **options)
+        acting = KoopmanPruner(survivors="reinit", **{**options, "scheme": branch.start})
     elif branch.method == "magnitude":
         acting = masked(torch.abs, SPARSITY, branch.point)
     else:
