@@ -29,6 +29,7 @@ BLOCK = 2**21  # bytes of a block of float64 rows: about the second-level cache
 WIDTHS = 1024, 8192  # least and most columns of a block, whose products are summed in its own precision
 PRECISE = 2**19  # columns below which float64 throughout costs milliseconds
 EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
+VANISHED = 1e-14  # relative size of a snapshot below which it is rounding
 EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
 
 
@@ -137,6 +138,8 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
 def factor_from_increment_gram(gram: Array) -> Array:
     """Factor ``R`` (r, time) of the snapshots from the Gram matrix (time, time) of their increments."""
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
+    if not len(gram):
+        return np.zeros((0, 0))
     scale = np.where(norms > 0, norms, 1.0)
     # unit diagonal first: Cholesky does not care, the eigendecomposition below does
     scaled = gram / np.outer(scale, scale)
@@ -145,8 +148,12 @@ def factor_from_increment_gram(gram: Array) -> Array:
     except np.linalg.LinAlgError:
         # dependent increments (constant weights, an exact period): the nearest positive semidefinite Gram matrix
         values, vectors = np.linalg.eigh(scaled)
-        root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
-    return np.cumsum(root * scale, axis=1)
+        noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
+        root = np.sqrt(np.where(values > noise, values, 0.0))[:, None] * vectors.T
+    found = np.cumsum(root * scale, axis=1)
+    # a snapshot that is nothing beside those before it is known to no digit
+    found[:, np.linalg.norm(found, axis=0) < VANISHED * np.maximum.accumulate(norms)] = 0.0
+    return found
 
 
 def merge_oldest(gram: Array, count: int) -> Array:

@@ -6,7 +6,9 @@ A2253–A2285, 2018: the algorithm that the paper uses for every spectrum (its s
 
 from __future__ import annotations
 
+import math
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -82,7 +84,9 @@ def dmd_rrr(
             "record more snapshots or take fewer delays."
         )
     exact = tol < EXACT_TOL or values.numel() <= EXACT_SIZE
-    return decompose(factor(values, exact=exact), tol=tol, max_rank=max_rank, delays=delays, refine=refine)
+    unit = _unit(float(values.abs().max())) if values.dtype == torch.float64 else 1.0  # squares of float32 fit anyway
+    root = factor(values if unit == 1.0 else values / unit, exact=exact) * unit
+    return decompose(root, tol=tol, max_rank=max_rank, delays=delays, refine=refine)
 
 
 def check_options(*, tol: float, max_rank: int | None, delays: int) -> None:
@@ -100,12 +104,18 @@ def decompose(
     root: Real, *, tol: float = 1e-3, max_rank: int | None = None, delays: int = 1, refine: bool = True
 ) -> Spectrum:
     """DMD_RRR of the trajectory with factor ``root`` (r, time); the arguments are those of :func:`dmd_rrr`."""
+    unit = _unit(float(np.abs(root).max(initial=0.0)))
+    if unit != 1.0:
+        found = decompose(root / unit, tol=tol, max_rank=max_rank, delays=delays, refine=refine)
+        return replace(found, coefficients=found.coefficients * unit, mode_weights=found.mode_weights / unit)
     n_snapshots = root.shape[1]
     embedded = hankel(root, delays)
     x, y = embedded[:, :-1], embedded[:, 1:]
-    norms = np.linalg.norm(x, axis=0)
+    peaks = np.abs(x).max(axis=0, initial=0.0)
+    peaks[peaks == 0] = 1.0
+    norms = peaks * np.linalg.norm(x / peaks, axis=0)  # squares of small numbers are nothing
     if not norms.any():
-        raise ValueError("all snapshots are zero: there is nothing to decompose.")
+        raise ValueError(f"all snapshots {'but the last ' if y.any() else ''}are zero: there is nothing to decompose.")
     # unit columns: a decaying trajectory keeps its late, small snapshots
     scale = np.where(norms > 0, norms, 1.0)
     left, singular, right = scipy.linalg.svd(x / scale, full_matrices=False, check_finite=False)
@@ -140,6 +150,11 @@ def decompose(
         rayleigh=rayleigh,
         complement=complement,
     )
+
+
+def _unit(peak: float) -> float:
+    """A power of two in which numbers of a size have squares that neither over- nor underflow; 1 for usual sizes."""
+    return 2.0 ** min(math.frexp(peak)[1], 1000) if 0 < peak < math.inf and not 1e-50 < peak < 1e50 else 1.0
 
 
 def _conjugate_pairs(matrix: Real) -> tuple[Complex, Complex]:

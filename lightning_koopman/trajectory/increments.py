@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,15 +35,20 @@ class Increments:
         capacity: Snapshots kept, or None for all.
         dtype: Of the increments; the snapshots at both ends are float64 with float64, else float32.
         folder: Folder of the files that they are mapped from, or None for memory.
+        scaled: Whether numbers are kept in a unit that the first snapshot decides on, so that no square of theirs is
+            too large or too small: for float64, where no other process holds a part.
 
     Attributes:
+        unit: A power of two.
         gram: Array (time, time), of the oldest snapshot and the increments.
         first: Snapshots that have left: the oldest one kept has this index.
         total: Numbers in a snapshot, in all processes.
         marks: Fingerprints of the snapshots.
     """
 
-    def __init__(self, n: int, capacity: int | None, dtype: torch.dtype, folder: Path | None) -> None:
+    def __init__(
+        self, n: int, capacity: int | None, dtype: torch.dtype, folder: Path | None, *, scaled: bool = False
+    ) -> None:
         self.n, self.capacity = n, capacity
         # all increments but that of the oldest snapshot, and one that is not yet taken in
         self.rows = RowStore(n, dtype, capacity, folder=folder)
@@ -50,6 +56,7 @@ class Increments:
         self._ends = RowStore(n, wide, 2, folder=folder)
         self.gram: Array = np.zeros((0, 0))
         self.first, self.total = 0, 0
+        self.unit, self._scaled = 1.0, scaled
         self.marks: list[int] = []
         self._peak = 0.0  # square of the largest base since the products with it were computed
 
@@ -89,12 +96,15 @@ class Increments:
 
     def write(self, parts: Sequence[Tensor]) -> None:
         """Write a snapshot as the increment that it adds; the first one as what the others lie upon."""
+        if self._scaled and not self.gram.any():
+            self.unit = _unit(parts)
         target = self.rows.row(self.first + len(self)) if len(self) else self.oldest
         start = 0
         for part in parts:
             flat = part.reshape(-1)
             for piece in (flat[where] for where in _slices(flat.numel())):
                 where = slice(start, start + piece.numel())
+                piece = piece.to(self.newest) / self.unit if self._scaled else piece
                 target[where].copy_(piece.to(self.newest) - self.newest[where] if len(self) else piece)
                 start += piece.numel()
 
@@ -150,6 +160,7 @@ class Increments:
             "total": self.total,
             "first": self.first,
             "peak": self._peak,
+            "unit": self.unit,
             "gram": torch.from_numpy(self.gram.copy()),
             "marks": torch.tensor([mark - 2**64 if mark >= 2**63 else mark for mark in self.marks], dtype=torch.int64),
         }
@@ -183,6 +194,13 @@ class Increments:
             return
         self.first, self.gram = int(state["first"]), state["gram"].numpy().copy()
         self.total, self._peak, self.marks = int(state["total"]), float(state["peak"]), found
+        self.unit = float(state["unit"])
+
+
+def _unit(parts: Sequence[Tensor]) -> float:
+    """The power of two in which the first snapshot is about 2^−250: what follows may be far larger, or far smaller."""
+    peak = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
+    return 2.0 ** min(math.frexp(peak)[1] + 250, 1000) if 0 < peak < math.inf else 1.0
 
 
 def check_state(state: dict[str, Any]) -> int:

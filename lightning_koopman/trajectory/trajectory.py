@@ -79,7 +79,9 @@ class Trajectory:
         _check_kept(storage, path, dtype)
         self._sketch = Sketch(check_count("sketch", sketch, 2)) if storage == "sketch" else None
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
-        self._held = Increments(width, self.capacity, kept, Path(path or gettempdir()) if storage == "disk" else None)
+        folder = Path(path or gettempdir()) if storage == "disk" else None
+        scaled = dtype == torch.float64 and all_sum is None
+        self._held = Increments(width, self.capacity, kept, folder, scaled=scaled)
         self._sketched: Array | None = None  # what is staged, where that is no row
         self._writer: SegmentWriter | None = None
 
@@ -152,7 +154,7 @@ class Trajectory:
     def snapshots(self) -> Tensor:
         """Copy of the snapshots held, tensor (time, n), oldest first."""
         _check_rows(self._sketch, "snapshots")
-        return self._held.snapshots()
+        return self._held.snapshots() * self._held.unit
 
     def last(self) -> Tensor:
         """Copy of the newest snapshot, tensor (n,).
@@ -163,15 +165,15 @@ class Trajectory:
         _check_rows(self._sketch, "last")
         if not len(self):
             raise IndexError("the trajectory is empty: append a snapshot first.")
-        return self._held.newest.clone()
+        return self._held.newest * self._held.unit
 
     def step_norms(self) -> Array:
         """Euclidean norms (time − 1,) of the steps between successive snapshots."""
-        return np.sqrt(np.maximum(np.diag(self._held.gram)[1:], 0.0))
+        return np.sqrt(np.maximum(np.diag(self._held.gram)[1:], 0.0)) * self._held.unit
 
     def start_norm(self) -> float:
         """Euclidean norm of the oldest snapshot held."""
-        return float(np.sqrt(max(self._held.gram[0, 0], 0.0)))
+        return float(np.sqrt(max(self._held.gram[0, 0], 0.0))) * self._held.unit
 
     def factor(self, *, last: int | None = None) -> Array:
         r"""Array R (r, time), r ≤ time, with :math:`R^\top R` the Gram matrix of the snapshots.
@@ -180,7 +182,7 @@ class Trajectory:
             last: Use only so many of the newest snapshots, ≥ 1 (default: all).
         """
         drop = 0 if last is None else max(0, len(self) - last)
-        return factor_from_increment_gram(merge_oldest(self._held.gram, drop))
+        return factor_from_increment_gram(merge_oldest(self._held.gram, drop)) * self._held.unit
 
     def spectrum(
         self,
@@ -247,6 +249,7 @@ class Trajectory:
         for chunk in wide_chunks(self._held.segments(), CHUNKS):
             combined[:, start : start + chunk.shape[1]] = rows @ chunk
             start += chunk.shape[1]
+        combined *= self._held.unit
         return combined[0] if matrix.ndim == 1 else combined
 
     # -- keeping ------------------------------------------------------------------------------------------------------
