@@ -40,8 +40,9 @@ def root(request: pytest.FixtureRequest) -> ModuleType:
 
 
 @pytest.fixture
-def trainer(root: ModuleType, tmp_path: Path) -> Callable[..., Any]:
-    """Builds quiet trainers that write below the test's folder."""
+def trainer(root: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Builds quiet trainers that write below the test's folder and take only checkpoints that are safe to load."""
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")  # fit(weights_only=True) came with Lightning 2.6
 
     def build(**options: Any) -> Any:
         defaults = {

@@ -114,11 +114,10 @@ def torch_pruning() -> Any:
     """The package that traces which channels go together."""
     try:
         import torch_pruning as package
-
-        package.importance.GroupMagnitudeImportance  # noqa: B018 - since 1.5.2
-    except (ModuleNotFoundError, AttributeError) as error:
+        from torch_pruning.dependency import index_mapping  # noqa: F401 - since 1.6
+    except ImportError as error:
         raise ModuleNotFoundError(
-            "Removing channels needs Torch-Pruning 1.5.2 or newer: pip install 'lightning_koopman[structured]'",
+            "Removing channels needs Torch-Pruning 1.6 or newer: pip install 'lightning_koopman[structured]'",
             name="torch_pruning",
         ) from error
     return package

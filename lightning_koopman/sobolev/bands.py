@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 from lightning_koopman._checks import is_count, is_number
 from lightning_koopman.fourier.modes import half_space
@@ -162,7 +161,7 @@ class Bands:
 
 def fixed(value: float) -> float:
     """The number itself where the compiler has made a symbol of it, as of any that differs between two calls."""
-    return cast("float", guard_scalar(value)) if torch.compiler.is_compiling() else value
+    return float(f"{value}") if torch.compiler.is_compiling() else value
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]

@@ -69,10 +69,10 @@ def build(classifier):
 
 @pytest.fixture
 def fit(trainer, build):
-    def run(pruner, *others, epochs=8, module=None, fit_options=None, **options):
+    def run(pruner, *others, epochs=8, module=None, ckpt_path=None, **options):
         module = build() if module is None else module
         lightning = trainer(callbacks=[pruner, *others], max_epochs=epochs, **options)
-        lightning.fit(module, **(fit_options or {}))
+        lightning.fit(module, ckpt_path=ckpt_path)
         return module, lightning
 
     return run
@@ -186,7 +186,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(fit, build, root, tmp_path, stop
         epochs=10,
         module=network(),
         enable_checkpointing=True,
-        fit_options={"ckpt_path": path, "weights_only": True},
+        ckpt_path=path,
     )
     assert resumed.changes == whole.changes
     assert resumed.achieved == whole.achieved
@@ -208,7 +208,7 @@ def test_checkpoints_of_the_small_network(fit, trainer, build, root, tmp_path):
     fresh = build()
     callbacks = [KoopmanPruner(0.5, epoch=3, structured=True), saving(root, tmp_path)]
     again = trainer(callbacks=callbacks, enable_checkpointing=True)
-    (metrics,) = again.validate(fresh, ckpt_path=tmp_path / "epoch=4.ckpt", weights_only=True, verbose=False)
+    (metrics,) = again.validate(fresh, ckpt_path=tmp_path / "epoch=4.ckpt", verbose=False)
     assert metrics["val_loss"] == pytest.approx(float(lightning.callback_metrics["val_loss"]))
 
 
@@ -223,7 +223,7 @@ def test_a_checkpoint_of_another_network_is_not_forced_in(fit, build, root, tmp_
             saving(root, tmp_path / "b"),
             module=wider,
             enable_checkpointing=True,
-            fit_options={"ckpt_path": tmp_path / "epoch=3.ckpt", "weights_only": True},
+            ckpt_path=tmp_path / "epoch=3.ckpt",
         )
 
 
@@ -344,7 +344,7 @@ def test_checkpoints_from_before_and_after_go_into_the_trained_module(fit, root,
     changes = {path: dict(arguments) for path, arguments in pruner.changes.items()}
     for epoch, width in ((4, 6), (1, 12), (4, 6)):
         path = tmp_path / f"epoch={epoch}.ckpt"
-        lightning.validate(module, ckpt_path=path, weights_only=True, verbose=False)
+        lightning.validate(module, ckpt_path=path, verbose=False)
         assert module.network.inner.out_channels == width
     assert pruner.changes == changes
 

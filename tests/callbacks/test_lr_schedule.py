@@ -52,6 +52,7 @@ def run(root, trainer, regression):
     return start
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")  # PyTorch's own SequentialLR
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_rates_read_ahead_are_those_that_come(run, name):
     look = run(SCHEDULES[name])

@@ -58,11 +58,11 @@ def watch(root):
 def fit(trainer, classifier, watch):
     """Trains a classifier with a pruner; returns the module and who watched."""
 
-    def run(pruner, *others, epochs=10, module=None, fit_options=None, **options):
+    def run(pruner, *others, epochs=10, module=None, ckpt_path=None, **options):
         module = classifier() if module is None else module
         watcher = watch(pruner)
         lightning = trainer(callbacks=[pruner, *others, watcher], max_epochs=epochs, **options)
-        lightning.fit(module, **(fit_options or {}))
+        lightning.fit(module, ckpt_path=ckpt_path)
         watcher.trainer = lightning
         return module, watcher
 
@@ -250,7 +250,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(fit, trainer, classifier, root, 
         epochs=9,
         module=classifier(dropout=0.0),
         enable_checkpointing=True,
-        fit_options={"ckpt_path": path, "weights_only": True},
+        ckpt_path=path,
     )
     assert resumed.masks.agreement(whole.masks) == 1.0
     assert [row["epoch"] for row in resumed.history] == [row["epoch"] for row in whole.history]
@@ -280,7 +280,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_masks(fit, root, trainer, clas
             saving(root, tmp_path / f"b{epochs}"),
             epochs=epochs,
             enable_checkpointing=True,
-            fit_options={"ckpt_path": path, "weights_only": True},
+            ckpt_path=path,
         )
         path = tmp_path / "later.ckpt"
         watcher.trainer.save_checkpoint(path)
@@ -288,7 +288,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_masks(fit, root, trainer, clas
         assert [row["epoch"] for row in again.history] == [2]
     tested = KoopmanPruner(0.75, epoch=2)
     lightning = trainer(callbacks=[tested, saving(root, tmp_path / "c")], enable_checkpointing=True)
-    lightning.validate(classifier(), ckpt_path=path, weights_only=True, verbose=False)
+    lightning.validate(classifier(), ckpt_path=path, verbose=False)
     assert tested.table() == pruner.table()
 
 
@@ -305,7 +305,7 @@ def test_a_checkpoint_within_an_epoch_does_not_lose_the_pruning(fit, root, tmp_p
             more,
             epochs=5,
             enable_checkpointing=True,
-            fit_options={"ckpt_path": tmp_path / "a" / "step=40.ckpt", "weights_only": True},
+            ckpt_path=tmp_path / "a" / "step=40.ckpt",
         )
     assert [row["epoch"] for row in again.history] == [4]
 

@@ -21,7 +21,7 @@ def run(root, trainer, regression, tmp_path):
             tmp_path / name / "checkpoints", filename="{epoch}", save_top_k=save_top_k, every_n_epochs=1
         )
         fit = trainer(callbacks=[monitor, checkpoint], max_epochs=epochs, enable_checkpointing=True)
-        fit.fit(regression(), ckpt_path=ckpt_path, weights_only=True if ckpt_path else None)
+        fit.fit(regression(), ckpt_path=ckpt_path)
         return monitor, tmp_path / name / "checkpoints"
 
     return start

@@ -120,4 +120,4 @@ def run_all(tasks: list[Task], jobs: int) -> None:
                     name, epochs = channel.get_nowait()
                 except queue.Empty:
                     break
-                bar.update(epochs * costs[name])
+                bar.update(min(epochs * costs[name], bar.total - bar.n))  # which rounding may carry past the total
