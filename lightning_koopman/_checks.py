@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
+from inspect import signature
 from numbers import Integral, Real
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 T = TypeVar("T")
 MOST = sys.float_info.max
@@ -50,7 +56,7 @@ def check_choice(name: str, value: T, choices: Sequence[object], advice: str = "
     """One of some values; raise ValueError if it is none."""
     if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}{_colon(advice)}.")
-    return value
+    return str(value) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
 def check_flag(name: str, value: object) -> bool:
@@ -62,3 +68,73 @@ def check_flag(name: str, value: object) -> bool:
 
 def _colon(advice: str) -> str:
     return f": {advice}" if advice else ""
+
+
+def check_fraction(name: str, value: object, advice: str = "") -> float:
+    """A number in [0, 1); raise ValueError if it is none."""
+    if not is_number(value) or not 0 <= float(value) < 1:  # type: ignore[arg-type]
+        raise ValueError(f"{name} must lie in [0, 1), got {value!r}{_colon(advice)}.")
+    return float(value)  # type: ignore[arg-type]
+
+
+def check_instance(name: str, value: T, kinds: type | tuple[type, ...], advice: str) -> T:
+    """An object of a kind; raise TypeError if it is none."""
+    if not isinstance(value, kinds):
+        raise TypeError(f"{name} must be {advice}, got {type(value).__name__}: {_short(value)}.")
+    return value
+
+
+def check_function(name: str, value: T, advice: str) -> T:
+    """Something that can be called with one argument; raise TypeError if it is none."""
+    try:
+        if callable(value) and (isinstance(value, type) or signature(value).bind(None)):
+            return value
+    except ValueError:  # built in, without a signature
+        return value
+    except TypeError:
+        pass
+    raise TypeError(f"{name} must be {advice}, got {_short(value)}.")
+
+
+def check_path(name: str, value: object) -> Path:
+    """A path; raise TypeError or ValueError if it is none."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"{name} must be a path, got {type(value).__name__}: {_short(value)}.")
+    text = os.fsdecode(value)
+    if not text or "\0" in text:
+        raise ValueError(f"{name} must be a path, got {value!r}.")
+    return Path(text)
+
+
+def real_array(name: str, value: object) -> npt.NDArray[Any]:
+    """Real numbers of any kind as a NumPy array, float32 where they are, else float64; raise TypeError else.
+
+    Tensors that require a gradient, other byte orders, negative strides, tables of pandas and integers are such.
+    """
+    hidden = getattr(value, "mask", False)
+    if isinstance(value, np.ma.MaskedArray) and np.any(hidden):
+        raise TypeError(f"{name} has masked entries: fill them, or leave them out.")
+    if isinstance(value, torch.Tensor):
+        if value.is_complex() or value.is_sparse or value.device.type == "meta":
+            raise TypeError(
+                f"{name} must hold real numbers, got a {value.layout} tensor of {value.dtype} on {value.device}."
+            )
+        found = value.detach().resolve_neg().cpu()
+        value = (found if found.dtype in (torch.float32, torch.float64) else found.double()).numpy()
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} must be real numbers, got {_short(value)}: {error}.") from error
+    words = array.dtype.kind == "O" and any(isinstance(each, (str, bytes, type(None))) for each in array.flat)
+    if array.dtype.kind in "biuOf" and array.dtype != np.float32 and not words:
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            array = array.astype(np.float64)
+    if array.dtype.kind != "f":
+        mend = "give real and imaginary part as two outputs" if array.dtype.kind == "c" else "convert them"
+        raise TypeError(f"{name} must be real numbers, got {array.dtype}: {mend}.")
+    return np.array(array, dtype=array.dtype.newbyteorder("="), copy=None)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

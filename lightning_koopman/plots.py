@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_koopman._checks import check_instance, check_positive
 from lightning_koopman.depth.estimate import DepthEstimate
 from lightning_koopman.dmd.spectrum import Spectrum
 
@@ -52,6 +54,10 @@ def plot_spectrum(
         2
     """
     check_matplotlib()
+    check_instance("spectrum", spectrum, Spectrum, "a Spectrum")
+    if surrogate is not None:
+        check_instance("surrogate", surrogate, Spectrum, "a Spectrum")
+    radius, title = check_positive("radius", radius), str(check_instance("title", title, str, "a text"))
     from matplotlib import colors
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -131,11 +137,16 @@ def plot_history(history: Sequence[Mapping[str, Any]]) -> Figure:
         2
     """
     check_matplotlib()
+    given: Any = history
+    needed = "epoch", "train_loss", "unit_fraction", "surrogate_unit_fraction"
+    whole = isinstance(given, Sequence) and len(given) and all(isinstance(row, Mapping) for row in given)
+    if not whole or not all(isinstance(row.get(key), Real) for row in given for key in needed):
+        raise ValueError(f"history must be rows with numbers for {', '.join(needed)}, got {given!r:.60}.")
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 5.2), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
-    by_steps = bool(history) and str(history[0].get("unit", "epochs")).endswith("steps")
+    by_steps = getattr(history, "every_n_steps", None) is not None
     epochs = [row["step" if by_steps else "epoch"] for row in history]
     losses = np.array([row["train_loss"] for row in history], dtype=float)
     top.plot(epochs, losses, color=INK, linewidth=1.4)
@@ -183,6 +194,7 @@ def plot_depth(estimate: DepthEstimate) -> Figure:
         1
     """
     check_matplotlib()
+    check_instance("estimate", estimate, DepthEstimate, "what estimate_depth returns")
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from lightning_koopman.callbacks.clock import Clock
+from lightning_koopman.callbacks.clock import Clock, Rows
 from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.lr_schedule import current_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS
@@ -73,7 +73,7 @@ class TrajectoryCallback(LightningCallback):
         self.recording = Recording(settings, self.clock, self.guard, any_window=self.any_window)
         self.run_folder = RunFolder(dirpath)
         self.prefix = checked_prefix(prefix)
-        self.history: list[dict[str, Any]] = []
+        self.history = Rows(every_n_steps=self.clock.every_n_steps)
         self.rates: list[float] = []  # learning rates when the round began
         self.active = True  # not in a `fast_dev_run`
         self.resumed = False  # from a checkpoint that holds this callback's state
@@ -253,7 +253,7 @@ class TrajectoryCallback(LightningCallback):
             raise ValueError("it does not hold what this callback saves")
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.restore_own(own)
-        self.history = rows
+        self.history = Rows(rows, self.clock.every_n_steps)
 
     # -- what subclasses use ------------------------------------------------------------------------------------------
 
@@ -290,7 +290,7 @@ class TrajectoryCallback(LightningCallback):
 
     def forget(self) -> None:
         """Begin as for a first fit."""
-        self.history = []
+        self.history = Rows(every_n_steps=self.clock.every_n_steps)
 
     def own_state(self) -> dict[str, Any]:
         """What a checkpoint needs of the subclass; tensors and primitives only."""

@@ -66,6 +66,8 @@ class BaselineLoss:
 
     def agree(self, trainer: pl.Trainer) -> None:
         """Take what is known at a round's end on all ranks, which also agree on whether to go on measuring."""
+        if trainer.strategy.reduce_boolean_decision(self.probe.still, all=True):  # each has its own batches
+            self.probe.tune_no_more()
         known, wanted = trainer.strategy.broadcast((self.value or self.probe.measured(), self.probe.wanted))
         if trainer.strategy.reduce_boolean_decision(known is not None or not (wanted and self.probe.wanted), all=False):
             self.probe.finish()

@@ -58,6 +58,7 @@ class BaselineProbe:
         self._rounds, self._tuned, self._falls = 0, False, False
         self._last: tuple[int, int] | None = None
         self.wanted = True  # whether another batch helps
+        self.still = False  # whether the loss fell no more when the constant was set last
 
     def __getstate__(self) -> dict[str, Any]:  # a copy elsewhere makes its own copy of the module
         return {**vars(self), "_copy": None, "_biases": [], "_values": self._bias_values()}
@@ -106,18 +107,16 @@ class BaselineProbe:
         now = trainer.current_epoch, batch_idx
         if not self.wanted or now == self._last:  # another callback that shares the probe was first
             return
-        later, self._last = self._last is not None and self._last[0] != now[0], now
+        self._last = now
         try:
-            self._measure(trainer, module, batch, batch_idx, later)
+            self._measure(trainer, module, batch, batch_idx)
         except Exception:
             self.finish()
             raise
         if len(self._losses) == SCORED:
             self.finish()
 
-    def _measure(
-        self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int, later: bool
-    ) -> None:
+    def _measure(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if not can_dry_run(module):
             self.finish()
             return
@@ -131,8 +130,10 @@ class BaselineProbe:
             if self._tuned:
                 self._losses.append(float(loss(network).detach()))
                 return
-            last = later or self._seen + 1 == TUNED  # a full batch is an epoch
-            seen, self._seen = self._seen + 1, 0 if last else self._seen + 1
+            seen = self._seen + 1
+            # an epoch may have fewer batches, a full batch only one
+            last = seen == TUNED or (trainer.is_last_batch and (seen >= ENOUGH or seen == batch_idx + 1))
+            self._seen = 0 if last else seen
             if self._direction is None:
                 gradient = self._gradient(value := loss(network))
                 self._sum = gradient if self._sum is None else self._sum + gradient
@@ -190,8 +191,12 @@ class BaselineProbe:
         self._sum, self._direction = None, None
         self._rounds += 1
         fall = (before - value) / abs(before) if before else 0.0
-        self._tuned = self._rounds == ROUNDS or (fall < STILL and not alike)
-        self._falls = fall > FALLS
+        self.still, self._falls = fall < STILL, fall > FALLS
+        self._tuned = self._rounds == ROUNDS or (self.still and not alike)
+
+    def tune_no_more(self) -> None:
+        """The constant is good enough, all processes say."""
+        self._tuned = True
 
     def _along(self, lengths: Sequence[float], loss: Callable[[], float]) -> list[float]:
         """Losses where the biases lie so far along the direction."""

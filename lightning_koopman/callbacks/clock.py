@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
+
+
+class Rows(list[dict[str, Any]]):
+    """Rows of a history, one a round, that know how many optimizer steps a round has, if that is no epoch."""
+
+    def __init__(self, rows: Iterable[dict[str, Any]] = (), every_n_steps: int | None = None) -> None:
+        super().__init__(rows)
+        self.every_n_steps = every_n_steps
 
 
 class Clock:

@@ -126,7 +126,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
     ) -> None:
-        if observable == WEIGHTS or not isinstance(observable, str) or not observable:
+        if not isinstance(observable, str) or observable in ("", WEIGHTS):
             raise ValueError(
                 f"observable must be 'train_loss' or the name of a logged metric, got {observable!r}: the weights are "
                 "observed in any case."

@@ -38,7 +38,7 @@ NO_EVIDENCE = {
     "misfit": 1.0,
     "rank": 0.0,
 }
-COLUMNS = ("epoch", "unit", "step", "n_snapshots", "train_loss", *NO_EVIDENCE, "sketch_error", "seconds")
+COLUMNS = ("epoch", "step", "n_snapshots", "train_loss", *NO_EVIDENCE, "sketch_error", "seconds")
 
 
 class KoopmanSpectrumMonitor(TrajectoryCallback):
@@ -260,7 +260,6 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         self.history.append(
             {
                 "epoch": epoch,
-                "unit": "epochs" if self.clock.every_n_steps is None else f"{self.clock.every_n_steps} steps",
                 "step": steps_done(trainer),
                 "n_snapshots": len(self.recorder),
                 "train_loss": math.nan if loss is None else loss,

@@ -10,7 +10,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_koopman._checks import check_flag
+from lightning_koopman._checks import check_choice, check_flag
 from lightning_koopman.callbacks.base import (
     TrajectoryCallback,
     check_prefix_is_free,
@@ -25,7 +25,7 @@ from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, Pruni
 from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, trained_parameters
 from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
-from lightning_koopman.pruning.masks import MaskSet, check_amount
+from lightning_koopman.pruning.masks import SCOPES, MaskSet, check_amount
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -139,7 +139,7 @@ class KoopmanPruner(TrajectoryCallback):
     ) -> None:
         super().__init__(window=window, every_n_steps=every_n_steps, dirpath=dirpath, prefix=prefix)
         structured, by_threshold = check_flag("structured", structured), threshold is not None
-        scope = scope or ("tensor" if structured else "global")
+        scope = ("tensor" if structured else "global") if scope is None else check_choice("scope", scope, SCOPES)
         only = {"by_threshold": by_threshold, "allow_empty": check_flag("allow_empty", allow_empty)}  # for masks
         self.parameters, self.folder = as_patterns(parameters), f"{self.prefix}_prune"
         self.method: PruningMethod = MaskRounds(scope, guard=self.guard, **only)
@@ -147,7 +147,7 @@ class KoopmanPruner(TrajectoryCallback):
             self.method = ChannelRounds(self.parameters, scope, type(self).__name__, **only)
         check_amount(sparsity, threshold, scope)
         self.schedule = PruningSchedule(sparsity, threshold, epoch, rounds, round_epochs, settled_change)
-        if epoch == SETTLED and window is not None and window <= HORIZON:
+        if self.schedule.first is None and window is not None and window <= HORIZON:
             raise ValueError(f"window must be at least {HORIZON + 1} with epoch='settled', got {window}.")
         self.survivors = Survivors(survivors, scheme, seed)
         self.scores = PersistentScores(radius, rule)

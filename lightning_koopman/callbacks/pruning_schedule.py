@@ -49,7 +49,7 @@ class PruningSchedule:
         self.threshold = None if threshold is None else check_positive("threshold", threshold)
         if isinstance(epoch, str) and epoch != SETTLED:
             raise ValueError(f"epoch must be a number of completed epochs or 'settled', got {epoch!r}.")
-        self.first = None if epoch == SETTLED else check_count("epoch", epoch, 1)
+        self.first = None if isinstance(epoch, str) else check_count("epoch", epoch, 1)
         self.rounds = check_count("rounds", rounds, 1)
         self.interval = check_count("round_epochs", round_epochs, LEAST)
         self.settled_change = check_positive("settled_change", settled_change)

@@ -171,13 +171,7 @@ class Recording:
         return Snapshot.of(shards)
 
     def _take(self, snapshot: Snapshot) -> None:
-        known, epoch = self.recorder.trajectory, self._clock.rounds
-        if known is not None and known.n != snapshot.numel and not self.recorder.interrupted:
-            self._guard.warn(
-                "count",
-                f"the number of observed weights changed from {known.n} to {snapshot.numel} at epoch {epoch}: "
-                "a new trajectory starts here.",
-            )
+        epoch = self._clock.rounds
         self.finite = True
         self.finite = self.recorder.record(epoch, snapshot)
         if not self.finite:

@@ -103,7 +103,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.max_restarts = check_count("max_restarts", max_restarts, 0)
         self.seed = check_count("seed", seed, 0)
         check_scheme(scheme)
-        self.scheme, self.modules = scheme, as_patterns(modules)
+        self.scheme, self.modules = scheme, as_patterns(modules, "modules")
         self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
         self._frozen = FrozenTensors()
         self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began

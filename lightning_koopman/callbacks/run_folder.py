@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
+from lightning_koopman._checks import check_path
 from lightning_koopman.parameters.sharded_modules import is_kind
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class RunFolder:
     def __init__(self, dirpath: str | os.PathLike[str] | None) -> None:
         if dirpath is not None and not isinstance(dirpath, (str, os.PathLike)):
             raise ValueError(f"dirpath must be a folder or None, got {dirpath!r}.")
+        if dirpath is not None:
+            check_path("dirpath", dirpath)
         if dirpath is not None and "://" in os.fspath(dirpath):
             raise ValueError(
                 f"dirpath must be a local folder, got {os.fspath(dirpath)!r}: snapshots are mapped from it."

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lightning_koopman._checks import is_number
+from lightning_koopman._checks import check_flag, is_number
 from lightning_koopman.depth.frequencies import Lines, dmd_lines, fourier_lines, least_squares_lines
 from lightning_koopman.fourier.grid import Grid, find_grid
 from lightning_koopman.fourier.samples import as_samples
@@ -140,6 +140,7 @@ def estimate_depth(
     """
     points, samples = as_samples(x, y, FEWEST)
     check_rule(method, decay)
+    check_flag("taper", taper)
     share = THRESHOLDS[method] if threshold is None else threshold
     if not (is_number(share) and 0 < share < 1):
         raise ValueError(f"threshold must lie in (0, 1), got {threshold!r}: it is relative to the largest size.")
@@ -172,7 +173,7 @@ def estimate_depth(
 
 def check_rule(method: object, decay: Any) -> None:
     """Raise ValueError unless the method is known and the decay a number > 1."""
-    if method not in THRESHOLDS:
+    if not isinstance(method, str) or method not in THRESHOLDS:
         raise ValueError(f"method must be one of {tuple(THRESHOLDS)}, got {method!r}.")
     if not (is_number(decay) and decay > 1):
         raise ValueError(f"decay must be a number > 1, got {decay!r}: it is the ratio of the scales of two layers.")

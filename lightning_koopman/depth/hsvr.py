@@ -13,11 +13,13 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.svm import SVR
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from lightning_koopman._checks import is_count, is_number
+from lightning_koopman._checks import check_flag, is_count, is_number, real_array
 from lightning_koopman.depth.estimate import FEWEST, MOST_INPUTS, DepthEstimate, check_rule, estimate_depth
 from lightning_koopman.depth.frequencies import ROUNDING
 
 Array = npt.NDArray[np.float64]
+
+MOST_LAYERS, LEAST_TOL = 10_000, 1e-15  # below, rounding keeps the solver from ending
 
 
 class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[misc]
@@ -117,6 +119,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             ValueError: If an argument is out of its range, the samples are not finite or do not match, or
                 ``method="dmd"`` does not suit them.
         """
+        X, y = _detached("X", X), _detached("y", y)  # noqa: N806
         given = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
         inputs, targets = (np.asarray(each, dtype=np.float64) for each in given)
         self._check_parameters()
@@ -145,10 +148,10 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             models = [
                 SVR(
                     gamma=1 / scale**2,
-                    C=self.C * np.ptp(left[:, output]) or 1.0,
-                    epsilon=self.epsilon,
-                    tol=self.tol,
-                    cache_size=self.cache_size,
+                    C=float(self.C) * np.ptp(left[:, output]) or 1.0,
+                    epsilon=float(self.epsilon),
+                    tol=float(self.tol),
+                    cache_size=float(self.cache_size),
                 ).fit(points, values[:, output])
                 for output in range(left.shape[1])
             ]
@@ -180,6 +183,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
 
     def _check_points(self, X: npt.ArrayLike) -> Array:  # noqa: N803
         check_is_fitted(self)
+        X = _detached("X", X)  # noqa: N806
         points: Array = validate_data(self, X, reset=False, dtype=np.float64) - self.offset_
         return points
 
@@ -191,7 +195,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         """σ of each layer."""
         self.depth_: DepthEstimate | None = None
         if self.scales is not None:
-            return np.atleast_1d(np.asarray(self.scales, dtype=np.float64))
+            return np.atleast_1d(real_array("scales", self.scales).astype(np.float64))
         varying = inputs[:, np.ptp(inputs, axis=0) > ROUNDING * np.abs(inputs).max(axis=0)]
         points, index, counts = np.unique(varying, axis=0, return_inverse=True, return_counts=True)
         constant = not np.ptp(targets, axis=0).any()
@@ -226,10 +230,16 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
 
     def _check_parameters(self) -> None:
         """Raise ValueError for an argument out of its range; what concerns the spectrum is checked there."""
-        if self.n_layers is not None and not is_count(self.n_layers):
-            raise ValueError(f"n_layers must be a whole number ≥ 1, or None, got {self.n_layers!r}.")
+        if self.n_layers is not None and not (is_count(self.n_layers) and self.n_layers <= MOST_LAYERS):
+            raise ValueError(
+                f"n_layers must be a whole number ≥ 1 and ≤ {MOST_LAYERS}, or None, got {self.n_layers!r}."
+            )
         if self.scales is not None:
-            scales = np.atleast_1d(np.asarray(self.scales, dtype=object))
+            unfit: Any = self.scales
+            if isinstance(unfit, (str, bytes)) or np.ma.isMaskedArray(unfit):
+                raise ValueError(f"scales must be a list of numbers > 0, coarsest first, got {self.scales!r}.")
+            given = unfit.detach() if hasattr(unfit, "detach") else unfit
+            scales = np.atleast_1d(np.asarray(given, dtype=object))
             if scales.ndim > 1 or not scales.size or not all(is_number(scale) and scale > 0 for scale in scales):
                 raise ValueError(f"scales must be a list of numbers > 0, coarsest first, got {self.scales!r}.")
             if (np.diff(scales.astype(np.float64)) >= 0).any():
@@ -237,6 +247,9 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             if self.n_layers not in (None, len(scales)):
                 raise ValueError(f"n_layers={self.n_layers!r}, but scales are {len(scales)}: leave one of them out.")
         check_rule(self.method, self.decay)
+        check_flag("taper", self.taper)
+        if not isinstance(self.verbose, (bool, np.bool_)) and not is_count(self.verbose, 0):
+            raise ValueError(f"verbose must be a whole number ≥ 0, got {self.verbose!r}.")
         if not (is_number(self.epsilon) and self.epsilon >= 0):
             raise ValueError(f"epsilon must be a number ≥ 0, relative to the range of y, got {self.epsilon!r}.")
         positive: dict[str, Any] = {"C": self.C, "tol": self.tol, "cache_size": self.cache_size}
@@ -245,6 +258,17 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         for name, value in positive.items():
             if not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
+        if self.tol < LEAST_TOL:
+            raise ValueError(f"tol must be at least {LEAST_TOL:g}, got {self.tol!r}: the solver would not end.")
+
+
+def _detached(name: str, values: Any) -> Any:
+    """Tensors as arrays; raise ValueError for what is no array of numbers.  The rest is scikit-learn's to check."""
+    if hasattr(values, "detach") or np.ma.isMaskedArray(values):
+        return real_array(name, values)
+    if type(values) in (str, bytes, dict, set, bool) or callable(values):
+        raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}: reshape your data to it.")
+    return values
 
 
 def _predictions(models: Sequence[SVR], points: Array) -> Array:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from lightning_koopman._checks import check_count, check_positive, real_array
 from lightning_koopman._types import Array
-from lightning_koopman.dmd.rrr import decompose
+from lightning_koopman.dmd.rrr import check_options, decompose
 from lightning_koopman.dmd.spectrum import Spectrum
+
+MOST_WALK = 2**62  # dimensions: more make no difference
 
 
 def random_walk_spectrum(
@@ -50,13 +53,15 @@ def random_walk_spectrum(
         >>> bool(abs(nearest - 1) < 5e-3)
         True
     """
-    steps = np.asarray(step_norms, dtype=np.float64)
-    if steps.ndim != 1:
-        raise ValueError(f"step_norms must have shape (time - 1,), got {steps.shape}.")
-    if n < 1:
-        raise ValueError(f"n must be at least 1, got {n}.")
+    steps = real_array("step_norms", step_norms).astype(np.float64)
+    if steps.ndim != 1 or not steps.size or not np.isfinite(steps).all() or steps.min() < 0:
+        raise ValueError(f"step_norms must have shape (time - 1,) and be finite and ≥ 0, got the shape {steps.shape}.")
+    start_norm, n = check_positive("start_norm", start_norm), min(check_count("n", n, 1), MOST_WALK)
+    tol, max_rank, delays, refine = check_options(tol=tol, max_rank=max_rank, delays=delays, refine=refine)
     count = steps.size + 1
-    random = np.random.default_rng(seed)
+    if count < delays + 1:
+        raise ValueError(f"step_norms has {steps.size} steps, but delays={delays} needs at least {delays}.")
+    random = np.random.default_rng(check_count("seed", seed, 0))
     directions = wishart_root(random, n, count)
     directions /= np.linalg.norm(directions, axis=0)
     root = np.cumsum(directions * np.concatenate([[start_norm], steps]), axis=1)

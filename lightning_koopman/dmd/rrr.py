@@ -17,6 +17,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
+from lightning_koopman._checks import check_count, check_flag, check_fraction, real_array
 from lightning_koopman.dmd.blas import single_blas_thread
 from lightning_koopman.dmd.gram import EXACT_SIZE, EXACT_TOL, factor, hankel, triangle
 from lightning_koopman.dmd.spectrum import Spectrum
@@ -77,7 +78,7 @@ def dmd_rrr(
         ([0.9, 0.9], [1.0, -1.0])
     """
     values = _as_matrix(snapshots)
-    check_options(tol=tol, max_rank=max_rank, delays=delays)
+    tol, max_rank, delays, refine = check_options(tol=tol, max_rank=max_rank, delays=delays, refine=refine)
     if values.shape[0] < delays + 1:
         raise ValueError(
             f"snapshots has {values.shape[0]} row(s), but delays={delays} needs at least {delays + 1}: "
@@ -89,14 +90,16 @@ def dmd_rrr(
     return decompose(root, tol=tol, max_rank=max_rank, delays=delays, refine=refine)
 
 
-def check_options(*, tol: float, max_rank: int | None, delays: int) -> None:
-    """Raise ValueError for a DMD option out of its range."""
-    if not 0 <= tol < 1:
-        raise ValueError(f"tol must lie in [0, 1), got {tol}: it is relative to the largest singular value.")
-    if max_rank is not None and max_rank < 1:
-        raise ValueError(f"max_rank must be at least 1, got {max_rank}: pass None for no bound.")
-    if delays < 1:
-        raise ValueError(f"delays must be at least 1, got {delays}: 1 means no delay embedding.")
+def check_options(
+    *, tol: object, max_rank: object = None, delays: object = 1, refine: object = True
+) -> tuple[float, int | None, int, bool]:
+    """The DMD options as plain numbers; raise ValueError for one out of its range."""
+    return (
+        check_fraction("tol", tol, "it is relative to the largest singular value"),
+        None if max_rank is None else check_count("max_rank", max_rank, 1, "pass None for no bound"),
+        check_count("delays", delays, 1, "1 means no delay embedding"),
+        check_flag("refine", refine),
+    )
 
 
 @single_blas_thread()
@@ -111,9 +114,10 @@ def decompose(
     n_snapshots = root.shape[1]
     embedded = hankel(root, delays)
     x, y = embedded[:, :-1], embedded[:, 1:]
-    peaks = np.abs(x).max(axis=0, initial=0.0)
-    peaks[peaks == 0] = 1.0
-    norms = peaks * np.linalg.norm(x / peaks, axis=0)  # squares of small numbers are nothing
+    norms = np.linalg.norm(x, axis=0)
+    tiny = norms < 1e-140  # whose squares are nothing, or have lost digits
+    peaks = np.abs(x[:, tiny]).max(axis=0, initial=0.0)
+    norms[tiny] = peaks * np.linalg.norm(x[:, tiny] / np.where(peaks > 0, peaks, 1.0), axis=0)
     if not norms.any():
         raise ValueError(f"all snapshots {'but the last ' if y.any() else ''}are zero: there is nothing to decompose.")
     # unit columns: a decaying trajectory keeps its late, small snapshots
@@ -233,22 +237,24 @@ def _refine(rayleigh: Real, complement: Real, plain: tuple[Complex, Real]) -> tu
 
 def _as_matrix(snapshots: npt.ArrayLike | Tensor) -> Tensor:
     """Snapshots as a real float32 or float64 tensor (time, n), without a copy where they already are one."""
-    if isinstance(snapshots, Tensor):
-        values = snapshots.detach()
+    if isinstance(snapshots, Tensor) and not snapshots.is_sparse and snapshots.device.type != "meta":
+        values = snapshots.detach().resolve_neg()
         if not values.is_floating_point() and not values.is_complex():
             values = values.to(torch.float64)
     else:
-        array = np.asarray(snapshots)
-        if array.dtype.kind in "iub":
-            array = array.astype(np.float64)
-        if array.dtype.kind not in "fc":
-            raise TypeError(f"snapshots must be numbers, got an array of dtype {array.dtype}.")
-        if any(stride < 0 for stride in array.strides) or not array.dtype.isnative:
-            array = np.array(array, dtype=array.dtype.newbyteorder("="))  # layouts that PyTorch cannot view
+        kind = getattr(snapshots, "dtype", None)
+        if kind == np.float16:
+            raise TypeError("snapshots must be float32 or float64, got float16: half precision hides late updates.")
         with warnings.catch_warnings():
             # a read-only memory map is only read here, and a copy of it may not fit
             warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
-            values = torch.from_numpy(array)
+            try:
+                array = real_array("snapshots", snapshots)
+            except TypeError as error:
+                told = str(error).replace("must be real numbers", "must be numbers, real ones in float32 or float64")
+                raise TypeError(told) from error
+            backwards = any(stride < 0 for stride in array.strides)  # which PyTorch cannot view
+            values = torch.from_numpy(array.copy() if backwards else array)
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"snapshots must be float32 or float64, got {values.dtype}: half precision hides late updates and complex "

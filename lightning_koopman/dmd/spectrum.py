@@ -6,10 +6,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import torch
+
+from lightning_koopman._checks import check_choice, check_count, check_flag, check_positive, is_number, real_array
 
 Real = npt.NDArray[np.float64]
 Complex = npt.NDArray[np.complex128]
 Mask = npt.NDArray[np.bool_]
+MOST_STEPS, MOST_TIME = 10**6, 10**9  # of a forecast, which take a row each; of single times
 PERSISTENT = ("cluster", "paper")  # which modes stay: see `Spectrum.persistent`
 
 
@@ -99,7 +103,7 @@ class Spectrum:
         Args:
             radius: Radius of the disc around 1, > 0.
         """
-        return np.asarray(np.abs(self.ritz_values - 1.0) < radius)
+        return np.asarray(np.abs(self.ritz_values - 1.0) < check_positive("radius", radius))
 
     def persistent(self, radius: float = 0.05, *, rule: str = "cluster") -> Mask:
         """Boolean array (k,): the modes that make up what stays of the trajectory (paper, section 4).
@@ -113,8 +117,7 @@ class Spectrum:
         Raises:
             ValueError: If the rule is unknown.
         """
-        if rule not in PERSISTENT:
-            raise ValueError(f"rule must be one of {list(PERSISTENT)}, got {rule!r}.")
+        check_choice("rule", rule, PERSISTENT)
         distance = np.abs(self.ritz_values - 1.0)
         chosen = self.unit_cluster(radius)
         if rule == "paper" or not chosen.any():
@@ -142,7 +145,7 @@ class Spectrum:
         Args:
             max_residual: Largest residual to trust, > 0.
         """
-        return np.asarray(self.residuals <= max_residual)
+        return np.asarray(self.residuals <= check_positive("max_residual", max_residual))
 
     def slowest_modulus(self, max_residual: float = 3e-2) -> float:
         """Largest modulus of the trusted eigenvalues that can be told from 1, or NaN where there is none.
@@ -163,7 +166,9 @@ class Spectrum:
         Args:
             point: The number ζ in the complex plane, for instance 1.
         """
-        shifted = np.concatenate([self.rayleigh - point * np.eye(self.rank), self.complement])
+        if not (is_number(point) or (isinstance(point, (complex, np.complexfloating)) and np.isfinite(point))):
+            raise ValueError(f"point must be a finite number in the complex plane, got {point!r}.")
+        shifted = np.concatenate([self.rayleigh - complex(point) * np.eye(self.rank), self.complement])
         return float(np.linalg.svd(shifted, compute_uv=False)[-1])
 
     def combination(self, times: npt.ArrayLike, *, modes: npt.ArrayLike | None = None, clip: bool = False) -> Real:
@@ -183,8 +188,8 @@ class Spectrum:
         Raises:
             ValueError: If ``modes`` has the wrong shape or splits a conjugate pair.
         """
-        at = np.atleast_1d(np.asarray(times, dtype=np.int64))
-        chosen = np.ones(self.rank, dtype=bool) if modes is None else np.asarray(modes, dtype=bool)
+        at, clip = _whole("times", times), check_flag("clip", clip)
+        chosen = np.ones(self.rank, dtype=bool) if modes is None else _flags("modes", modes)
         if chosen.shape != (self.rank,):
             raise ValueError(f"modes must have shape ({self.rank},), one entry a mode; got {chosen.shape}.")
         selected = self.ritz_values[chosen]
@@ -197,6 +202,8 @@ class Spectrum:
             powers = _powers(selected, int(time) - block, self.n_snapshots - 1 - block if clip else None)
             state = self.mode_weights[:, chosen] @ (self.coefficients[chosen] * powers)
             weights[row, block : block + columns] = state.real
+        if not np.isfinite(weights).all():
+            raise ValueError(f"times reach from {at.min()} to {at.max()}, where the modes are too large for numbers.")
         return weights
 
     def reconstruct(self, snapshots: npt.ArrayLike, *, modes: npt.ArrayLike | None = None) -> Real:
@@ -229,18 +236,41 @@ class Spectrum:
             >>> dmd_rrr(loss, delays=5).forecast(loss, steps=2).round(6).ravel().tolist()
             [0.250977, 0.250488]
         """
+        steps = check_count("steps", steps, 1)
+        if steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS:,}, got {steps}: use `combination` for single times.")
         ahead = np.arange(self.n_snapshots, self.n_snapshots + steps)
         return self.combination(ahead, clip=clip) @ self._matching(snapshots)
 
     def _matching(self, snapshots: npt.ArrayLike) -> Real:
-        values = np.asarray(snapshots, dtype=np.float64)
+        values = real_array("snapshots", snapshots).astype(np.float64)
         values = values[:, None] if values.ndim == 1 else values
-        if values.shape[0] != self.n_snapshots:
+        if not np.isfinite(values).all():
+            raise ValueError("snapshots holds NaN or infinite values: pass those that the spectrum was computed from.")
+        if values.ndim != 2 or not values.size or values.shape[0] != self.n_snapshots:
             raise ValueError(
-                f"snapshots has {values.shape[0]} rows but the spectrum was computed from {self.n_snapshots}: "
+                f"snapshots has the shape {values.shape} but the spectrum was computed from {self.n_snapshots}: "
                 "pass the same snapshots, time first."
             )
         return values
+
+
+def _whole(name: str, value: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """Whole numbers as an array (s,); raise ValueError if they are none."""
+    array = np.atleast_1d(real_array(name, value))
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    flags = any(getattr(each, "dtype", type(each)) in (bool, np.bool_, torch.bool) for each in listed)
+    if flags or array.ndim != 1 or not (np.abs(array) <= MOST_TIME).all() or (array % 1).any():
+        raise ValueError(f"{name} must be whole numbers (s,) between -{MOST_TIME} and {MOST_TIME}, got {value!r}.")
+    return array.astype(np.int64)
+
+
+def _flags(name: str, value: npt.ArrayLike) -> Mask:
+    """Booleans as an array; raise TypeError if they are none."""
+    array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
+    if array.dtype != bool or np.ma.isMaskedArray(value):
+        raise TypeError(f"{name} must be booleans, one a mode, got {array.dtype}: `modes[index] = True` makes them.")
+    return array
 
 
 def _powers(values: Complex, exponent: int, clip_beyond: int | None) -> Complex:

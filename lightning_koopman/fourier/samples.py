@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
+from lightning_koopman._checks import real_array
 from lightning_koopman._types import Array
 
 
@@ -28,23 +26,13 @@ def as_samples(x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor, fewest: int
 
 def _as_columns(name: str, given: npt.ArrayLike | Tensor) -> Array:
     """Real, finite numbers as (N, columns)."""
-    values = np.asarray(_for_numpy(given) if isinstance(given, Tensor) else given)
-    if values.dtype.kind == "O":  # such as columns of numbers with their own missing value
-        with contextlib.suppress(TypeError, ValueError):
-            values = values.astype(np.float64)
-    if values.dtype.kind not in "biuf":
-        mend = "give real and imaginary part as two outputs" if values.dtype.kind == "c" else "convert them"
-        raise ValueError(f"{name} must be real numbers, got {values.dtype}: {mend}.")
-    values = values.astype(np.float64)
+    try:
+        values = real_array(name, given).astype(np.float64)
+    except TypeError as error:  # scikit-learn's kind of error, and ours from the beginning
+        raise ValueError(str(error)) from error
     if values.ndim not in (1, 2) or (values.ndim == 2 and not values.shape[1]) or not np.isfinite(values).all():
         raise ValueError(
             f"{name} must be (N,) or (N, columns) and finite, got the shape {values.shape}"
             f"{'' if np.isfinite(values).all() else ' with NaN or infinite values'}."
         )
     return values[:, None] if values.ndim == 1 else values
-
-
-def _for_numpy(values: Tensor) -> npt.NDArray[np.generic]:
-    """On the CPU, and in a dtype that NumPy knows."""
-    kept = values.detach().cpu()
-    return np.asarray((kept.double() if kept.dtype == torch.bfloat16 else kept).numpy())

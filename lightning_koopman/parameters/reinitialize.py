@@ -26,7 +26,7 @@ SCHEMES: dict[str, Callable[[Tensor], Any]] = {
 
 def check_scheme(scheme: object) -> None:
     """Raise ValueError unless there is such a way to draw weights."""
-    if not (scheme is None or callable(scheme)) and scheme not in SCHEMES:
+    if not (scheme is None or callable(scheme) or (isinstance(scheme, str) and scheme in SCHEMES)):
         raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from lightning_koopman._checks import check_instance
 from lightning_koopman.parameters.sharded_modules import local_chunks
 
 
@@ -32,6 +34,7 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
         >>> list(select_parameters(network, ["*.weight", "!0.*"]))
         ['2.weight']
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
     named = {name: chunk.parameter for name, chunk in local_chunks(module).items()}
     if patterns is None:
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
@@ -48,9 +51,18 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
     return chosen
 
 
-def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """Patterns as the user gives them, one or several or none, in one form."""
-    return (patterns,) if isinstance(patterns, str) else None if patterns is None else tuple(patterns)
+def as_patterns(patterns: str | Sequence[str] | None, argument: str = "parameters") -> tuple[str, ...] | None:
+    """Patterns as the user gives them, one or several or none, in one form; raise TypeError if they are no text."""
+    if patterns is None or isinstance(patterns, str):
+        return None if patterns is None else (str(patterns),)
+    loose: Any = patterns
+    several = (isinstance(loose, Sequence) and not isinstance(loose, bytes)) or getattr(loose, "ndim", 0) == 1
+    given = list(loose) if several else [None]
+    if not all(isinstance(each, str) for each in given):
+        raise TypeError(
+            f"{argument} must be shell-style patterns of names, a string or a list of strings, got {patterns!r}."
+        )
+    return tuple(map(str, given))
 
 
 def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument: str, kind: str) -> list[str]:
@@ -66,7 +78,7 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
         ValueError: If a pattern matches nothing, or nothing is left.
     """
     known = list(names)
-    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    wanted = list(as_patterns(patterns, argument) or ())
     if not wanted:
         raise ValueError(f"{argument}={patterns!r} names nothing: give patterns, or leave it out.")
     for pattern in wanted:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman._checks import check_instance
 from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, named_parts
 from lightning_koopman.pruning.optimizer_state import replacement
 
@@ -51,9 +52,13 @@ class ChannelRemoval:
 
     def left_of(self, name: str, values: Tensor) -> Tensor:
         """What is left of values that belong to a parameter or buffer, such as scores or a mask."""
+        check_instance("name", name, str, "the name of a parameter or buffer")
+        check_instance("values", values, Tensor, "a tensor")
         if name not in self.kept:
             return values
         index, shape = self.kept[name]
+        if len(index) and int(index.max()) >= values.numel():
+            raise ValueError(f"values has {values.numel()} numbers, fewer than {name!r} had: give one for each.")
         return values.reshape(-1)[index.to(values.device)].reshape(shape)
 
     def apply(
@@ -65,7 +70,8 @@ class ChannelRemoval:
             module: The network; its changed parameters are new objects.
             optimizers: Optimizers that hold its parameters; what they remember is carried over.
         """
-        held = [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+        check_instance("module", module, nn.Module, "a torch.nn.Module")
+        held = as_optimizers(optimizers)
         smaller: list[tuple[nn.Module, str, Tensor]] = []
         exchanged: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         owners = named_parts(module)
@@ -94,6 +100,16 @@ class ChannelRemoval:
     def table(self) -> str:
         """What changed, a line a layer, and what was left alone, a line a reason."""
         return changes_table(self.changes, self.left_alone)
+
+
+def as_optimizers(optimizers: object) -> list[torch.optim.Optimizer]:
+    """An optimizer or several as a list; raise TypeError if they are none."""
+    one = isinstance(optimizers, torch.optim.Optimizer)
+    several = isinstance(optimizers, (list, tuple, set, frozenset, Iterator))
+    held = [optimizers] if one else list(optimizers) if several else [None]  # type: ignore[call-overload]
+    if not all(isinstance(each, torch.optim.Optimizer) for each in held):
+        raise TypeError(f"optimizers must be an optimizer or several, got {type(optimizers).__name__}.")
+    return held  # type: ignore[return-value]
 
 
 def changes_table(
@@ -147,6 +163,11 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         >>> resize_like(network, nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).state_dict())
         {'0': {'out_features': (32, 8)}, '2': {'in_features': (32, 8)}}
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
+    check_instance("state_dict", state_dict, Mapping, "a mapping from names to tensors")
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise TypeError(f"state_dict[{name!r}] must be a tensor by name, got {type(value).__name__}.")
     plan = []
     shapes = {clean_name(name): value.shape for name, value in state_dict.items()}
     for path, part in named_parts(module).items():

@@ -175,7 +175,10 @@ def _graph_type() -> Any:
                 dep, indices = stack.pop()
                 known = reached.setdefault((dep.target, dep.handler), (dep, {}))[1]
                 is_out = self.is_out_channel_pruning_fn(dep.handler)
-                channels = (self.get_out_channels if is_out else self.get_in_channels)(dep.target.module)
+                part = dep.target.module
+                channels = None
+                if isinstance(part, KNOWN):
+                    channels = (self.get_out_channels if is_out else self.get_in_channels)(part)
                 new = []
                 for index in indices:
                     if index.idx >= (channels or widest):  # of an operation that was misread: it may grow without end

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman._checks import check_choice, check_count, check_function, check_instance
 from lightning_koopman.pruning.channel_graph import Structure
-from lightning_koopman.pruning.channel_removal import ChannelRemoval
+from lightning_koopman.pruning.channel_removal import ChannelRemoval, as_optimizers
 from lightning_koopman.pruning.channel_tracing import Run
 from lightning_koopman.pruning.channel_trial import agrees
 from lightning_koopman.pruning.masks import SCOPES, check_share
@@ -65,8 +66,12 @@ def remove_channels(
         left alone, its outputs leave the network: 2
     """
     check_share(sparsity)
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
+    check_choice("scope", scope, SCOPES)
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
+    check_function("run", run, "a function of the network")
+    check_function("copy", copy, "a function of the network")
+    _check_mappings(scores, originals)
+    held = as_optimizers(optimizers)
     structure = Structure(module, run, layers=layers, copy=copy)
     unfit = structure.unfit()
     if unfit:
@@ -74,5 +79,17 @@ def remove_channels(
     removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
     if not agrees(module, run, removal, copy):  # never seen where each group by itself agreed
         raise ValueError("removing the chosen channels is not the same as setting them to zero: nothing was removed.")
-    removal.apply(module, optimizers)
+    removal.apply(module, held)
     return removal
+
+
+def _check_mappings(scores: object, originals: object) -> None:
+    """Raise TypeError or ValueError unless scores are real tensors by name, and originals counts."""
+    for name, value in (("scores", scores), ("originals", originals)):
+        if value is not None:
+            check_instance(name, value, Mapping, "a mapping by name")
+    for key, score in (scores or {}).items():  # type: ignore[attr-defined]
+        if not isinstance(score, Tensor) or score.is_complex() or not torch.isfinite(score).all():
+            raise ValueError(f"scores[{key!r}] must be a tensor of finite, real numbers, got {type(score).__name__}.")
+    for key, count in (originals or {}).items():  # type: ignore[attr-defined]
+        check_count(f"originals[{key!r}]", count, 1)

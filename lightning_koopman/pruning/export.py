@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman._checks import check_instance, check_path
 from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.pruning.channel_tracing import eager_copy
 from lightning_koopman.sobolev.loss import SobolevLoss
@@ -53,7 +54,12 @@ def export_network(
         >>> torch.load(path)["arguments"]
         {'0': {'out_features': 8}, '2': {'in_features': 8}}
     """
-    target = Path(path)
+    check_instance("network", network, nn.Module, "a torch.nn.Module")
+    target = check_path("path", path)
+    if changes is not None:
+        check_instance("changes", changes, Mapping, "a mapping, such as ChannelRemoval.changes")
+        for name, each in changes.items():
+            check_instance(f"changes[{name!r}]", each, Mapping, "a mapping from arguments to (old, new)")
     if target.suffix != ".onnx":
         arguments = {name: {key: now for key, (_, now) in each.items()} for name, each in (changes or {}).items()}
         named = {clean_name(name): part for name, part in network.named_modules(remove_duplicate=False)}
@@ -75,6 +81,8 @@ def export_network(
             "example must be a tensor or a tuple of tensors in the order that `forward` takes, got a dict."
         )
     given = tuple(example) if isinstance(example, (tuple, list)) else (example,)
+    if not any(isinstance(value, Tensor) for value in given):
+        raise TypeError(f"example must be a tensor or a tuple with one, got {type(example).__name__}: {example!r:.60}.")
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     given = tuple(value.to(device) if isinstance(value, Tensor) else value for value in given)
     size = next((len(value) for value in given if isinstance(value, Tensor) and value.ndim), None)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from numbers import Real
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 import torch.nn.utils.parametrize
 from torch import Tensor, nn
 
+from lightning_koopman._checks import check_choice, check_flag, check_function, check_instance, is_count, is_number
 from lightning_koopman._types import AllSum
 from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.parameters.shards import Chunk, Part, Shards
@@ -49,8 +49,7 @@ class MaskSet(Mapping[str, Tensor]):
     """
 
     def __init__(self, masks: Mapping[str, Tensor]) -> None:
-        if not masks:
-            raise ValueError("masks must not be empty: give a boolean tensor by parameter name.")
+        _check_tensors("masks", masks)
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
                 raise ValueError(f"masks[{name!r}] must be boolean (True survives), got {mask.dtype}.")
@@ -122,8 +121,13 @@ class MaskSet(Mapping[str, Tensor]):
                 not finite, or a tensor would lose all its weights.
         """
         check_amount(sparsity, threshold, scope)
-        if not scores:
-            raise ValueError("scores must not be empty: give a tensor by parameter name.")
+        allow_empty = check_flag("allow_empty", allow_empty)
+        _check_tensors("scores", scores)
+        sparsity, threshold = (None if each is None else float(each) for each in (sparsity, threshold))
+        if within is not None:
+            check_instance("within", within, MaskSet, "a MaskSet")
+        if shards is not None:
+            check_instance("shards", shards, Shards, "the Shards of several processes")
         parts = shards or Shards({name: Chunk.of(score) for name, score in scores.items()})
         earlier: Mapping[str, Tensor] = within or {}
         sizes = {name: score.detach().reshape(-1).abs() for name, score in scores.items()}
@@ -173,6 +177,9 @@ class MaskSet(Mapping[str, Tensor]):
 
     def agreement(self, other: MaskSet) -> float:
         """Share of the weights in [0, 1] on which two sets of masks over the same tensors agree."""
+        check_instance("other", other, MaskSet, "a MaskSet")
+        if other._shapes != self._shapes:
+            raise ValueError(f"other has masks of {list(other)}, of other names or shapes than {list(self)}.")
         return sum(int((mask == other[name]).sum()) for name, mask in self.items()) / self.numel
 
     # -- holding ------------------------------------------------------------------------------------------------------
@@ -209,16 +216,20 @@ class MaskSet(Mapping[str, Tensor]):
             ValueError: As :meth:`apply`.
             TypeError: If an optimizer takes no step hooks.
         """
+        if on_error is not None:
+            check_function("on_error", on_error, "a function of an error")
         for optimizer in optimizers:
             if not takes_hooks(optimizer):
                 raise TypeError(
-                    f"{type(optimizer).__name__} takes no step hooks (it did not call torch.optim.Optimizer.__init__): "
-                    "leave it out, and call `clear` of what `pin` returns after its steps."
+                    f"optimizers: {type(optimizer).__name__} takes no step hooks (it did not call "
+                    "torch.optim.Optimizer.__init__): leave it out, and call `clear` of what `pin` returns after "
+                    "its steps."
                 )
         return Pin(self._matched(module), optimizers, on_error)
 
     def _matched(self, module: nn.Module) -> dict[str, tuple[Chunk, Tensor]]:
         """What this process holds of the parameters, with their masks as bits, on the parameters' devices."""
+        check_instance("module", module, nn.Module, "a torch.nn.Module")
         named = local_chunks(module, remove_duplicate=False)
         for name, shape in self._shapes.items():
             if name not in named:
@@ -242,6 +253,8 @@ class MaskSet(Mapping[str, Tensor]):
         Args:
             module: The network; its total then counts the parameters without masks too.
         """
+        if module is not None:
+            check_instance("module", module, nn.Module, "a torch.nn.Module")
         rows = self.rows()
         rows.append(_row("masked tensors", "", self.pruned, self.numel))
         if module is not None:
@@ -272,8 +285,16 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MaskSet:
-        """The masks from :meth:`state_dict`."""
-        counts = [math.prod(shape) for shape in state["shapes"]]
+        """The masks from :meth:`state_dict`; raise ValueError for what is none of its states."""
+        check_instance("state", state, Mapping, "what state_dict() returned")
+        bits, shapes, names = (cast("Any", state.get(key)) for key in ("bits", "shapes", "names"))
+        whole = isinstance(shapes, list) and all(isinstance(each, list) for each in shapes)
+        good = whole and isinstance(names, list) and isinstance(bits, Tensor) and len(names) == len(shapes)
+        if not good or not all(is_count(size, 0) for shape in shapes for size in shape):
+            raise ValueError("state is no state of a MaskSet: give what state_dict() returned.")
+        counts = [math.prod(shape) for shape in shapes]
+        if 8 * bits.numel() < sum(counts) or 8 * bits.numel() > sum(counts) + 8:
+            raise ValueError(f"state holds {8 * bits.numel()} bits for {sum(counts)} weights: it is damaged.")
         flat = torch.from_numpy(np.unpackbits(state["bits"].cpu().numpy(), count=sum(counts)).astype(bool))
         named = state["names"], state["shapes"], torch.split(flat, counts)
         return cls({name: part.reshape(shape) for name, shape, part in zip(*named, strict=True)})
@@ -292,13 +313,24 @@ def _keep_largest(
     return dict(zip(given, ranked.kept(round(sparsity * at), all_sum), strict=True))
 
 
+def _check_tensors(name: str, tensors: object) -> None:
+    """Raise TypeError or ValueError unless it is a mapping from names to real tensors."""
+    check_instance(name, tensors, Mapping, "a mapping from parameter names to tensors")
+    assert isinstance(tensors, Mapping)
+    if not tensors:
+        raise ValueError(f"{name} must not be empty: give a tensor by parameter name.")
+    for key, value in tensors.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
+            raise TypeError(f"{name}[{key!r}] must be a real tensor by a parameter's name, got {type(value).__name__}.")
+
+
 def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:
     return {"parameter": name, "shape": shape, "pruned": pruned, "weights": of, "sparsity": pruned / max(1, of)}
 
 
 def check_share(sparsity: object) -> None:
     """Raise ValueError unless a sparsity is in its range."""
-    if not isinstance(sparsity, Real) or not 0 < float(sparsity) < 1:
+    if not is_number(sparsity) or not 0 < float(sparsity) < 1:  # type: ignore[arg-type]
         raise ValueError(f"sparsity must lie in (0, 1), got {sparsity!r}: it is the share to prune, such as 0.75.")
 
 
@@ -312,9 +344,8 @@ def check_amount(sparsity: object, threshold: object, scope: str) -> None:
         )
     if sparsity is not None:
         check_share(sparsity)
-    if threshold is not None and (not isinstance(threshold, Real) or not 0 < float(threshold) < math.inf):
+    if threshold is not None and (not is_number(threshold) or not float(threshold) > 0):  # type: ignore[arg-type]
         raise ValueError(f"threshold must be positive and finite, got {threshold!r}: smaller weights are pruned.")
-    if scope not in SCOPES:
-        raise ValueError(f"scope must be one of {list(SCOPES)}, got {scope!r}.")
+    check_choice("scope", scope, SCOPES)
     if threshold is not None and scope != "global":
         raise ValueError(f"scope={scope!r} goes with a sparsity, got threshold={threshold}: it is the same everywhere.")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from lightning_koopman._checks import check_instance
 from lightning_koopman.parameters.derived import underlying
 from lightning_koopman.parameters.select import match_names, select_parameters
 from lightning_koopman.parameters.sharded_modules import local_chunks
@@ -37,6 +38,7 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
         >>> list(prunable_parameters(nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3), nn.Linear(3, 2))))
         ['0.weight', '2.weight']
     """
+    check_instance("module", module, nn.Module, "a torch.nn.Module")
     chunks = local_chunks(module, remove_duplicate=False)
     named = {name: chunk.parameter for name, chunk in chunks.items()}
     first = {id(parameter): name for name, parameter in reversed(named.items())}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from lightning_koopman._checks import check_instance
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Mask, Spectrum
@@ -66,6 +67,7 @@ def persistent_weights(
         >>> [round(value, 3) + 0.0 for value in kept.values.tolist()], kept.n_modes
         ([1.0, 0.0], 1)
     """
+    check_instance("trajectory", trajectory, Trajectory, "a Trajectory")
     weights, chosen = persistent_combination(trajectory, last=last, radius=radius, rule=rule, tol=tol)
     return PersistentWeights(trajectory.combine(weights), chosen.spectrum, chosen.modes)
 

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_koopman._checks import is_count, is_number
+from lightning_koopman._checks import check_count, check_flag, is_count, is_number
 from lightning_koopman.fourier.modes import half_space
 
 LOWEST = 4  # mode at which geometric scales begin: a network has no trouble with fewer
 NORMS = (1, 2)
+MOST_LAYERS = 10_000  # that have an output of their own
 KINDS = ("geometric", "linear", "exponential")
 KEPT = 8  # bands at a time: millions of modes take hundreds of megabytes
 
@@ -54,9 +55,17 @@ def sobolev_scales(
         >>> sobolev_scales(4, "linear"), sobolev_scales(4, "exponential"), sobolev_scales(3, lambda layer: 3 * layer)
         ((1, 2, 3, 4), (2, 4, 8, 16), (3, 6, 9))
     """
-    if not is_count(n_layers):
-        raise ValueError(f"n_layers must be a whole number ≥ 1, got {n_layers!r}.")
-    if kind == "geometric":
+    if not is_count(n_layers) or n_layers > MOST_LAYERS:
+        raise ValueError(f"n_layers must be a whole number ≥ 1 and ≤ {MOST_LAYERS}, got {n_layers!r}.")
+    if not (callable(kind) or (isinstance(kind, str) and kind in KINDS)):
+        raise ValueError(f"kind must be one of {KINDS} or a callable, got {kind!r}.")
+    start = check_count("start", start, 0)
+    if isinstance(kind, str) and kind == "exponential" and start + n_layers > 1000:
+        raise ValueError(
+            f"start={start} and n_layers={n_layers} give scales up to 2^{start + n_layers - 1}: each must be a "
+            "number ≥ 0 that float64 holds."
+        )
+    if isinstance(kind, str) and kind == "geometric":
         if highest is None:
             raise ValueError("highest=None: geometric scales need the highest mode; suggest_scales(x, y) finds one.")
         first = min(LOWEST, highest) if lowest is None else lowest
@@ -67,15 +76,15 @@ def sobolev_scales(
         return check_scales((*inner, highest))
     if highest is not None or lowest is not None:
         raise ValueError(f"highest and lowest belong to kind='geometric', got kind={kind!r}: leave them out.")
-    if not (callable(kind) or kind in KINDS):
-        raise ValueError(f"kind must be one of {KINDS} or a callable, got {kind!r}.")
     function = kind if callable(kind) else {"linear": lambda layer: layer, "exponential": lambda layer: 2**layer}[kind]
     return check_scales([function(layer) for layer in range(start, start + n_layers)])
 
 
 def check_scales(scales: object) -> tuple[float, ...]:
     """Scales as a tuple; raise ValueError unless they are numbers ≥ 0 that do not decrease."""
-    given = tuple(scales) if isinstance(scales, (Sequence, np.ndarray)) else (scales,)
+    several = isinstance(scales, Sequence) and not isinstance(scales, (bytes, bytearray))
+    loose: Any = scales
+    given = tuple(loose) if several or getattr(loose, "ndim", 0) == 1 else (loose,)
     if not given or not all(is_number(each) for each in given) or min(given) < 0:
         raise ValueError(
             f"scales must be the highest mode, a number ≥ 0, or one such number a layer, got {scales!r}: "
@@ -84,6 +93,12 @@ def check_scales(scales: object) -> tuple[float, ...]:
     if any(after < before for before, after in pairwise(given)):
         raise ValueError(f"scales must not decrease from layer to layer, got {scales!r}: sort them.")
     return tuple(int(each) if float(each).is_integer() else float(each) for each in given)
+
+
+def check_norm(norm: object) -> None:
+    """Raise ValueError unless it is 1 or 2."""
+    if isinstance(norm, bool) or not is_number(norm) or norm not in NORMS:
+        raise ValueError(f"norm must be 1 or 2, got {norm!r}.")
 
 
 @dataclass(frozen=True)
@@ -110,8 +125,8 @@ class SobolevNorm:
         object.__setattr__(self, "scales", check_scales(self.scales))
         if self.exponent is not None and not is_number(self.exponent):
             raise ValueError(f"exponent must be a finite number or None, got {self.exponent!r}.")
-        if self.norm not in NORMS:
-            raise ValueError(f"norm must be 1 or 2, got {self.norm!r}.")
+        check_norm(self.norm)
+        object.__setattr__(self, "literal", check_flag("literal", self.literal))
 
     def bands(self, n_layers: int, dim: int) -> Bands:
         """The modes in ``dim`` dimensions and their weights for each of ``n_layers`` outputs.

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.parameters.select import match_names
+from lightning_koopman._checks import check_instance
+from lightning_koopman.parameters.select import as_patterns, match_names
 
 
 class Tap:
@@ -64,8 +65,11 @@ def layer_names(network: nn.Module, layers: str | Sequence[str]) -> list[str]:
     Raises:
         ValueError: If a pattern matches no layer.
     """
-    if not isinstance(layers, str) and not all(isinstance(each, str) for each in layers):
-        raise ValueError(f"layers must be names of layers, got {layers!r}: see network.named_modules().")
+    check_instance("network", network, nn.Module, "a torch.nn.Module")
+    try:
+        layers = as_patterns(layers, "layers") or ()
+    except TypeError as error:
+        raise ValueError(f"layers must be names of layers, got {layers!r}: see network.named_modules().") from error
     named = [name for name, _ in network.named_modules() if name]
     return match_names(named, layers, argument="layers", kind="layer")
 

@@ -18,7 +18,7 @@ from lightning_koopman._types import Array
 from lightning_koopman.fourier.domain import Domain, check_domain, check_points, match_domain, observe_domain, to_torus
 from lightning_koopman.fourier.modes import orthant
 from lightning_koopman.fourier.samples import as_samples
-from lightning_koopman.sobolev.bands import NORMS, sobolev_scales
+from lightning_koopman.sobolev.bands import check_norm, sobolev_scales
 
 MOST = 1000  # cosines: their orthogonalisation takes seconds beyond
 ENTRIES = 2**27  # of the cosines at the samples: a gigabyte
@@ -168,8 +168,7 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
     Cosines over half periods take the function as mirrored at the ends of the domain, where waves over whole periods
     would take a function with different values at both ends for one that jumps.
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be 1 or 2, got {norm!r}.")
+    check_norm(norm)
     points = torch.as_tensor(x)
     box = observe_domain(points) if domain is None else match_domain(check_domain(domain), x.shape[1])
     check_points(points, box)

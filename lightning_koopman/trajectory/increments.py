@@ -205,11 +205,18 @@ def _unit(parts: Sequence[Tensor]) -> float:
 
 def check_state(state: dict[str, Any]) -> int:
     """Snapshots that a state holds; raise ValueError unless its parts agree, before anything of their size is made."""
-    gram, marks, first, start = state["gram"], state["marks"], int(state["first"]), int(state["start"])
-    held = len(gram)
+    try:
+        gram, marks, first, start = state["gram"], state["marks"], int(state["first"]), int(state["start"])
+        held = len(gram)
+        whole = isinstance(gram, Tensor) and isinstance(marks, Tensor)
+        whole = whole and state["dtype"] in ("float32", "float64", "bfloat16") and int(state["sketch"]) >= 0
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(f"state is none that `save` returned: {type(error).__name__}: {error}.") from error
     limit = held if state["capacity"] is None else int(state["capacity"])
-    if gram.shape != (held, held) or marks.shape != (held,) or held > limit or not 0 <= start <= first:
-        raise ValueError(f"the saved state holds {held} snapshots, but {len(marks)} fingerprints: it is damaged.")
+    if not whole or gram.shape != (held, held) or marks.shape != (held,) or held > limit or not 0 <= start <= first:
+        raise ValueError(f"the saved state holds {held} snapshots, but its parts do not fit that: it is damaged.")
+    if not torch.isfinite(gram).all():
+        raise ValueError("the saved state has a Gram matrix with NaN or infinite values: it is damaged.")
     return held
 
 

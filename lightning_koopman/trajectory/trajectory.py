@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lightning_koopman._checks import check_choice, check_count
+from lightning_koopman._checks import check_choice, check_count, check_function, check_path, real_array
 from lightning_koopman._types import AllSum, Array
 from lightning_koopman.dmd.gram import CHUNKS, factor_from_increment_gram, merge_oldest, wide_chunks
 from lightning_koopman.dmd.rrr import check_options, decompose
@@ -76,12 +76,11 @@ class Trajectory:
         self.n = check_count("n", n, 1 if all_sum is None else 0)
         self.capacity = None if capacity is None else check_count("capacity", capacity, 2)
         self.storage, self.dtype, self.all_sum = storage, dtype, all_sum
-        _check_kept(storage, path, dtype)
+        _check_kept(storage, path, dtype, all_sum)
         self._sketch = Sketch(check_count("sketch", sketch, 2)) if storage == "sketch" else None
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
         folder = Path(path or gettempdir()) if storage == "disk" else None
-        scaled = dtype == torch.float64 and all_sum is None
-        self._held = Increments(width, self.capacity, kept, folder, scaled=scaled)
+        self._held = Increments(width, self.capacity, kept, folder, scaled=dtype == torch.float64 and all_sum is None)
         self._sketched: Array | None = None  # what is staged, where that is no row
         self._writer: SegmentWriter | None = None
 
@@ -157,11 +156,7 @@ class Trajectory:
         return self._held.snapshots() * self._held.unit
 
     def last(self) -> Tensor:
-        """Copy of the newest snapshot, tensor (n,).
-
-        Raises:
-            IndexError: If nothing has been recorded.
-        """
+        """Copy of the newest snapshot, tensor (n,); raises IndexError where there is none."""
         _check_rows(self._sketch, "last")
         if not len(self):
             raise IndexError("the trajectory is empty: append a snapshot first.")
@@ -173,6 +168,7 @@ class Trajectory:
 
     def start_norm(self) -> float:
         """Euclidean norm of the oldest snapshot held."""
+        _check_some(self, "start_norm")
         return float(np.sqrt(max(self._held.gram[0, 0], 0.0))) * self._held.unit
 
     def factor(self, *, last: int | None = None) -> Array:
@@ -181,7 +177,8 @@ class Trajectory:
         Args:
             last: Use only so many of the newest snapshots, ≥ 1 (default: all).
         """
-        drop = 0 if last is None else max(0, len(self) - last)
+        _check_some(self, "factor")
+        drop = 0 if last is None else max(0, len(self) - check_count("last", last, 1))
         return factor_from_increment_gram(merge_oldest(self._held.gram, drop)) * self._held.unit
 
     def spectrum(
@@ -208,8 +205,8 @@ class Trajectory:
         Raises:
             ValueError: If there are fewer than ``delays + 1`` snapshots, or an option is out of its range.
         """
-        check_options(tol=tol, max_rank=max_rank, delays=delays)
-        held = len(self) if last is None else min(last, len(self))
+        tol, max_rank, delays, refine = check_options(tol=tol, max_rank=max_rank, delays=delays, refine=refine)
+        held = len(self) if last is None else min(check_count("last", last, 1), len(self))
         if held < delays + 1:
             raise ValueError(
                 f"the spectrum needs at least {delays + 1} snapshots with delays={delays}, but only {held} are held: "
@@ -233,13 +230,13 @@ class Trajectory:
             Tensor (s, n) or (n,), float64 for float64 snapshots, else float32; accumulated in float64.
 
         Raises:
-            ValueError: If the weights' last dimension is not the number of snapshots held, or only sketches are held.
+            ValueError: If the weights do not match the snapshots, or only sketches are held.
         """
         _check_rows(self._sketch, "combine")
-        matrix = torch.as_tensor(np.asarray(weights, dtype=np.float64))
-        if matrix.shape[-1] != len(self) or matrix.ndim not in (1, 2):
+        matrix = torch.from_numpy(real_array("weights", weights).astype(np.float64))
+        if matrix.ndim not in (1, 2) or matrix.shape[-1] != len(self) or not torch.isfinite(matrix).all():
             raise ValueError(
-                f"weights must have shape (s, {len(self)}) or ({len(self)},), one weight a snapshot; "
+                f"weights must be finite and have shape (s, {len(self)}) or ({len(self)},), one weight a snapshot; "
                 f"got {tuple(matrix.shape)}."
             )
         # an increment is part of all later snapshots
@@ -271,8 +268,8 @@ class Trajectory:
         """
         if isinstance(path, SegmentWriter):
             self._writer = path
-        elif self._writer is None or self._writer.path != Path(path).absolute():
-            self._writer = SegmentWriter(Path(path), keep=self.capacity)
+        elif self._writer is None or self._writer.path != check_path("path", path).absolute():
+            self._writer = SegmentWriter(check_path("path", path), keep=self.capacity)
         held = self._held
         return {
             "n": self.n,
@@ -312,7 +309,7 @@ class Trajectory:
         Raises:
             ValueError: If the state is no such state.
         """
-        count = check_state(state)
+        count, path = check_state(state), check_path("path", path)
         kept: dict[str, Any] = {"storage": storage, "path": folder}
         kept = {"storage": "sketch", "sketch": int(state["sketch"])} if state["sketch"] else kept
         trajectory = cls(
@@ -323,7 +320,7 @@ class Trajectory:
             **kept,
         )
         held = trajectory._held
-        get = read or SegmentReader.of(Path(path), state, held.n)
+        get = read or SegmentReader.of(path, state, held.n)
         marks = held.read(int(state["first"]), count, int(state["start"]), get)
         if all_sum is not None:  # sketches are the same everywhere: only what is missing counts
             marks = all_sum(marks) if trajectory._sketch is None else marks + all_sum(marks * 0)
@@ -331,12 +328,16 @@ class Trajectory:
         return trajectory
 
 
-def _check_kept(storage: object, path: object, dtype: object) -> None:
-    """Raise ValueError for a way to keep snapshots that there is not."""
+def _check_kept(storage: object, path: object, dtype: object, all_sum: object) -> None:
+    """Raise ValueError or TypeError for a way to keep snapshots that there is not."""
+    if all_sum is not None:
+        check_function("all_sum", all_sum, "a function of an array")
     check_choice("storage", storage, STORAGES)
+    if path is not None:
+        check_path("path", path)
     if path is not None and storage != "disk":
         raise ValueError(f"path={str(path)!r} is for storage='disk', got storage={storage!r}: leave it out.")
-    if dtype not in DTYPES:
+    if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise ValueError(f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}.")
     if storage == "sketch" and dtype != torch.float32:
         raise ValueError(f"dtype={dtype} is for stored snapshots, a sketch is always float64: leave it out.")
@@ -351,11 +352,25 @@ def _check_rows(sketch: Sketch | None, method: str) -> None:
         )
 
 
+def _check_some(trajectory: Trajectory, method: str) -> None:
+    """Raise ValueError where nothing has been recorded."""
+    if not len(trajectory):
+        raise ValueError(f"the trajectory is empty, so there is no `{method}`: append a snapshot first.")
+
+
 def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], n: int) -> list[Tensor]:
     """A snapshot of n numbers as the tensors that make it up; raise ValueError if it has another shape."""
     several = isinstance(snapshot, (list, tuple)) and all(isinstance(part, Tensor) for part in snapshot)
-    parts = [torch.as_tensor(part).detach() for part in (snapshot if several else [snapshot])]  # type: ignore[union-attr]
+    given: Any = snapshot if several else [snapshot]
+    parts = [_real(part) for part in given]
     count = sum(part.numel() for part in parts)
     if count != n or (not several and parts[0].ndim != 1):
         raise ValueError(f"snapshot must have shape ({n},), got {(count,) if several else tuple(parts[0].shape)}.")
     return parts
+
+
+def _real(part: Any) -> Tensor:
+    """Real numbers as a tensor, where they lie if they are one."""
+    if not isinstance(part, Tensor) or part.is_sparse or part.is_complex() or part.device.type == "meta":
+        return torch.from_numpy(np.ascontiguousarray(real_array("snapshot", part)))
+    return part.detach().resolve_neg()
