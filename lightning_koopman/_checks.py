@@ -132,7 +132,7 @@ def real_array(name: str, value: object) -> npt.NDArray[Any]:
     if array.dtype.kind != "f":
         mend = "give real and imaginary part as two outputs" if array.dtype.kind == "c" else "convert them"
         raise TypeError(f"{name} must be real numbers, got {array.dtype}: {mend}.")
-    return np.array(array, dtype=array.dtype.newbyteorder("="), copy=None)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _short(value: object) -> str:
