@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
-TUNED, SCORED, ENOUGH = 8, 16, 4  # batches that decide on the constant once, that measure its loss, that will do
+TUNED, SCORED, ENOUGH = 6, 16, 4  # batches that decide on the constant once, that measure its loss, that will do
 ROUNDS, TRIES = 4, 16  # times that it is set at most, and losses of a batch that aiming may take
 FACTORS = 0.125, 0.25, 0.5, 0.75, 1.0, 1.5  # of the length that one batch finds, compared on several
 STILL, FALLS = 0.02, 0.05  # relative fall of the loss by the last of them that is none, and that leaves it unknown

@@ -84,7 +84,8 @@ def check_scales(scales: object) -> tuple[float, ...]:
     """Scales as a tuple; raise ValueError unless they are numbers ≥ 0 that do not decrease."""
     several = isinstance(scales, Sequence) and not isinstance(scales, (bytes, bytearray))
     loose: Any = scales
-    given = tuple(loose) if several or getattr(loose, "ndim", 0) == 1 else (loose,)
+    listed = several or (isinstance(loose, np.ndarray) and loose.ndim == 1)
+    given = tuple(loose) if listed else (loose,)
     if not given or not all(is_number(each) for each in given) or min(given) < 0:
         raise ValueError(
             f"scales must be the highest mode, a number ≥ 0, or one such number a layer, got {scales!r}: "
