@@ -64,7 +64,7 @@ def plot_spectrum(
     from matplotlib.lines import Line2D
 
     panels = [(title, spectrum)] + ([("random walk, same step lengths", surrogate)] if surrogate is not None else [])
-    figure = Figure(figsize=(4.6 * len(panels) + 0.9, 4.9), layout="constrained")
+    figure = Figure(figsize=(4.6 * len(panels) + 0.9, 5.5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     scale = colors.LogNorm(*RESIDUALS, clip=True)
     for axis, (name, drawn) in zip(axes, panels, strict=True):
@@ -80,7 +80,7 @@ def plot_spectrum(
     ]
     handles.append(Line2D([], [], color=WALK, linewidth=1.2, linestyle=(0, (2, 1.5)), label=f"within {radius:g} of 1"))
     handles.append(Line2D([], [], color=MUTED, linewidth=1, label="modulus 1: neither grows nor decays"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=2 * len(panels), fontsize=8, frameon=False)
     bar = figure.colorbar(ScalarMappable(scale, "viridis_r"), ax=list(axes), fraction=0.05, pad=0.02)
     bar.set_label("residual of the eigenvalue (dark: uncertain)", fontsize=9, color=INK)
     return figure
