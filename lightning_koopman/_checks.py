@@ -111,8 +111,7 @@ def real_array(name: str, value: object) -> npt.NDArray[Any]:
 
     Tensors that require a gradient, other byte orders, negative strides, tables of pandas and integers are such.
     """
-    hidden = getattr(value, "mask", False)
-    if isinstance(value, np.ma.MaskedArray) and np.any(hidden):
+    if isinstance(value, np.ma.MaskedArray) and np.any(value.mask):
         raise TypeError(f"{name} has masked entries: fill them, or leave them out.")
     if isinstance(value, torch.Tensor):
         if value.is_complex() or value.is_sparse or value.device.type == "meta":

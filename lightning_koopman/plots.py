@@ -121,7 +121,7 @@ def _draw_eigenvalues(axis: Axes, spectrum: Spectrum, scale: object, radius: flo
 def plot_history(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss beside the unit fraction of the training and of the random walk, over epochs or steps.
 
-    Where a trajectory begins anew there is a dotted line.
+    Where a new trajectory begins there is a dotted line.
 
     Args:
         history: Rows with ``epoch``, ``train_loss``, ``unit_fraction`` and ``surrogate_unit_fraction``, such as
@@ -160,11 +160,11 @@ def plot_history(history: Sequence[Mapping[str, Any]]) -> Figure:
         bottom.plot(epochs, [row[key] for row in history], style, color=color, linewidth=1.4, label=label)
     bottom.set(ylim=(-0.03, 1.03))
     counts = [row.get("n_snapshots", 0) for row in history]
-    anew = [at for at, before, now in zip(epochs[1:], counts, counts[1:], strict=False) if now < before]
+    begins = [at for at, before, now in zip(epochs[1:], counts, counts[1:], strict=False) if now < before]
     for axis in (top, bottom):
-        for at in anew:
+        for at in begins:
             axis.axvline(at, color=MUTED, linewidth=1, linestyle=":")
-    if anew:
+    if begins:
         bottom.plot([], [], ":", color=MUTED, label="a new trajectory: pruned, restarted or other weights")
     bottom.set_xlabel("optimizer steps" if by_steps else "epochs completed", fontsize=9, color=INK)
     bottom.set_ylabel("importance near 1\n(unit fraction)", fontsize=9, color=INK)

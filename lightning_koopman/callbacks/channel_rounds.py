@@ -147,9 +147,7 @@ class ChannelRounds:
         with bare_trainer(pl_module) as trainer:
             moved = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             with self._tracing(trainer, pl_module, moved, 0) as run:
-                uses = self._uses(trainer, pl_module, moved, 0)
-                first = self._structure(pl_module, run, uses)
-                structure = self._structure(pl_module, run, uses, refused=first.unfit())
+                structure = self._structure(pl_module, run, self._uses(trainer, pl_module, moved, 0)).without_unfit()
                 return structure.remove(structure.choose(target, None, self.scope))
 
     def try_out(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Structure:
@@ -249,16 +247,11 @@ class ChannelRounds:
             self.originals = {str(name): int(count) for name, count in state["originals"].items()}
             self.removed = int(state["removed"])
 
-    def _structure(
-        self,
-        module: pl.LightningModule,
-        run: Callable[[Any], Any],
-        also: Sequence[Callable[[Any], Any]] = (),
-        refused: Mapping[str, str] | None = None,
-    ) -> Structure:
+    def _structure(self, module: pl.LightningModule, run: Run, also: Sequence[Run] = ()) -> Structure:
         twin: Any = quiet_copy
-        known = self.refused if refused is None else refused
-        return Structure(module, run, layers=self.layers, copy=twin, refused=known, also=also, argument="parameters")
+        return Structure(
+            module, run, layers=self.layers, copy=twin, refused=self.refused, also=also, argument="parameters"
+        )
 
     @staticmethod
     def _uses(

@@ -138,9 +138,8 @@ class Weights:
     def __init__(self, patterns: str | Sequence[str] | None) -> None:
         self.patterns = as_patterns(patterns)
         self.names: tuple[str, ...] = ()
-        self._known: tuple[tuple[str, ...], tuple[str, ...]] | None = (
-            None  # names of all, and of those that are trained
-        )
+        # names of all parameters, and of those that are trained
+        self._known: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self.processes = Processes()
         self.shards: Shards | None = None  # as read last
 

@@ -12,6 +12,7 @@ factor then gives back the factor of the snapshots.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -31,6 +32,11 @@ PRECISE = 2**19  # columns below which float64 throughout costs milliseconds
 EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
 VANISHED = 1e-14  # relative size of a snapshot below which it is rounding
 EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
+
+
+def power_of_two(peak: float, spare: int = 0) -> float:
+    """The power of two in which numbers up to ``peak`` are below 2^−spare; 1 where there are none, or infinite ones."""
+    return 2.0 ** min(math.frexp(peak)[1] + spare, 1000) if 0 < peak < math.inf else 1.0
 
 
 def factor(snapshots: Tensor, *, exact: bool = False) -> Array:

@@ -6,7 +6,6 @@ A2253–A2285, 2018: the algorithm that the paper uses for every spectrum (its s
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from lightning_koopman._checks import check_count, check_flag, check_fraction, real_array
 from lightning_koopman.dmd.blas import single_blas_thread
-from lightning_koopman.dmd.gram import EXACT_SIZE, EXACT_TOL, factor, hankel, triangle
+from lightning_koopman.dmd.gram import EXACT_SIZE, EXACT_TOL, factor, hankel, power_of_two, triangle
 from lightning_koopman.dmd.spectrum import Spectrum
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def decompose(
 
 def _unit(peak: float) -> float:
     """A power of two in which numbers of a size have squares that neither over- nor underflow; 1 for usual sizes."""
-    return 2.0 ** min(math.frexp(peak)[1], 1000) if 0 < peak < math.inf and not 1e-50 < peak < 1e50 else 1.0
+    return 1.0 if 1e-50 < peak < 1e50 else power_of_two(peak)
 
 
 def _conjugate_pairs(matrix: Real) -> tuple[Complex, Complex]:

@@ -255,6 +255,11 @@ class Structure:
             raise ValueError(f"no channel of the network can be removed. {table or 'It has no such layer.'}")
         return refused
 
+    def without_unfit(self) -> Structure:
+        """The structure with what cannot be removed left alone; raises what :meth:`unfit` raises."""
+        refused = self.unfit()
+        return self._again(refused=refused) if refused else self
+
     def problem(self, chosen: Mapping[str, Sequence[int]]) -> str | None:
         """Why the chosen channels cannot be removed, or None; uses the traced copy up."""
         try:

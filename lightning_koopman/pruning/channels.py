@@ -72,10 +72,7 @@ def remove_channels(
     check_function("copy", copy, "a function of the network")
     _check_mappings(scores, originals)
     held = as_optimizers(optimizers)
-    structure = Structure(module, run, layers=layers, copy=copy)
-    unfit = structure.unfit()
-    if unfit:
-        structure = Structure(module, run, layers=layers, copy=copy, refused=unfit)
+    structure = Structure(module, run, layers=layers, copy=copy).without_unfit()
     removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
     if not agrees(module, run, removal, copy):  # never seen where each group by itself agreed
         raise ValueError("removing the chosen channels is not the same as setting them to zero: nothing was removed.")

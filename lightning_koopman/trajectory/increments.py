@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman._types import Array
-from lightning_koopman.dmd.gram import merge_oldest, row_products
+from lightning_koopman.dmd.gram import merge_oldest, power_of_two, row_products
 from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
 
 TALLY = 3  # numbers beside the products in a message: those of a snapshot, and two halves of its fingerprint
@@ -200,7 +199,7 @@ class Increments:
 def _unit(parts: Sequence[Tensor]) -> float:
     """The power of two in which the first snapshot is about 2^−250: what follows may be far larger, or far smaller."""
     peak = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
-    return 2.0 ** min(math.frexp(peak)[1] + 250, 1000) if 0 < peak < math.inf else 1.0
+    return power_of_two(peak, 250)
 
 
 def check_state(state: dict[str, Any]) -> int:
