@@ -1,0 +1,1 @@
+"""What the reading says of trainings, beside what then happened."""
