@@ -23,6 +23,8 @@ from lightning_koopman.sobolev.bands import sobolev_scales
 from lightning_koopman.sobolev.functional import sobolev_loss
 from lightning_koopman.sobolev.loss import SobolevLoss
 from lightning_koopman.sobolev.noise import shrink_noise, suggest_scales
+from lightning_koopman.reading.phase import Phase
+from lightning_koopman.reading.reading import TrainingReading, read_training
 from lightning_koopman.stopping.rule import StoppingReason
 from lightning_koopman.trajectory.trajectory import Trajectory
 
@@ -37,10 +39,12 @@ __all__ = [
     "KoopmanWarning",
     "MLPSuggestion",
     "MaskSet",
+    "Phase",
     "RestartOnBadInitialization",
     "SobolevLoss",
     "Spectrum",
     "StoppingReason",
+    "TrainingReading",
     "Trajectory",
     "dmd_rrr",
     "estimate_depth",
@@ -51,6 +55,7 @@ __all__ = [
     "plot_spectrum",
     "prunable_parameters",
     "random_walk_spectrum",
+    "read_training",
     "remove_channels",
     "resize_like",
     "select_parameters",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_koopman._types import Array
-from lightning_koopman.dmd.gram import merge_oldest, power_of_two, row_products
+from lightning_koopman.dmd.gram import CHUNKS, merge_oldest, power_of_two, row_products, wide_chunks
 from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
 
 TALLY = 3  # numbers beside the products in a message: those of a snapshot, and two halves of its fingerprint
@@ -90,6 +90,17 @@ class Increments:
             else:
                 torch.add(found[index - 1], self.rows.row(self.first + index).to(found), out=found[index])
         return found
+
+    def combine(self, weights: Tensor) -> Tensor:
+        """Combinations (s, n) of the snapshots with weights (s, time), in float64, rounded to the snapshots' type."""
+        rows = weights.flip(1).cumsum(1).flip(1)  # an increment is part of all later snapshots
+        combined = torch.empty(rows.shape[0], self.n, dtype=self.newest.dtype)
+        start = 0
+        for chunk in wide_chunks(self.segments(), CHUNKS):
+            combined[:, start : start + chunk.shape[1]] = rows @ chunk
+            start += chunk.shape[1]
+        combined *= self.unit
+        return combined
 
     # -- taking in ----------------------------------------------------------------------------------------------------
 

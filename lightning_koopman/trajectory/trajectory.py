@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_koopman._checks import check_choice, check_count, check_function, check_path, real_array
 from lightning_koopman._types import AllSum, Array
-from lightning_koopman.dmd.gram import CHUNKS, factor_from_increment_gram, merge_oldest, wide_chunks
+from lightning_koopman.dmd.gram import factor_from_increment_gram, merge_oldest
 from lightning_koopman.dmd.rrr import check_options, decompose
 from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.trajectory.increments import Increments, ReadRow, check_state
@@ -78,6 +78,7 @@ class Trajectory:
         self.storage, self.dtype, self.all_sum = storage, dtype, all_sum
         _check_kept(storage, path, dtype, all_sum)
         self._sketch = Sketch(check_count("sketch", sketch, 2)) if storage == "sketch" else None
+        self.sketched = None if self._sketch is None else self._sketch.k  # combinations kept of a snapshot
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
         folder = Path(path or gettempdir()) if storage == "disk" else None
         self._held = Increments(width, self.capacity, kept, folder, scaled=dtype == torch.float64 and all_sum is None)
@@ -166,6 +167,11 @@ class Trajectory:
         """Euclidean norms (time − 1,) of the steps between successive snapshots."""
         return np.sqrt(np.maximum(np.diag(self._held.gram)[1:], 0.0)) * self._held.unit
 
+    def step_gram(self) -> Array:
+        """Inner products (time − 1, time − 1) of the steps between successive snapshots, relative to the longest."""
+        gram = self._held.gram[1:, 1:]
+        return gram / (np.diag(gram).max(initial=0.0) or 1.0)
+
     def start_norm(self) -> float:
         """Euclidean norm of the oldest snapshot held."""
         _check_some(self, "start_norm")
@@ -239,14 +245,7 @@ class Trajectory:
                 f"weights must be finite and have shape (s, {len(self)}) or ({len(self)},), one weight a snapshot; "
                 f"got {tuple(matrix.shape)}."
             )
-        # an increment is part of all later snapshots
-        rows = matrix.reshape(-1, len(self)).flip(1).cumsum(1).flip(1)
-        combined = torch.empty(rows.shape[0], self.n, dtype=self._held.newest.dtype)
-        start = 0
-        for chunk in wide_chunks(self._held.segments(), CHUNKS):
-            combined[:, start : start + chunk.shape[1]] = rows @ chunk
-            start += chunk.shape[1]
-        combined *= self._held.unit
+        combined = self._held.combine(matrix.reshape(-1, len(self)))
         return combined[0] if matrix.ndim == 1 else combined
 
     # -- keeping ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,58 @@
+"""What the losses say: their noise, their slope and where they go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lightning_koopman._types import Array
+from lightning_koopman.stopping.forecast import RECENT, forecast_change
+
+HORIZON = 10  # rounds to look ahead
+SEEN = 12  # rounds that are looked back upon
+NORMAL = 0.4549  # median of a squared standard normal number
+
+
+@dataclass(frozen=True)
+class LossTrend:
+    """How the loss moves; NaN where too few are known.
+
+    Attributes:
+        newest: The newest loss.
+        noise: Standard deviation of its fluctuations from round to round, ≥ 0.
+        slope: Change a round over the newest 12.
+        slope_error: Standard error of the slope, ≥ 0.
+        change: Predicted change over the next 10 rounds.
+        change_range: Where that change lies, for nine in ten trainings.
+    """
+
+    newest: float = float("nan")
+    noise: float = float("nan")
+    slope: float = float("nan")
+    slope_error: float = float("nan")
+    change: float = float("nan")
+    change_range: tuple[float, float] = (float("nan"), float("nan"))
+
+    @property
+    def score(self) -> float:
+        """The slope in its standard errors."""
+        return self.slope / self.slope_error if self.slope_error > 0 else float(np.sign(self.slope)) * np.inf
+
+
+def loss_trend(losses: Array) -> LossTrend:
+    """Trend of losses (t,), newest last."""
+    values = losses[-SEEN:]
+    if values.size < 4 or not np.isfinite(values).all():
+        return LossTrend(newest=float(losses[-1]) if losses.size else float("nan"))
+    bends = np.diff(values, 2)  # which a straight line does not have
+    noise = float(np.sqrt(np.median(bends**2) / NORMAL / 6))
+    at = np.arange(values.size) - (values.size - 1) / 2
+    slope = float(at @ values / (at @ at))
+    rounding = 1e-12 * float(np.abs(values).max())
+    error = float(max(noise, rounding) / np.sqrt(at @ at))
+    if values.size < RECENT:
+        return LossTrend(float(values[-1]), noise, slope, error)
+    change = forecast_change(values, HORIZON).change
+    doubt = 2 * noise + 0.5 * abs(change)
+    return LossTrend(float(values[-1]), noise, slope, error, change, (change - doubt, change + doubt))

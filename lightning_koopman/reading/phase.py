@@ -1,0 +1,64 @@
+"""The phases of a training, what they mean, and what to do about them."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Phase(Enum):
+    """What a training is doing, in one word.
+
+    Example:
+        >>> from lightning_koopman import Phase
+        >>> Phase.HOVERING.value
+        'hovering'
+        >>> Phase.HOVERING.advice
+        'lower the learning rate or average the weights: at this rate further epochs change nothing'
+    """
+
+    WARMING_UP = "warming up"
+    DESCENDING = "descending"
+    HOVERING = "hovering"
+    SETTLED = "settled"
+    DRIFTING = "drifting"
+    OSCILLATING = "oscillating"
+    DIVERGING = "diverging"
+    STUCK = "stuck"
+    UNKNOWN = "unknown"
+
+    @property
+    def meaning(self) -> str:
+        """What the weights do."""
+        return MEANINGS[self][0]
+
+    @property
+    def advice(self) -> str:
+        """What to do about it."""
+        return MEANINGS[self][1]
+
+    @property
+    def code(self) -> int:
+        """Its place in the list above, from 0, for loggers, which take numbers only."""
+        return list(Phase).index(self)
+
+
+MEANINGS = {
+    Phase.WARMING_UP: ("there are too few snapshots to tell", "train on"),
+    Phase.DESCENDING: ("the weights go somewhere and the loss falls", "train on"),
+    Phase.HOVERING: (
+        "the weights fluctuate about a point at the noise floor of this learning rate",
+        "lower the learning rate or average the weights: at this rate further epochs change nothing",
+    ),
+    Phase.SETTLED: ("nothing is left to come at this learning rate", "stop"),
+    Phase.DRIFTING: (
+        "the weights move on while the loss stands still",
+        "stop, or look at the validation loss: the training loss has no more to tell them",
+    ),
+    Phase.OSCILLATING: ("the weights swing to and fro", "lower the learning rate or the momentum"),
+    Phase.DIVERGING: ("the steps and the loss grow", "lower the learning rate, or clip the gradients"),
+    Phase.STUCK: (
+        "the loss is no better than that of a network which ignores its input",
+        "look at the data, the initialization and the learning rate",
+    ),
+    Phase.UNKNOWN: ("the steps cannot be told from a random walk", "train on, or lower the learning rate"),
+}

@@ -1,0 +1,210 @@
+"""What a training is doing: a phase with its evidence, and a few numbers in the unit a user thinks in."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from lightning_koopman._checks import check_instance, check_positive, real_array
+from lightning_koopman._types import Array
+from lightning_koopman.reading.losses import HORIZON, LossTrend, loss_trend
+from lightning_koopman.reading.movement import Movement, movement
+from lightning_koopman.reading.phase import Phase
+from lightning_koopman.reading.rule import judge
+from lightning_koopman.reading.steps import LEAST, StepStatistics, step_statistics
+from lightning_koopman.stopping.evidence import Baseline
+from lightning_koopman.trajectory.trajectory import Trajectory
+
+NAN = float("nan")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingReading:
+    r"""What a training is doing now: what :func:`read_training` returns.
+
+    Rounds are the epochs, or groups of steps, between two snapshots.  A number that cannot be told from noise is NaN.
+    Standard errors are those of a random walk with the same step lengths, the null: its steps have correlation 0 and
+    spectral weight 1.
+
+    Attributes:
+        phase: :class:`Phase`.
+        evidence: What the phase is told by, in words.
+        n_steps: Steps that were read: at most the newest 24.
+        step_correlation: :math:`\rho_1`, mean cosine between successive steps, in [−1, 1]: positive where the weights
+            go somewhere, negative where they turn back.
+        step_correlation_error: Its standard error.
+        spectral_weight: :math:`\|\sum u_t\|^2/\text{n\_steps}` of the unit steps, ≥ 0: their spectral density at
+            eigenvalue 1.
+        spectral_weight_error: Its standard error.
+        rate: Factor by which the directed part of the steps changes a round, ≥ 0.
+        rate_range: Two standard errors about it.
+        remaining: How far the weights still have to go at this rate, relative to how far they came.
+        remaining_range: The same for the ends of ``rate_range``.
+        slowing: 1 − (distance of the newest span)²/(that of the fastest span as long)², in [0, 1]; a span is half of
+            what is held, at most 12 rounds.  It stays near 0 for a walk and for what moves on as ever, and grows to 1
+            as a training converges.
+        loss: The newest loss.
+        loss_change: Predicted change of the loss over the next 10 rounds.
+        loss_change_range: Where nine in ten such changes lie.
+        loss_noise: Standard deviation of its fluctuation from round to round, ≥ 0.
+        scale: What changes of the loss are relative to: the baseline loss, or the range of the losses so far.
+        steps: :class:`StepStatistics` with all correlations and the spectral density, or None.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import Trajectory, read_training
+        >>> trajectory, losses = Trajectory(2), []
+        >>> for t in range(20):
+        ...     trajectory.append(torch.tensor([0.9**t, 2.0]))
+        ...     losses.append(0.1 + 0.81**t)
+        >>> reading = read_training(trajectory, losses[1:])
+        >>> reading.phase.value, round(reading.rate, 3), round(reading.half_life, 1)
+        ('descending', 0.9, 6.6)
+    """
+
+    phase: Phase
+    evidence: str
+    n_steps: int = 0
+    step_correlation: float = NAN
+    step_correlation_error: float = NAN
+    spectral_weight: float = NAN
+    spectral_weight_error: float = NAN
+    rate: float = NAN
+    rate_range: tuple[float, float] = (NAN, NAN)
+    remaining: float = NAN
+    remaining_range: tuple[float, float] = (NAN, NAN)
+    slowing: float = NAN
+    loss: float = NAN
+    loss_change: float = NAN
+    loss_change_range: tuple[float, float] = (NAN, NAN)
+    loss_noise: float = NAN
+    scale: float = NAN
+    steps: StepStatistics | None = field(default=None, repr=False)
+    fastest: tuple[float, int] = field(default=(0.0, 0), repr=False)
+    """Distance of the fastest span, and its length in rounds: what the next reading needs of this one."""
+
+    @property
+    def half_life(self) -> float:
+        """Rounds in which the directed part of the steps halves; infinite where it does not shrink."""
+        return _half_life(self.rate)
+
+    @property
+    def half_life_range(self) -> tuple[float, float]:
+        """The half-lives at both ends of ``rate_range``."""
+        return _half_life(self.rate_range[0]), _half_life(self.rate_range[1])
+
+
+def read_training(
+    trajectory: Trajectory,
+    losses: npt.ArrayLike = (),
+    *,
+    baseline_loss: float | None = None,
+    before: TrainingReading | None = None,
+) -> TrainingReading:
+    r"""Read what a training is doing from the inner products of its steps and from its losses.
+
+    Args:
+        trajectory: The weights' snapshots; only their Gram matrix is used, so sketches, shards and every ``dtype`` do.
+        losses: Array (t,): training losses of the rounds so far, newest last; without them a phase that needs them is
+            told by the weights alone.
+        baseline_loss: Loss of a network that ignores its input, > 0: ln C for C equally frequent classes.
+        before: The reading a round ago, where the trajectory no longer holds its beginning.
+
+    Returns:
+        The reading; its phase is ``WARMING_UP`` for fewer than five steps.
+
+    Raises:
+        TypeError: If ``trajectory`` or ``before`` is none.
+        ValueError: If the losses are not a list of numbers, or the baseline is not positive.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import Trajectory, read_training
+        >>> random, trajectory = torch.Generator().manual_seed(0), Trajectory(10_000)
+        >>> for _ in range(30):  # about a point, as at the noise floor of a learning rate
+        ...     trajectory.append(torch.randn(10_000, generator=random))
+        >>> reading = read_training(trajectory)
+        >>> reading.phase.value, round(reading.step_correlation, 1)
+        ('hovering', -0.5)
+    """
+    check_instance("trajectory", trajectory, Trajectory, "a Trajectory")
+    if before is not None:
+        check_instance("before", before, TrainingReading, "what read_training returned")
+    values = real_array("losses", losses).astype(np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"losses must have shape (t,), got {values.shape}.")
+    known = None if baseline_loss is None else Baseline(check_positive("baseline_loss", baseline_loss))
+    unit = float(trajectory.step_norms().max(initial=0.0))
+    return read_gram(
+        trajectory.step_gram(), values, unit=unit, baseline=known, sketched=trajectory.sketched, before=before
+    )
+
+
+def read_gram(
+    gram: Array,
+    losses: Array,
+    *,
+    unit: float = 1.0,
+    baseline: Baseline | None = None,
+    sketched: int | None = None,
+    before: TrainingReading | None = None,
+) -> TrainingReading:
+    """Read a training from the inner products (t, t) of its steps; see :func:`read_training`.
+
+    Args:
+        gram: Inner products of the steps, newest last, on any scale.
+        losses: Training losses so far.
+        unit: Length that the inner products are relative to.
+        baseline: Loss of a network that ignores its input.
+        sketched: Combinations of the weights that a sketch keeps, if only sketches are held.
+        before: The reading a round ago.
+    """
+    if not np.isfinite(gram).all() or (losses.size and not np.isfinite(losses[-1])):
+        return TrainingReading(Phase.DIVERGING, "the loss or the weights are not finite")
+    steps, trend = step_statistics(gram, sketched=sketched), loss_trend(losses)
+    moved = movement(gram, steps, unit, None if before is None else before.fastest)
+    scale = _scale(losses, baseline)
+    phase, evidence = judge(len(gram), steps, trend, moved, scale, baseline)
+    numbers = {
+        "slowing": moved.slowing,
+        "fastest": moved.fastest,
+        "loss": trend.newest,
+        "loss_change": trend.change,
+        "loss_change_range": trend.change_range,
+        "loss_noise": trend.noise,
+        "scale": scale,
+    }
+    if steps is None:
+        return TrainingReading(phase, evidence, len(gram), **numbers)
+    return TrainingReading(
+        phase,
+        evidence,
+        n_steps=steps.count,
+        step_correlation=float(steps.correlation[0]),
+        step_correlation_error=float(steps.errors[0]),
+        spectral_weight=steps.weight,
+        spectral_weight_error=steps.weight_error,
+        rate=moved.rate,
+        rate_range=moved.rate_range,
+        remaining=moved.remaining,
+        remaining_range=moved.remaining_range,
+        steps=steps,
+        **numbers,
+    )
+
+
+def _scale(values: Array, baseline: Baseline | None) -> float:
+    """What changes of the loss are relative to."""
+    finite = values[np.isfinite(values)]
+    if baseline is not None and finite.size and finite.min() >= 0:  # a loss that can be negative has no floor
+        return baseline.loss
+    return float(np.ptp(finite[1:])) if finite.size > 2 else math.nan
+
+
+def _half_life(rate: float) -> float:
+    if not rate > 0:
+        return rate  # 0: gone at once; NaN
+    return math.log(0.5) / math.log(rate) if rate < 1 else math.inf
