@@ -12,19 +12,21 @@ from lightning_koopman.dmd.random_walk import random_walk_spectrum
 from lightning_koopman.dmd.rrr import dmd_rrr
 from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.parameters.select import select_parameters
-from lightning_koopman.plots import plot_depth, plot_history, plot_spectrum
+from lightning_koopman.plots.depth import plot_depth
+from lightning_koopman.plots.spectrum import plot_spectrum, plot_steps
+from lightning_koopman.plots.training import plot_history, plot_portrait
 from lightning_koopman.pruning.channel_removal import ChannelRemoval, resize_like
 from lightning_koopman.pruning.channels import remove_channels
 from lightning_koopman.pruning.export import export_network
 from lightning_koopman.pruning.masks import MaskSet
 from lightning_koopman.pruning.prunable import prunable_parameters
 from lightning_koopman.pruning.reconstruction import persistent_weights
+from lightning_koopman.reading.phase import Phase
+from lightning_koopman.reading.reading import TrainingReading, read_training
 from lightning_koopman.sobolev.bands import sobolev_scales
 from lightning_koopman.sobolev.functional import sobolev_loss
 from lightning_koopman.sobolev.loss import SobolevLoss
 from lightning_koopman.sobolev.noise import shrink_noise, suggest_scales
-from lightning_koopman.reading.phase import Phase
-from lightning_koopman.reading.reading import TrainingReading, read_training
 from lightning_koopman.stopping.rule import StoppingReason
 from lightning_koopman.trajectory.trajectory import Trajectory
 
@@ -52,7 +54,9 @@ __all__ = [
     "persistent_weights",
     "plot_depth",
     "plot_history",
+    "plot_portrait",
     "plot_spectrum",
+    "plot_steps",
     "prunable_parameters",
     "random_walk_spectrum",
     "read_training",

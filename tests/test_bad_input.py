@@ -42,7 +42,15 @@ T, X, POINTS = np.arange(12.0), np.arange(64.0), torch.arange(64.0)
 STATES = np.stack([64 + np.round(48 * 0.7**T), np.round(40 * 0.8**T), np.round(30 + 30 * np.cos(T))], axis=1)
 Y = np.round(60 + 40 * np.sin(np.pi * X / 8) + 15 * np.cos(np.pi * X / 2))
 SPECTRUM, DEPTH = lk.dmd_rrr(STATES), lk.estimate_depth(X, Y)
-ROW = {"epoch": 1, "train_loss": 0.5, "unit_fraction": 0.25, "surrogate_unit_fraction": 0.5}
+ROW = {
+    "epoch": 6,
+    "train_loss": 0.5,
+    "phase": "descending",
+    "step_length": 0.25,
+    "step_correlation": 0.25,
+    "step_correlation_error": 0.125,
+    "slowing": 0.5,
+}
 SCORES = {"0.weight": torch.arange(32.0).reshape(8, 4), "2.weight": torch.arange(24.0).reshape(3, 8) + 8}
 KEPT = {name: score > 16 for name, score in SCORES.items()}
 NETWORK, RECORDED = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)), lk.Trajectory(3, dtype=F64)

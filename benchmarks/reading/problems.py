@@ -46,7 +46,9 @@ def settings(problem: str, seed: int) -> list[Setting]:
     """The trainings on one problem: constant rates of three sizes, and two schedules."""
     kinds = ("adamw" if problem in ("resnet", "transformer") else "adam", "sgd")
     found = [Setting(problem, kind, "constant", rate, seed) for kind in kinds for rate in RATES[kind]]
-    return found + [Setting(problem, kind, plan, RATES[kind][1], seed) for kind, plan in zip(kinds, ("cosine", "step"), strict=True)]
+    return found + [
+        Setting(problem, kind, plan, RATES[kind][1], seed) for kind, plan in zip(kinds, ("cosine", "step"), strict=True)
+    ]
 
 
 SETTINGS = [each for seed, problem in product((KNOWN, UNSEEN), PROBLEMS) for each in settings(problem, seed)]
@@ -115,7 +117,10 @@ def parts_of(problem: str, root: Path | None) -> tuple[Part, Part, Part]:
     """Inputs and targets: training, validation, test."""
     if problem != "transformer":
         train, validation, test = data_of({"augmented": "mnist", "resnet": "mnist"}.get(problem, problem), root)
-        return tuple((x[:most], y[:most]) for (x, y), most in zip((train, validation, test), (N_TRAIN, N_SCORED, N_SCORED), strict=True))  # type: ignore[return-value]
+        return tuple(
+            (x[:most], y[:most])
+            for (x, y), most in zip((train, validation, test), (N_TRAIN, N_SCORED, N_SCORED), strict=True)
+        )  # type: ignore[return-value]
     codes, _ = text()
     windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
@@ -161,7 +166,9 @@ def turned(images: Tensor, drawn: torch.Generator) -> Tensor:
     angle = (torch.rand(count, generator=drawn) - 0.5) * 1.2
     size = 1 + (torch.rand(count, generator=drawn) - 0.5) * 0.6
     shift = (torch.rand(count, 2, generator=drawn) - 0.5) * 0.5
-    rows = torch.stack([angle.cos() * size, -angle.sin() * size, shift[:, 0], angle.sin() * size, angle.cos() * size, shift[:, 1]], 1)
+    rows = torch.stack(
+        [angle.cos() * size, -angle.sin() * size, shift[:, 0], angle.sin() * size, angle.cos() * size, shift[:, 1]], 1
+    )
     grid = nn.functional.affine_grid(rows.view(-1, 2, 3), list(images.shape), align_corners=False)
     return nn.functional.grid_sample(images, grid, align_corners=False)
 

@@ -63,7 +63,9 @@ class Learner:
             loss = self.loss(self.network(inputs), targets).mean()
             self.optimizer.zero_grad()
             loss.backward()
-            norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None]))
+            norms.append(
+                torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
+            )
             self.optimizer.step()
             losses.append(loss.detach())
         self.newest.append(self.weights())
@@ -71,7 +73,7 @@ class Learner:
 
     @torch.no_grad()
     def scores(self, weights: Tensor | None = None) -> list[Tensor]:
-        """Losses (samples,) on fixed training data, validation and test, of other weights with statistics of their own."""
+        """Losses (samples,) on training, validation and test data; other weights get batch statistics of their own."""
         network = copy.deepcopy(self.network)
         if weights is not None:
             vector_to_parameters(weights, network.parameters())
@@ -92,8 +94,9 @@ class Learner:
                 network(inputs)
         network.eval()
         known = [[self.loss(network(x), y) for x, y in fixed]]
-        for part in (validation, test):
-            known.append([self.loss(network(x), y) for x, y in zip(part[0].split(250), part[1].split(250), strict=True)])
+        for inputs, targets in (validation, test):
+            pairs = zip(inputs.split(250), targets.split(250), strict=True)
+            known.append([self.loss(network(x), y) for x, y in pairs])
         return [torch.cat(each).double() for each in known]
 
     def average(self) -> list[Tensor]:
@@ -138,7 +141,7 @@ def train(setting: Setting, root: Path | None, folder: Path, reached: Progress) 
         reached(epoch)
     save(
         folder / f"{setting.name}.npz",
-        gram=trajectory._held.gram,  # noqa: SLF001 - of the increments
+        gram=trajectory._held.gram,
         rows=np.array(rows),
         falls=falls[: len(rows) + 1],
         n=trajectory.n,

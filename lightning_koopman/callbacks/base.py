@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # never at run time: the user may use the other import root
     import pytorch_lightning as pl
 
 T = TypeVar("T")
-VERSION = 2  # of the state in checkpoints
+VERSION = 3  # of the state in checkpoints
 
 
 class TrajectoryCallback(LightningCallback):
@@ -110,7 +110,7 @@ class TrajectoryCallback(LightningCallback):
             if recording.of_weights:
                 recording.weights.connect(trainer, f", or observable={TRAIN_LOSS!r}" if self.storable else "")
             self.run_folder.claim(trainer, self.folder)
-            recording.own.prepare(self.run_folder.path)
+            recording.own.recorder.prepare(self.run_folder.path)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # not earlier: layers may be built in `setup` or `configure_model`, which come after our own `setup`

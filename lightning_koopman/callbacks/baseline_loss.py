@@ -87,6 +87,12 @@ class BaselineLoss:
         self._own.load_state_dict(state["probe"])
 
 
+def known_baseline(trainer: pl.Trainer) -> Baseline | None:
+    """The baseline loss that a callback of the run has measured or was given, if one has."""
+    held = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    return next((each.value for each in held if isinstance(each, BaselineLoss) and each.value is not None), None)
+
+
 def share_baseline(callback: Any, trainer: pl.Trainer) -> None:
     """Let a callback that holds a baseline loss share the first one's measurement."""
     held = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]

@@ -18,6 +18,7 @@ from lightning_koopman.callbacks.lr_schedule import planned_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
 from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.scalars import publish
+from lightning_koopman.reading.phase import Phase
 from lightning_koopman.stopping.evidence import Baseline, rate_will_matter
 from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, Hold, StoppingReason, Verdict
 from lightning_koopman.trajectory.recorder import WEIGHTS
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 
 MODES = ("stop", "report")
 # what is logged, and what callbacks that monitor it find while it is unknown: finite, and no evidence of convergence
-LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "weights_unit_fraction": 0.0}
+LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "unit_fraction": 0.0}
 COLLAPSED = 1e-3  # of the highest learning rate: with less, weights stand still whatever the loss has left to give
-COLUMNS = ("epoch", "step", "value", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
+COLUMNS = ("epoch", "step", "value", "phase", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
 class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
@@ -55,7 +56,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
 
     Each epoch is a row of ``history.csv``, with what still blocks a stop; logged are
     ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
-    last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/weights_unit_fraction``;
+    last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/unit_fraction``;
     none of them before it is known.  Callbacks that monitor them find −1, −1, −1 and 0 until then.
 
     Args:
@@ -245,7 +246,10 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         agreed, self._agreed = self._agreed, 0
         factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
         verdict = self.rule.judge(values, factor, self.baseline_loss.value)
+        reading = self.recording.reader.read(epoch, self.recording.train_loss, self.baseline_loss.value)
         hold = verdict.hold
+        if hold in (Hold.MOVING, Hold.SWINGING) and reading.phase is Phase.HOVERING:
+            hold = Hold.HOVERING  # a noisy loss that goes nowhere
         if hold is None and not verdict.at_floor and self._rate_will_matter(trainer, values, verdict):
             hold = Hold.SCHEDULE
         if hold is None:
@@ -257,10 +261,11 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                 "epoch": epoch,
                 "step": steps_done(trainer),
                 "value": value,
+                "phase": reading.phase.value,
                 "predicted_change": verdict.forecast.change,
                 "actual_change": math.nan if then is None else value - then["value"],
                 "predicted_then": math.nan if then is None else then["predicted_change"],
-                "weights_unit_fraction": verdict.unit_fraction,
+                "unit_fraction": verdict.unit_fraction,
                 "bound": verdict.forecast.bound,
                 "swing": verdict.forecast.swing,
                 "scale": verdict.scale,
@@ -294,11 +299,12 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                 self.message = (
                     f"{type(self).__name__}: {'stopped' if stops else 'would have stopped'} after "
                     f"{self.clock.when(epoch)}: "
-                    f"{row['weights_unit_fraction']:.0%} of the weights' importance lies within {self.rule.radius:g} "
+                    f"{row['unit_fraction']:.0%} of the weights' importance lies within {self.rule.radius:g} "
                     f"of eigenvalue 1, and {self.observable} = {row['value']:.3g} is predicted to change by "
                     f"{row['predicted_change']:+.1g} over the next {self.clock.span(self.rule.horizon)}, at most "
                     f"{row['bound']:.1g}: less than {self.rule.tolerance:g} of {row['scale']:.3g}, "
-                    f"{'its range so far' if self.chance is None else 'the baseline loss'}."
+                    f"{'its range so far' if self.chance is None else 'the baseline loss'}. "
+                    f"The training is {row['phase']}: {Phase(row['phase']).meaning}."
                 )
                 self.message += collapse(row["learning_rate"], self._rates)
             self.message = trainer.strategy.broadcast(self.message)

@@ -13,15 +13,24 @@ import numpy as np
 
 from lightning_koopman._checks import check_count, check_positive
 from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
+from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.figures import deliver
 from lightning_koopman.callbacks.outlook import tell_if_short
+from lightning_koopman.callbacks.progress import hide, show
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.dmd.random_walk import random_walk_spectrum
-from lightning_koopman.dmd.rrr import check_options
+from lightning_koopman.dmd.rrr import check_options, decompose
 from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.dmd.summary import summarize
-from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectrum
+from lightning_koopman.plots.spectrum import plot_spectrum
+from lightning_koopman.plots.style import check_matplotlib
+from lightning_koopman.plots.training import plot_history, plot_portrait
+from lightning_koopman.reading.phase import Phase
+from lightning_koopman.reading.reading import TrainingReading
+from lightning_koopman.reading.steps import LEAST
+from lightning_koopman.reading.words import describe
+from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.trajectory.recorder import WEIGHTS
 from lightning_koopman.trajectory.trajectory import SKETCH, Trajectory
 
@@ -29,36 +38,66 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
-# what is logged while nothing is known yet: finite for EarlyStopping, and no evidence of convergence
-NO_EVIDENCE = {
-    "unit_fraction": 0.0,
-    "surrogate_unit_fraction": 0.0,
-    "slowest_modulus": 1.0,
-    "residual_at_one": 1.0,
-    "misfit": 1.0,
-    "rank": 0.0,
+# what callbacks that monitor find while nothing is known: finite, what a random walk has, and no sign of convergence
+WINDOW = 11  # snapshots of the unit fraction, as many as the stop looks at
+UNKNOWN = {
+    "phase": float(Phase.UNKNOWN.code),
+    "step_correlation": 0.0,
+    "spectral_weight": 1.0,
+    "slowing": 0.0,
+    "remaining": 1.0,
+    "half_life": 1e6,
+    "loss_change": -1.0,
+    "loss_noise": 1.0,
 }
-COLUMNS = ("epoch", "step", "n_snapshots", "train_loss", *NO_EVIDENCE, "sketch_error", "seconds")
+COLUMNS = (
+    "epoch",
+    "step",
+    "n_snapshots",
+    "train_loss",
+    "phase",
+    "step_correlation",
+    "step_correlation_error",
+    "spectral_weight",
+    "spectral_weight_error",
+    "step_length",
+    "slowing",
+    "rate",
+    "half_life",
+    "remaining",
+    "loss_change",
+    "loss_noise",
+    "unit_fraction",
+    "seconds",
+)
 
 
 class KoopmanSpectrumMonitor(TrajectoryCallback):
-    r"""Log, epoch by epoch, the Koopman spectrum of the weights, of the loss or of a metric (paper, section 3).
+    r"""Say after each epoch what the training is doing, in one word and a few numbers, and keep its Koopman spectrum.
 
-    After each epoch the last ``window`` snapshots are decomposed by DMD_RRR, and six scalars are logged that stock
-    callbacks can monitor in the same epoch:
+    The reading (:class:`TrainingReading`) comes from the inner products of the weights' steps and from the training
+    loss: the Koopman spectral measure of the steps (paper, equation 3) in place of single eigenvalues, which are
+    ill-conditioned.  Its phase stands in the progress bar, and eight scalars are logged that stock callbacks can
+    monitor in the same epoch:
 
-    - ``koopman/unit_fraction``: share of the importance :math:`|b_j|` within ``radius`` of 1, in [0, 1];
-    - ``koopman/surrogate_unit_fraction``: the same for a random walk with the same step lengths.  Where the two agree,
-      the unit fraction says nothing about convergence;
-    - ``koopman/slowest_modulus``: largest modulus of the trusted eigenvalues that can be told from 1 (1 if none can);
-    - ``koopman/residual_at_one``: smallest :math:`\|Az - z\|` over unit z: how well a fixed direction fits the data;
-    - ``koopman/misfit``: :math:`\|Y - AX\|_F/\|Y\|_F`: what the linear model misses from one snapshot to the next;
-    - ``koopman/rank``: the numerical rank of the snapshots.
+    - ``koopman/phase``: place of the phase in the list of :class:`Phase`, from 0 (warming up) to 8 (unknown);
+    - ``koopman/step_correlation``: mean cosine between successive steps, in [−1, 1]: above 0 the weights go somewhere,
+      below they turn back; 0 for a random walk;
+    - ``koopman/spectral_weight``: spectral density of the steps at eigenvalue 1, ≥ 0; 1 for a random walk;
+    - ``koopman/slowing``: how much of the greatest pace is gone, in [0, 1]; it grows to 1 as a training converges and
+      stays near 0 for a random walk;
+    - ``koopman/remaining``: how far the weights still have to go, relative to how far they came;
+    - ``koopman/half_life``: epochs in which the directed part of the steps halves;
+    - ``koopman/loss_change``: predicted change of the training loss over the next 10 snapshots;
+    - ``koopman/loss_noise``: its fluctuation from one to the next.
 
-    Until the spectrum can be computed (3 snapshots of the weights, 6 values of a scalar) callbacks that monitor them
-    find values that are no evidence of convergence (0, 0, 1, 1, 1, 0), and so with modulus and misfit while the rank is
-    as large as the number of snapshots allows; loggers get what is known only.  Eigenvalues belong to one step between
-    snapshots, ``every_n_epochs``.
+    What is not known is not logged; callbacks that monitor it find 8, 0, 1, 0, 1, 1e6, −1 and 1 until then.
+
+    Of a loss or a metric there is no phase; its predicted change and noise are logged, and its spectrum is drawn.
+
+    The eigenvalues of the paper (section 3) are computed when they are asked for: ``spectrum``, ``surrogate`` and the
+    figures.  How much of their importance lies near 1 (``unit_fraction`` in the history, of the last eleven snapshots,
+    as the stop has it) says little alone: a random walk's does too.
 
     It works under DDP, FSDP and FSDP2: each process keeps its part of the snapshots, and a small sum a snapshot is all
     that they exchange.
@@ -73,7 +112,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         every_n_steps: Instead, optimizer steps between two snapshots, ≥ 1, for trainings of few, long epochs: so many
             steps then take the place of an epoch everywhere, the mean loss and the history's ``epoch`` included.
         window: Number of the newest snapshots to analyse, ≥ 3, or None for all since the start.  Memory is 4 bytes a
-            weight and snapshot, divided by the number of processes.
+            weight and snapshot, divided by the number of processes.  A reading takes the newest 25.
         parameters: Shell-style patterns of the names of the parameters to observe, such as ``"encoder.*"`` or
             ``["*.weight", "!head.*"]`` (default: all that require a gradient when training starts).
         radius: Radius of the disc around 1 for the unit fraction, > 0.
@@ -86,7 +125,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         dtype: ``"float32"``, or ``"bfloat16"`` to keep increments at half the size; that moves
             eigenvalues by about 1e-4.
         sketch: Numbers kept of a snapshot with ``storage="sketch"``, ≥ 2, best a prime; the error falls as 1/√sketch.
-        log_figure: Draw the spectrum and the history when training ends; with a number k, also every k epochs.
+        log_figure: Draw the history, the phase portrait and the spectrum when training ends; with a number k, also
+            every k epochs.
             Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
         dirpath: Local folder below which a folder named like ``prefix`` is made for everything written to disk; where
             that exists and is not empty, ``prefix-v1`` and so on, so that no run overwrites another or the run it is
@@ -94,8 +134,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         prefix: First part of the logged names; give monitors on one Trainer different ones.
 
     Attributes:
-        spectrum: :class:`Spectrum` of the last analysis, or None.
-        surrogate: :class:`Spectrum` of the random walk beside it, or None.
+        reading: The newest :class:`TrainingReading`, or None.
+        spectrum: :class:`Spectrum` of the snapshots held, computed when asked for, or None while there are too few.
+        surrogate: :class:`Spectrum` of a random walk with the same step lengths, or None.
         history: List of dicts, one an analysed epoch, with the columns of ``history.csv``.
         trajectory: :class:`Trajectory` of the recorded snapshots, or None; in a run of several processes, of this one's
             part of them, with the spectrum of the whole.
@@ -118,8 +159,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         >>> trainer.fit(BoringModel())
         >>> [row["epoch"] for row in monitor.history]
         [1, 2, 3, 4]
-        >>> "koopman/unit_fraction" in trainer.callback_metrics
-        True
+        >>> monitor.history[-1]["phase"]
+        'warming up'
     """
 
     columns = COLUMNS
@@ -166,8 +207,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         advice = "it is True, False or a number of epochs"
         self.log_figure = bool(log_figure) if flag else check_count("log_figure", log_figure, 0, advice)
         self.folder = self.prefix
-        self.spectrum: Spectrum | None = None
-        self.surrogate: Spectrum | None = None
+        self.reading: TrainingReading | None = None
         self.figure_paths: list[Path] = []
 
     @property
@@ -187,17 +227,29 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     def trajectory(self) -> Trajectory | None:
         return self.recorder.trajectory
 
+    @property
+    def spectrum(self) -> Spectrum | None:
+        return self._spectra()[0]
+
+    @property
+    def surrogate(self) -> Spectrum | None:
+        return self._spectra()[1]
+
     def summary(self) -> str:
-        """What the last spectrum says, in plain words, several lines."""
-        return summarize(
-            self.spectrum,
-            self.surrogate,
+        """What the training is doing and what to do about it, then what the spectrum says, in plain words."""
+        every = self.settings.every_n_steps or self.settings.every_n_epochs
+        unit = "epochs" if self.settings.every_n_steps is None else "steps"
+        said = summarize(
+            *self._spectra(),
             observable=self.settings.observable,
             radius=self.radius,
             max_residual=self.max_residual,
-            every=self.settings.every_n_steps or self.settings.every_n_epochs,
-            unit="epochs" if self.settings.every_n_steps is None else "steps",
+            every=every,
+            unit=unit,
         )
+        observable = "Loss" if self.settings.observable == WEIGHTS else self.settings.observable
+        verdict = describe(self.reading, observable=observable, every=every, unit=unit)
+        return f"{verdict}\n{said}"
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -210,81 +262,95 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def forget(self) -> None:
         super().forget()
-        self.spectrum, self.surrogate, self.figure_paths = None, None, []
+        self.reading, self.figure_paths = None, []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         if not self.active:  # stock callbacks look for the scalars all the same
-            publish(trainer, self.prefix, NO_EVIDENCE)
+            publish(trainer, self.prefix, UNKNOWN)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         known = self.history[-1] if self.history and not self.anew else None  # which the first process alone keeps
         logged = self.on_zero(trainer, "reading the history", lambda: known and self._logged(known))
-        publish(trainer, self.prefix, {**NO_EVIDENCE, **(logged or {})})
-        tell_if_short(self, trainer, 2 if self.settings.observable == WEIGHTS else 6, "the first spectrum")
+        publish(trainer, self.prefix, {**UNKNOWN, **(logged or {})})
+        tell_if_short(self, trainer, LEAST, "the first reading")
+        with self.guard("showing the phase"):
+            show(trainer, self)
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        logged = self.on_zero(trainer, "analysing the spectrum", lambda: self._analyse(trainer, epoch))
-        known = logged or {}
-        publish(trainer, self.prefix, {name: value for name, value in NO_EVIDENCE.items() if name not in known})
+        baseline = known_baseline(trainer)
+        found = self.on_zero(trainer, "reading the training", lambda: self._read(trainer, epoch, recorded, baseline))
+        self.reading, known = found or (self.reading, {})
+        publish(trainer, self.prefix, {name: value for name, value in UNKNOWN.items() if name not in known})
         self.log_values(trainer, pl_module, known)
         if self.log_figure is not True and self.log_figure and epoch % self.log_figure == 0:
             self._draw(trainer)
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        hide(trainer, self)
         if self.log_figure:
             self._draw(trainer)
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        hide(trainer, self)
+
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _analyse(self, trainer: pl.Trainer, epoch: int) -> dict[str, float] | None:
-        """Spectrum and surrogate of the window, a row of the history, and the scalars to log."""
+    def _read(
+        self, trainer: pl.Trainer, epoch: int, recorded: bool, baseline: Baseline | None
+    ) -> tuple[TrainingReading, dict[str, float]]:
+        """The reading, a row of the history, and the scalars to log."""
         started = time.perf_counter()
         trajectory, loss = self.recorder.trajectory, self.recording.train_loss
-        delays = self._delays(len(self.recorder))
-        scalars: dict[str, float] = dict.fromkeys(NO_EVIDENCE, math.nan)
-        still = trajectory is not None and delays is not None and not trajectory.step_norms().any()
-        if still:
-            self.guard.warn(
-                "constant",
-                f"the observable {self.settings.observable!r} has not changed over the last {len(self.recorder)} "
-                "snapshots: its only eigenvalue is 1. Are these weights in the optimizer, at a learning rate > 0?",
-            )
-        recorded = self.recorder.newest == epoch
-        error = math.nan
-        if recorded and trajectory is not None and delays is not None and not (still and trajectory.start_norm() == 0):
-            self.spectrum = trajectory.spectrum(tol=self.tol, delays=delays)
-            self.surrogate = self._walk(trajectory, self.spectrum)
-            scalars = self._scalars(self.spectrum, self.surrogate)
-            error = self.spectrum.sketch_error()
+        reading = self.recording.reader.read(epoch, loss, baseline)
+        held = recorded and trajectory is not None
+        lengths = trajectory.step_norms() if held and trajectory is not None else np.zeros(0)
+        if lengths.size > 1 and not lengths.any():
+            said = f"the observable {self.settings.observable!r} has not changed over the last {len(self.recorder)} "
+            self.guard.warn("constant", f"{said}snapshots. Are these weights in the optimizer, at a learning rate > 0?")
         self.history.append(
             {
+                **{name: getattr(reading, name, math.nan) for name in COLUMNS},
                 "epoch": epoch,
                 "step": steps_done(trainer),
                 "n_snapshots": len(self.recorder),
                 "train_loss": math.nan if loss is None else loss,
-                **scalars,
-                "sketch_error": error,
+                "phase": reading.phase.value,
+                "step_length": float(lengths[-1]) if lengths.size else math.nan,
+                "unit_fraction": self._unit_fraction(trajectory) if lengths.size > 1 else math.nan,
                 "seconds": self.recording.seconds + time.perf_counter() - started,
             }
         )
         self.write_history()
-        return self._logged(scalars)
+        return reading, self._logged(self.history[-1])
 
     def _logged(self, row: dict[str, Any]) -> dict[str, float]:
         """The scalars of a row that are known."""
-        return {name: row[name] for name in NO_EVIDENCE if not math.isnan(row[name])}
+        values = {**row, "phase": float(Phase(row["phase"]).code)}
+        return {name: values[name] for name in UNKNOWN if math.isfinite(values[name])}
 
-    def _walk(self, trajectory: Trajectory, spectrum: Spectrum, *, refine: bool = False) -> Spectrum:
-        """The random walk's spectrum, under the same settings as the training's."""
-        return random_walk_spectrum(
+    def _unit_fraction(self, trajectory: Trajectory | None) -> float:
+        """Share of the importance near 1, of as many snapshots as the stop looks at."""
+        factor = None if trajectory is None else trajectory.factor(last=WINDOW)
+        if factor is None or not factor[:, :-1].any():
+            return math.nan
+        return decompose(factor, tol=1e-3, refine=False).unit_fraction(self.radius)
+
+    def _spectra(self, *, refine: bool = False) -> tuple[Spectrum | None, Spectrum | None]:
+        """Spectrum of the snapshots held, and of the random walk beside it, under the same settings."""
+        trajectory = self.recorder.trajectory
+        delays = self._delays(len(self.recorder))
+        if trajectory is None or delays is None or not (trajectory.start_norm() or trajectory.step_norms().any()):
+            return None, None
+        walk = random_walk_spectrum(
             trajectory.step_norms(),
-            trajectory.start_norm(),
+            trajectory.start_norm() or 1.0,
             trajectory.total,
             tol=self.tol,
-            delays=spectrum.delays,
+            delays=delays,
             refine=refine,
         )
+        return trajectory.spectrum(tol=self.tol, delays=delays), walk
 
     def _delays(self, count: int) -> int | None:
         """Snapshots in an embedded one, or None while there are too few to say anything."""
@@ -292,27 +358,17 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             return 1 if count >= 3 else None
         return count // 2 + 1 if count >= 6 else None
 
-    def _scalars(self, spectrum: Spectrum, surrogate: Spectrum) -> dict[str, float]:
-        unknown = spectrum.full_rank  # any data are fitted then, so neither residuals nor misfit mean a thing
-        return {
-            "unit_fraction": spectrum.unit_fraction(self.radius),
-            "surrogate_unit_fraction": surrogate.unit_fraction(self.radius),
-            "slowest_modulus": math.nan if unknown else spectrum.slowest_modulus(self.max_residual),
-            "residual_at_one": spectrum.residual_at(1.0),
-            "misfit": math.nan if unknown else spectrum.misfit,
-            "rank": float(spectrum.rank),
-        }
-
     def _draw(self, trainer: pl.Trainer) -> None:
-        if self.spectrum is None or self.trajectory is None or not self.guard.zero:
+        if not self.guard.zero or not self.history:
             return
         with self.guard("drawing figures"):
-            walk = self._walk(self.trajectory, self.spectrum, refine=True)
-            title = self.settings.observable
-            figures = {
-                "spectrum": plot_spectrum(self.spectrum, walk, radius=self.radius, title=title),
-                "history": plot_history(self.history),
-            }
+            figures = {"history": plot_history(self.history)}
+            if self.settings.observable == WEIGHTS:
+                figures["portrait"] = plot_portrait(self.history)
+            spectrum, walk = self._spectra(refine=True)
+            if spectrum is not None:
+                title = self.settings.observable
+                figures["spectrum"] = plot_spectrum(spectrum, walk, self.reading, radius=self.radius, title=title)
             for name, figure in figures.items():
                 where = (trainer.loggers, trainer.global_step, self.run_folder.path)
                 path, failures = deliver(figure, f"{self.prefix}/{name}", *where)

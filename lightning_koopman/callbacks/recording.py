@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_koopman.callbacks.clock import Clock
 from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, LossMeter, Metric, Weights, outermost
+from lightning_koopman.callbacks.reader import Reader
 from lightning_koopman.callbacks.run_folder import RunFolder, checkpoints, near
 from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, Snapshot, SnapshotSettings
 
@@ -33,12 +34,17 @@ class Recording:
         self.weights = Weights(settings.parameters)
         self.metric = Metric("" if settings.observable == WEIGHTS else settings.observable)
         self.loss = LossMeter()
-        self.own = Recorder(settings)
-        self.recorder = self.own  # or that of another callback, if it records what this one needs
+        self.own = Reader(Recorder(settings))
+        self.reader = self.own  # or that of another callback, if it records what this one needs
         self.train_loss: float | None = None  # mean of the round
         self.finite = True  # what was read last, if it could be read
         self.seconds = 0.0  # that the last snapshot took
         self.alone = True  # nobody shares the recorder
+
+    @property
+    def recorder(self) -> Recorder:
+        """Where it is recorded."""
+        return self.reader.recorder
 
     @property
     def of_weights(self) -> bool:
@@ -53,7 +59,7 @@ class Recording:
         alike = [other for other in found if other.settings == self.settings]
         if self.any_window:
             alike += [other for other in found if other.settings.covers(self.settings)]
-        self.recorder = max(alike, key=lambda other: other.settings.length).own
+        self.reader = max(alike, key=lambda other: other.settings.length).own
 
     def check_weights(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: RunFolder, advice: tuple[str, str]
@@ -117,9 +123,9 @@ class Recording:
 
     def release(self, trainer: pl.Trainer) -> None:
         """Delete snapshots that no checkpoint needs any more."""
-        if self.own.has_saved:  # looking for checkpoints after every step would cost more than the step
+        if self.own.recorder.has_saved:  # looking for checkpoints after every step would cost more than the step
             with self._guard("deleting snapshots that no checkpoint needs"):
-                self.own.release(checkpoints(trainer))
+                self.own.recorder.release(checkpoints(trainer))
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool) -> None:
         """Record the initial weights, or find that they go on from the newest snapshot."""
@@ -203,11 +209,16 @@ class Recording:
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs, but for the snapshots."""
         self.loss.fold()
-        return {"loss": [self.loss.total, self.loss.count], **self.metric.state_dict()}
+        return {
+            "loss": [self.loss.total, self.loss.count],
+            "reader": self.reader.state_dict(),
+            **self.metric.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
         self.metric.load_state_dict(state)
+        self.reader.load_state_dict(state["reader"])
         total, count = state["loss"]
         if self._guard.zero:  # a sum over all processes was not saved
             self.loss.start(float(total), int(count))

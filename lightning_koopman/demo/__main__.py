@@ -17,10 +17,11 @@ from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalue
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.demo.cnn import INITIALIZATIONS, OPTIMIZERS, PaperCNN
 from lightning_koopman.demo.data import DATASETS, load
+from lightning_koopman.reading.phase import Phase
 
 
 class EpochProgress(pl.Callback):
-    """One bar over all epochs, with the time left, the loss and the unit fraction."""
+    """One bar over all epochs, with the time left, the loss and the phase."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
@@ -28,14 +29,11 @@ class EpochProgress(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Advance the bar."""
-        shown = {
-            "loss": "train_loss",
-            "test acc": "test_accuracy",
-            "near 1": "koopman/unit_fraction",
-            "walk": "koopman/surrogate_unit_fraction",
-        }
+        shown = {"loss": "train_loss", "test acc": "test_accuracy"}
         metrics = trainer.callback_metrics
-        self.bar.set_postfix({label: f"{float(metrics[key]):.3g}" for label, key in shown.items() if key in metrics})
+        found = {label: f"{float(metrics[key]):.3g}" for label, key in shown.items() if key in metrics}
+        phase = Phase.of(metrics["koopman/phase"]).value if "koopman/phase" in metrics else "unknown"
+        self.bar.set_postfix({**found, "phase": phase})
         self.bar.update()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

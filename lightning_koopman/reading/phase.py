@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import SupportsInt
 
 
 class Phase(Enum):
@@ -40,6 +41,17 @@ class Phase(Enum):
     def code(self) -> int:
         """Its place in the list above, from 0, for loggers, which take numbers only."""
         return list(Phase).index(self)
+
+    @classmethod
+    def of(cls, code: SupportsInt) -> Phase:
+        """The phase of a code, such as the logged ``koopman/phase``.
+
+        Example:
+            >>> from lightning_koopman import Phase
+            >>> Phase.of(1.0).value
+            'descending'
+        """
+        return list(cls)[int(code)]
 
 
 MEANINGS = {

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from lightning_koopman._checks import check_instance, check_positive, real_array
 from lightning_koopman._types import Array
-from lightning_koopman.reading.losses import HORIZON, LossTrend, loss_trend
-from lightning_koopman.reading.movement import Movement, movement
+from lightning_koopman.reading.losses import loss_trend
+from lightning_koopman.reading.movement import movement
 from lightning_koopman.reading.phase import Phase
-from lightning_koopman.reading.rule import judge
-from lightning_koopman.reading.steps import LEAST, StepStatistics, step_statistics
+from lightning_koopman.reading.rule import confirm, judge
+from lightning_koopman.reading.steps import StepStatistics, step_statistics
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.trajectory.trajectory import Trajectory
 
@@ -84,7 +84,9 @@ class TrainingReading:
     scale: float = NAN
     steps: StepStatistics | None = field(default=None, repr=False)
     fastest: tuple[float, int] = field(default=(0.0, 0), repr=False)
-    """Distance of the fastest span, and its length in rounds: what the next reading needs of this one."""
+    """Distance of the fastest span, and its length in rounds."""
+    judged: tuple[Phase, int] = field(default=(Phase.UNKNOWN, 0), repr=False)
+    """Phase told by this round alone, and for how many rounds running; another one takes over after three."""
 
     @property
     def half_life(self) -> float:
@@ -111,7 +113,8 @@ def read_training(
         losses: Array (t,): training losses of the rounds so far, newest last; without them a phase that needs them is
             told by the weights alone.
         baseline_loss: Loss of a network that ignores its input, > 0: ln C for C equally frequent classes.
-        before: The reading a round ago, where the trajectory no longer holds its beginning.
+        before: The reading a round ago: what the trajectory no longer holds is remembered, and a phase lasts until
+            another one has been told for three rounds running.
 
     Returns:
         The reading; its phase is ``WARMING_UP`` for fewer than five steps.
@@ -167,21 +170,30 @@ def read_gram(
     steps, trend = step_statistics(gram, sketched=sketched), loss_trend(losses)
     moved = movement(gram, steps, unit, None if before is None else before.fastest)
     scale = _scale(losses, baseline)
-    phase, evidence = judge(len(gram), steps, trend, moved, scale, baseline)
-    numbers = {
-        "slowing": moved.slowing,
-        "fastest": moved.fastest,
-        "loss": trend.newest,
-        "loss_change": trend.change,
-        "loss_change_range": trend.change_range,
-        "loss_noise": trend.noise,
-        "scale": scale,
-    }
-    if steps is None:
-        return TrainingReading(phase, evidence, len(gram), **numbers)
-    return TrainingReading(
+    judged, evidence = judge(len(gram), steps, trend, moved, scale, baseline, None if before is None else before.phase)
+    phase, running = judged, 1
+    if before is not None:
+        running += before.judged[1] if before.judged[0] is judged else 0
+        phase = confirm(judged, before.phase, running)
+        if phase is not judged:
+            evidence = f"what was told before; for {running} rounds it has looked like {judged.value}: {evidence}"
+    found = TrainingReading(
         phase,
         evidence,
+        len(gram),
+        slowing=moved.slowing,
+        loss=trend.newest,
+        loss_change=trend.change,
+        loss_change_range=trend.change_range,
+        loss_noise=trend.noise,
+        scale=scale,
+        fastest=moved.fastest,
+        judged=(judged, running),
+    )
+    if steps is None:
+        return found
+    return replace(
+        found,
         n_steps=steps.count,
         step_correlation=float(steps.correlation[0]),
         step_correlation_error=float(steps.errors[0]),
@@ -192,7 +204,6 @@ def read_gram(
         remaining=moved.remaining,
         remaining_range=moved.remaining_range,
         steps=steps,
-        **numbers,
     )
 
 

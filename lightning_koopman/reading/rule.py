@@ -12,6 +12,9 @@ from lightning_koopman.stopping.evidence import Baseline
 
 FALLS = 2.0  # standard errors of the loss's slope
 LEFT = 2.5e-3  # predicted change of the loss within the horizon that counts as one, relative to the scale
+LASTING = 1.5  # factor by which these two are lower for a phase to last than for it to begin
+EARLY = 10  # steps up to which doubt is put down to their small number
+CONFIRMED = 3  # rounds running for which another phase must be told before it takes over
 TURNED = 0.03  # mean cosine of successive steps, below 0, from which they turn back
 PEAK, LEAST_PEAK = 0.2, 2.5  # share of the largest density possible, and the density, of an oscillation
 GROWTH = 1.03  # factor a round of growing steps
@@ -26,6 +29,7 @@ def judge(
     moved: Movement,
     scale: float,
     baseline: Baseline | None,
+    now: Phase | None = None,
 ) -> tuple[Phase, str]:
     """The phase, and the evidence for it in words.
 
@@ -36,15 +40,15 @@ def judge(
         moved: How fast the weights move.
         scale: What changes of the loss are relative to, NaN where unknown.
         baseline: Loss of a network that ignores its input, where it is known.
+        now: The phase so far.
     """
-    falls = loss.score < -FALLS and not -loss.change <= LEFT * scale
+    ease = 1.0 if now is None else 1 / LASTING if now is Phase.DESCENDING else LASTING
+    falls = loss.score < -FALLS * ease and not -loss.change <= LEFT * ease * scale
     stuck = baseline is not None and baseline.compare(loss.newest) >= 0 and not falls
+    if taken < LEAST:
+        return Phase.WARMING_UP, f"{taken} of {LEAST} steps"
     if steps is None:
-        if stuck:
-            return Phase.STUCK, _stuck(loss, baseline)
-        if taken < LEAST:
-            return Phase.WARMING_UP, f"{taken} of {LEAST} steps"
-        return Phase.SETTLED, "the weights do not change"
+        return (Phase.STUCK, _stuck(loss, baseline)) if stuck else (Phase.SETTLED, "the weights do not change")
     grows = steps.growth > GROWTH and math.log(steps.growth) > SURE * steps.growth_error
     if grows and loss.score > SURE and loss.slope * HORIZON > LEFT * scale:
         return Phase.DIVERGING, f"the steps grow by {steps.growth - 1:.0%} a round, and the loss rises"
@@ -52,7 +56,10 @@ def judge(
         return Phase.STUCK, _stuck(loss, baseline)
     turns, density = steps.peak
     if density > max(PEAK * steps.count, LEAST_PEAK) and density > 2 * steps.weight:
-        return Phase.OSCILLATING, f"the steps return every {1 / turns:.1f} rounds (density {density:.1f}; a walk's is 1)"
+        return (
+            Phase.OSCILLATING,
+            f"the steps return every {1 / turns:.1f} rounds (density {density:.1f}; a walk's is 1)",
+        )
     successive = f"successive steps have a correlation of {steps.correlation[0]:.2f} ± {steps.errors[0]:.2g}"
     distant = f"distant steps have a correlation of {steps.onward:.2f} ± {steps.onward_error:.2g}"
     turned = steps.correlation[0] < -max(SURE * steps.errors[0], TURNED)
@@ -64,9 +71,18 @@ def judge(
     if turned:
         return Phase.HOVERING, f"{successive}: they turn back (a walk's is 0)"
     if steps.directed:
-        return Phase.DRIFTING, f"{distant} (a walk's is 0), but the loss does not fall"
-    return Phase.UNKNOWN, f"{successive}, a walk's is 0"
+        change = f"the loss is predicted to change by {loss.change:+.2g} within {HORIZON} rounds"
+        return Phase.DRIFTING, f"{distant} (a walk's is 0), but {change}: no fall of {LEFT:.2%} of {scale:.3g}"
+    return Phase.WARMING_UP if steps.count <= EARLY else Phase.UNKNOWN, f"{successive}, a walk's is 0"
+
+
+def confirm(judged: Phase, before: Phase, running: int) -> Phase:
+    """The phase that holds, where another one than before has been told for some rounds running."""
+    at_once = before is Phase.WARMING_UP or judged is Phase.DIVERGING
+    return judged if at_once or running >= CONFIRMED else before
 
 
 def _stuck(loss: LossTrend, baseline: Baseline | None) -> str:
-    return f"loss {loss.newest:.3g}" + ("" if baseline is None else f", {baseline.loss:.3g} without looking at the input")
+    return f"loss {loss.newest:.3g}" + (
+        "" if baseline is None else f", {baseline.loss:.3g} without looking at the input"
+    )

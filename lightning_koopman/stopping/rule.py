@@ -40,6 +40,7 @@ class Hold(Enum):
     BASELINE = "the loss is no better than that of a network which ignores its input"
     MOVING = "the loss is predicted to move on"
     SWINGING = "the loss fluctuates too much to tell"
+    HOVERING = "the weights hover at the noise floor of this learning rate, and the loss fluctuates: lower the rate"
     SPREAD = "the eigenvalues of the weights do not cluster at 1"
     WALK = "the weights' steps cannot be told from a random walk"
     DRIFT = "the weights move along a direction that does not fade"

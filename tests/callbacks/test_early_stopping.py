@@ -49,7 +49,7 @@ def test_it_stops_converged_trainings_and_says_why(fit, classifier, optimizer):
     last = stop.history[-1]
     assert last["hold"] == ""
     assert held(stop)[-2] == Hold.PATIENCE.value
-    assert last["weights_unit_fraction"] >= 0.8
+    assert last["unit_fraction"] >= 0.8
     assert last["bound"] <= 2e-3 * last["scale"]
     assert f"stopped after epoch {stop.stopped_epoch}" in stop.message
     assert "predicted to change by" in stop.message
@@ -66,7 +66,7 @@ def test_what_it_predicted_stands_beside_what_happened(fit, tmp_path):
     ours = [abs(rows[e]["predicted_then"] - rows[e]["actual_change"]) for e in range(23, 61)]
     nothing = [abs(rows[e]["actual_change"]) for e in range(23, 61)]
     assert np.median(ours) < np.median(nothing)
-    for name in ("predicted_change", "actual_change", "predicted_then", "weights_unit_fraction"):
+    for name in ("predicted_change", "actual_change", "predicted_then", "unit_fraction"):
         assert float(run.callback_metrics[f"koopman/{name}"]) == pytest.approx(rows[60][name], rel=1e-5)
     with open(stop.history_path) as file:
         written = list(csv.DictReader(file))
@@ -330,8 +330,8 @@ def test_it_shares_the_monitors_trajectory_in_any_order(fit, trainer, classifier
     assert stop.recorder.trajectory.n == alone.recorder.trajectory.n
     assert stop.stopped_epoch == alone.stopped_epoch
     np.testing.assert_allclose(
-        [row["weights_unit_fraction"] for row in stop.history[12:]],
-        [row["weights_unit_fraction"] for row in alone.history[12:]],
+        [row["unit_fraction"] for row in stop.history[12:]],
+        [row["unit_fraction"] for row in alone.history[12:]],
         atol=1e-5,
     )
     assert len(monitor.trajectory) == stop.stopped_epoch + 1

@@ -5,11 +5,25 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_rgba
 
-from lightning_koopman import KoopmanSpectrumMonitor, KoopmanWarning, dmd_rrr, plot_history, plot_spectrum
+from lightning_koopman import (
+    KoopmanSpectrumMonitor,
+    KoopmanWarning,
+    Phase,
+    TrainingReading,
+    dmd_rrr,
+    estimate_depth,
+    plot_depth,
+    plot_history,
+    plot_portrait,
+    plot_spectrum,
+    plot_steps,
+)
 from lightning_koopman.callbacks.figures import deliver
+from lightning_koopman.plots.style import PHASES
 
-NAMES = ["spectrum", "history"]
+NAMES = ["history", "portrait", "spectrum"]
 
 
 @pytest.fixture
@@ -38,11 +52,58 @@ def test_eigenvalues_outside_the_frame_are_counted():
 
 def test_history_copes_with_unknown_values():
     rows = [
-        {"epoch": e, "train_loss": loss, "unit_fraction": np.nan, "surrogate_unit_fraction": np.nan}
+        dict.fromkeys(("step_correlation", "step_correlation_error", "slowing", "step_length"), np.nan)
+        | {"epoch": e, "train_loss": loss, "phase": "unknown"}
         for e, loss in ((1, np.nan), (2, -1.0))
     ]
     assert plot_history(rows).axes[0].get_yscale() == "linear"
     assert plot_history([{**rows[0], "train_loss": 0.5}]).axes[0].get_yscale() == "log"
+    assert plot_portrait(rows).axes[0].texts[0].get_text() == "too few steps"
+
+
+def test_every_figure_can_be_drawn_into_axes_of_ones_own(spectrum, trainer, regression):
+    from matplotlib.figure import Figure
+
+    monitor = KoopmanSpectrumMonitor()
+    trainer(callbacks=monitor, max_epochs=8).fit(regression())
+    x = np.linspace(0, 1, 101)
+    drawings = [
+        lambda ax: plot_history(monitor.history, ax=ax),
+        lambda ax: plot_portrait(monitor.history, ax=ax),
+        lambda ax: plot_spectrum(spectrum, spectrum, monitor.reading, ax=ax),
+        lambda ax: plot_steps(monitor.reading, ax=ax),
+        lambda ax: plot_depth(estimate_depth(x, x**2), ax=ax),
+    ]
+    figure = Figure()
+    for draw, ax in zip(drawings, figure.subplots(1, 5), strict=True):
+        assert draw(ax) is figure
+        assert ax.has_data()
+        with pytest.raises(TypeError, match="ax must be axes of matplotlib"):
+            draw(figure)
+    assert len(figure.axes) == 5
+
+
+def test_the_phases_are_a_strip_and_a_path(trainer, regression):
+    monitor = KoopmanSpectrumMonitor()
+    trainer(callbacks=monitor, max_epochs=12).fit(regression())
+    top, _ = plot_history(monitor.history).axes
+    strip = [patch.get_facecolor() for patch in top.patches]
+    assert strip == [to_rgba(PHASES[Phase(row["phase"])]) for row in monitor.history]
+    known = [row for row in monitor.history if np.isfinite(row["step_correlation"])]
+    _, path = plot_portrait(monitor.history).axes[0].lines
+    np.testing.assert_allclose(path.get_ydata(), [row["step_correlation"] for row in known])
+    longest = max(row["step_length"] for row in monitor.history)
+    np.testing.assert_allclose(path.get_xdata(), [row["step_length"] / longest for row in known])
+
+
+def test_the_density_is_drawn_beside_the_walk(trainer, regression):
+    monitor = KoopmanSpectrumMonitor()
+    trainer(callbacks=monitor, max_epochs=12).fit(regression())
+    (axis,) = plot_steps(monitor.reading).axes
+    np.testing.assert_allclose(axis.lines[1].get_ydata(), monitor.reading.steps.density)
+    assert len(plot_spectrum(monitor.spectrum, monitor.surrogate, monitor.reading).axes) == 4
+    with pytest.raises(ValueError, match="too few for a density"):
+        plot_steps(TrainingReading(Phase.WARMING_UP, ""))
 
 
 def test_png_files_where_no_logger_takes_figures(root, trainer, regression, tmp_path):
@@ -65,7 +126,7 @@ def test_tensorboard_takes_figures(root, trainer, regression, tmp_path):
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
     for name in NAMES:
         assert [event.step for event in events.Images(f"koopman/{name}")] == [12, 24, 28]  # epochs 3 and 6, and the end
-    assert len(events.Scalars("koopman/unit_fraction")) == 6  # not for the first epoch, when nothing is known
+    assert len(events.Scalars("koopman/step_correlation")) == 3  # not for the first epochs, when nothing is known
     assert monitor.figure_paths == []
 
 
@@ -74,7 +135,7 @@ def test_mlflow_takes_figures(root, trainer, regression, tmp_path, monkeypatch):
     logger = root.loggers.MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns", artifact_location=str(tmp_path / "a"))
     trainer(callbacks=KoopmanSpectrumMonitor(log_figure=True), logger=logger).fit(regression())
     found = [item.path for item in logger.experiment.list_artifacts(logger.run_id, "koopman")]
-    assert sorted(found) == ["koopman/history-step=24.png", "koopman/spectrum-step=24.png"]
+    assert sorted(found) == [f"koopman/{name}-step=24.png" for name in NAMES]
 
 
 def test_wandb_takes_pixels_by_its_logger_interface(spectrum, tmp_path):

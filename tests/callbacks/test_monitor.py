@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from oracles import distance
 from problems import assert_recorded
 from torch import nn
 
-from lightning_koopman import KoopmanSpectrumMonitor, KoopmanWarning, dmd_rrr
-from lightning_koopman.callbacks.monitor import COLUMNS, NO_EVIDENCE
+from lightning_koopman import KoopmanSpectrumMonitor, KoopmanWarning, Phase, Trajectory, dmd_rrr, read_training
+from lightning_koopman.callbacks.monitor import COLUMNS, UNKNOWN
 
 
 def weights(module) -> np.ndarray:
@@ -45,33 +46,59 @@ def koopman_warnings(caught) -> list[str]:
 # -- what it logs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_bare_callback_records_the_weights_and_logs_their_spectrum(trainer, regression):
+def test_a_bare_callback_records_the_weights_and_logs_what_they_do(trainer, regression):
     monitor, model = KoopmanSpectrumMonitor(), regression()
     fit = trainer(callbacks=monitor, max_epochs=8)
     fit.fit(model)
     assert_recorded(monitor.trajectory.last(), weights(model))
     assert len(monitor.trajectory) == 9
-    for name in NO_EVIDENCE:
-        assert float(fit.callback_metrics[f"koopman/{name}"]) == pytest.approx(
-            monitor.history[-1][name] if not math.isnan(monitor.history[-1][name]) else NO_EVIDENCE[name], rel=1e-6
-        )
+    row = {**monitor.history[-1], "phase": Phase(monitor.history[-1]["phase"]).code}
+    for name in UNKNOWN:
+        expected = row[name] if math.isfinite(row[name]) else UNKNOWN[name]
+        assert float(fit.callback_metrics[f"koopman/{name}"]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_every_epoch_equals_dmd_of_the_snapshots_so_far(trainer, regression, spy):
-    monitor = KoopmanSpectrumMonitor(window=12)
+def test_every_epoch_equals_the_reading_of_the_snapshots_so_far(trainer, regression, spy):
+    monitor = KoopmanSpectrumMonitor(window=30)
     trainer(callbacks=[spy, monitor], max_epochs=20).fit(regression())
-    assert len({math.isnan(row["misfit"]) for row in monitor.history[1:]}) == 2  # of full rank first, then not
-    for row in monitor.history[1:]:
-        snapshots = np.stack(spy.snapshots[: row["epoch"] + 1])[-12:]
-        expected = dmd_rrr(snapshots)
-        assert row["n_snapshots"] == len(snapshots)
-        assert row["rank"] == expected.rank
-        assert row["misfit"] == pytest.approx(
-            math.nan if expected.rank == len(snapshots) - 1 else expected.misfit, rel=1e-6, nan_ok=True
-        )
-        assert row["unit_fraction"] == pytest.approx(expected.unit_fraction(), abs=1e-6)
-        assert row["residual_at_one"] == pytest.approx(expected.residual_at(1.0), rel=1e-5)
-    assert math.isnan(monitor.history[0]["rank"])  # two snapshots say nothing
+    losses = [row["train_loss"] for row in monitor.history]
+    trajectory = Trajectory(len(spy.snapshots[0]))
+    trajectory.append(spy.snapshots[0])
+    for row in monitor.history:
+        trajectory.append(spy.snapshots[row["epoch"]])
+        expected = read_training(trajectory, losses[: row["epoch"]])
+        assert row["phase"] == expected.phase.value
+        for name in ("step_correlation", "spectral_weight", "slowing", "remaining", "half_life", "loss_change"):
+            assert row[name] == pytest.approx(getattr(expected, name), rel=1e-6, nan_ok=True)
+        newest = np.stack(spy.snapshots[: row["epoch"] + 1])[-11:]
+        share = dmd_rrr(newest, refine=False).unit_fraction()
+        assert row["unit_fraction"] == pytest.approx(share, abs=1e-6) or row["epoch"] == 1
+    assert monitor.history[0]["phase"] == "warming up"
+    assert distance(monitor.spectrum.eigenvalues, dmd_rrr(monitor.trajectory.snapshots()).eigenvalues) < 1e-9
+
+
+def test_the_last_reading_is_the_verdict_of_the_summary(trainer, regression):
+    monitor = KoopmanSpectrumMonitor()
+    assert monitor.summary().startswith("Nothing is known yet")
+    trainer(callbacks=monitor, max_epochs=12).fit(regression())
+    assert monitor.summary().startswith(monitor.reading.phase.value.capitalize())
+    assert monitor.reading.phase.advice in monitor.summary()
+
+
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+def test_the_phase_stands_in_the_progress_bar(root, trainer, regression, bar):
+    shown = []
+
+    class Look(root.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            shown.append(trainer.progress_bar_callback.get_metrics(trainer, pl_module).get("koopman/phase"))
+
+    progress = getattr(root.callbacks, bar)()
+    monitors = [KoopmanSpectrumMonitor(), KoopmanSpectrumMonitor("train_loss", prefix="loss")]
+    run = trainer(callbacks=[*monitors, progress, Look()], enable_progress_bar=True)
+    run.fit(regression())
+    assert shown == [row["phase"] for row in monitors[0].history]
+    assert "koopman/phase" not in progress.get_metrics(run, run.lightning_module)
 
 
 def test_scalars_are_there_for_stock_callbacks_in_the_same_epoch(root, trainer, regression, tmp_path):
@@ -81,25 +108,26 @@ def test_scalars_are_there_for_stock_callbacks_in_the_same_epoch(root, trainer, 
     class Stop(root.callbacks.EarlyStopping):
         def on_train_epoch_end(self, trainer, pl_module):
             metrics = trainer.callback_metrics
-            seen.append((trainer.current_epoch + 1, *(float(metrics[f"koopman/{key}"]) for key in ("misfit", "rank"))))
+            names = "step_correlation", "phase"
+            seen.append((trainer.current_epoch + 1, *(float(metrics[f"koopman/{key}"]) for key in names)))
             super().on_train_epoch_end(trainer, pl_module)
 
-    stop = Stop("koopman/misfit", patience=100, check_finite=True)
-    best = root.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor="koopman/unit_fraction", mode="max")
+    stop = Stop("koopman/step_correlation", patience=100, check_finite=True)
+    best = root.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor="koopman/slowing", mode="max")
     trainer(callbacks=[stop, best, monitor], enable_checkpointing=True, max_epochs=15).fit(regression())
     assert [epoch for epoch, *_ in seen] == list(range(1, 16))
-    assert seen[0] == (1, 1.0, 0.0)  # no evidence yet, and finite
-    for (_, misfit, rank), row in zip(seen[1:], monitor.history[1:], strict=True):
-        assert rank == row["rank"]
-        assert misfit == pytest.approx(1.0 if math.isnan(row["misfit"]) else row["misfit"], rel=1e-5)
+    assert seen[0] == (1, 0.0, Phase.WARMING_UP.code)  # nothing known yet, and finite
+    for (_, correlation, phase), row in zip(seen, monitor.history, strict=True):
+        assert Phase.of(phase).value == row["phase"]
+        assert correlation == pytest.approx(np.nan_to_num(row["step_correlation"]), rel=1e-5)
     assert best.best_model_score is not None
 
 
-def test_early_stopping_on_the_spectrum_stops(root, trainer, regression):
-    stop = root.callbacks.EarlyStopping("koopman/rank", mode="max", stopping_threshold=2.5, patience=99)
+def test_early_stopping_on_the_reading_stops(root, trainer, regression):
+    stop = root.callbacks.EarlyStopping("koopman/spectral_weight", mode="max", stopping_threshold=1.5, patience=99)
     fit = trainer(callbacks=[KoopmanSpectrumMonitor(), stop], max_epochs=30)
     fit.fit(regression())
-    assert fit.current_epoch < 10
+    assert fit.current_epoch < 12
 
 
 def test_train_loss_is_the_mean_of_what_training_step_returned(trainer, regression, spy):
@@ -109,8 +137,8 @@ def test_train_loss_is_the_mean_of_what_training_step_returned(trainer, regressi
     assert [row["train_loss"] for row in monitor.history] == pytest.approx(expected, rel=1e-5)
     assert monitor.trajectory.snapshots().ravel().tolist() == pytest.approx(expected, rel=1e-5)
     assert monitor.spectrum.delays == 9 // 2 + 1
-    assert math.isnan(monitor.history[4]["rank"])
-    assert monitor.history[5]["rank"] >= 1
+    assert {row["phase"] for row in monitor.history} == {"unknown"}  # only weights have one
+    assert math.isfinite(monitor.history[-1]["loss_change"])
 
 
 def test_gradient_accumulation_does_not_change_the_loss_scale(trainer, regression):
@@ -186,7 +214,7 @@ def test_fast_dev_run_records_and_writes_nothing(trainer, regression, tmp_path):
     assert monitor.trajectory is None
     assert not list(tmp_path.rglob("*.csv"))
     shown = {key: float(value) for key, value in fit.callback_metrics.items() if key.startswith("koopman/")}
-    assert shown == {f"koopman/{name}": value for name, value in NO_EVIDENCE.items()}  # for a scheduler that monitors
+    assert shown == {f"koopman/{name}": value for name, value in UNKNOWN.items()}  # for a scheduler that monitors
 
 
 def test_manual_optimization_with_two_optimizers(trainer, regression):
@@ -223,8 +251,8 @@ def test_the_history_is_one_tidy_table(trainer, regression, tmp_path):
     assert tuple(rows[0]) == COLUMNS
     for row, kept in zip(rows, monitor.history, strict=True):
         for key in COLUMNS:
-            assert (row[key] == "") == math.isnan(kept[key])
-            assert row[key] == "" or float(row[key]) == kept[key]
+            assert row[key] == kept[key] or (row[key] == "") == math.isnan(kept[key])
+            assert row[key] in ("", kept[key]) or float(row[key]) == kept[key]
 
 
 def test_an_earlier_run_is_not_overwritten(trainer, regression):
@@ -238,7 +266,7 @@ def test_an_earlier_run_is_not_overwritten(trainer, regression):
 
 def test_the_summary_speaks_of_the_walk_beside(trainer, regression):
     monitor = KoopmanSpectrumMonitor()
-    assert monitor.summary() == "No Koopman spectrum yet: too few snapshots of the weights."
+    assert "No Koopman spectrum yet: too few snapshots of the weights." in monitor.summary()
     trainer(callbacks=monitor).fit(regression())
     text = monitor.summary()
     assert "random walk with the same step lengths" in text
@@ -267,12 +295,12 @@ def test_the_scalars_are_never_missing(root, trainer, regression, tmp_path, moni
             scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
             return {
                 "optimizer": optimizer,
-                "lr_scheduler": {"scheduler": scheduler, "monitor": "koopman/misfit"},
+                "lr_scheduler": {"scheduler": scheduler, "monitor": "koopman/loss_noise"},
             }
 
     callbacks = [
-        root.callbacks.EarlyStopping("koopman/misfit", patience=99),
-        root.callbacks.ModelCheckpoint(tmp_path / "c", monitor="koopman/unit_fraction"),
+        root.callbacks.EarlyStopping("koopman/step_correlation", patience=99),
+        root.callbacks.ModelCheckpoint(tmp_path / "c", monitor="koopman/slowing"),
         KoopmanSpectrumMonitor(**monitor_options),
     ]
     fit = trainer(callbacks=callbacks, enable_checkpointing=True, **trainer_options)
@@ -431,7 +459,8 @@ def test_constant_weights_warn_once_and_training_goes_on(trainer, regression):
     with pytest.warns(KoopmanWarning, match="has not changed over the last 3 snapshots") as caught:
         trainer(callbacks=monitor).fit(regression(lr=0.0))
     assert len(koopman_warnings(caught)) == 1
-    assert monitor.history[-1]["unit_fraction"] == monitor.history[-1]["surrogate_unit_fraction"] == 1.0
+    assert monitor.history[-1]["unit_fraction"] == monitor.surrogate.unit_fraction() == 1.0
+    assert monitor.history[-1]["phase"] == "settled"
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])

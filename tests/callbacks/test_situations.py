@@ -418,7 +418,7 @@ def test_a_rate_that_has_collapsed_is_said_in_the_message(trainer, classifier):
 
 def test_loggers_get_what_is_known_and_stock_callbacks_survive(root, trainer, regression, tmp_path):
     for ours, key in (
-        (KoopmanSpectrumMonitor, "koopman/misfit"),
+        (KoopmanSpectrumMonitor, "koopman/spectral_weight"),
         (EarlyStopOnUnitEigenvalues, "koopman/predicted_change"),
     ):
         stock = root.callbacks.EarlyStopping(key, patience=99)

@@ -62,7 +62,7 @@ def test_one_long_epoch_has_the_spectrum_of_its_snapshots(trainer, regression, w
     assert [row["train_loss"] for row in monitor.history] == pytest.approx(losses, rel=1e-5)
     # other callbacks see it in the same step
     row = monitor.history[9]
-    assert float(watcher.seen[40]["koopman/residual_at_one"]) == pytest.approx(row["residual_at_one"], rel=1e-5)
+    assert float(watcher.seen[40]["koopman/slowing"]) == pytest.approx(row["slowing"], rel=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from lightning_koopman import plots
+from lightning_koopman.plots import style as plots
 
 INK, GREY, BLUE, ORANGE = plots.INK, plots.MUTED, plots.TRAINING, plots.WALK
 GREEN, OLIVE, PURPLE = "#5b7f2b", "#a3b86c", "#6b4ca0"

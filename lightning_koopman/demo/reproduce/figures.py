@@ -16,7 +16,7 @@ from lightning_koopman.demo.reproduce.depth import FREQUENCY, PRODUCTS
 from lightning_koopman.demo.reproduce.plan import NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA, methods_of
 from lightning_koopman.demo.reproduce.results import TEST, TRAIN, Results
 from lightning_koopman.demo.table1 import TABLE
-from lightning_koopman.plots import INK, MUTED, TRAINING, WALK
+from lightning_koopman.plots.style import INK, MUTED, TRAINING, WALK
 
 SIZE = (4.0, 3.1)  # inches of a panel
 SHOWN = ("L2", "Sobolev 1", "Sobolev 2", "Sobolev 1, literal")

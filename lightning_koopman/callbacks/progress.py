@@ -1,0 +1,50 @@
+"""The phase of a training in the progress bar, which shows words as well as numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightning_koopman.reading.reading import TrainingReading
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+
+class Monitor(Protocol):
+    """What has a reading to show."""
+
+    prefix: str
+    reading: TrainingReading | None
+
+
+class PhaseItems:
+    """What a progress bar shows, with the phases of some monitors; it takes the place of the bar's method."""
+
+    def __init__(self, before: Callable[..., dict[str, Any]]) -> None:
+        self.before, self.monitors = before, list[Monitor]()
+
+    def __call__(self, *given: Any) -> dict[str, Any]:
+        """All items."""
+        known = [each for each in self.monitors if each.reading is not None]
+        return {**self.before(*given), **{f"{each.prefix}/phase": each.reading.phase.value for each in known}}  # type: ignore[union-attr]
+
+
+def show(trainer: pl.Trainer, monitor: Monitor) -> None:
+    """Add a monitor's phase to what the progress bar shows, of either kind, until :func:`hide`."""
+    bar: Any = trainer.progress_bar_callback
+    if bar is None or not hasattr(bar, "get_metrics"):
+        return
+    if not isinstance(bar.get_metrics, PhaseItems):
+        bar.get_metrics = PhaseItems(bar.get_metrics)
+    if monitor not in bar.get_metrics.monitors:
+        bar.get_metrics.monitors.append(monitor)
+
+
+def hide(trainer: pl.Trainer, monitor: Monitor) -> None:
+    """Leave the progress bar as it was."""
+    items: Any = getattr(trainer.progress_bar_callback, "get_metrics", None)
+    if isinstance(items, PhaseItems):
+        items.monitors = [each for each in items.monitors if each is not monitor]
+        if not items.monitors:
+            trainer.progress_bar_callback.get_metrics = items.before  # type: ignore[union-attr, method-assign]

@@ -1,0 +1,76 @@
+"""A reading in plain words."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_koopman.reading.losses import HORIZON
+from lightning_koopman.reading.phase import Phase
+from lightning_koopman.reading.reading import TrainingReading
+
+
+def describe(reading: TrainingReading | None, *, observable: str = "Loss", every: int = 1, unit: str = "epochs") -> str:
+    """The verdict with what to do about it, and the numbers behind it, a line each.
+
+    Args:
+        reading: The reading, or None while there is none.
+        observable: What the losses are.
+        every: Epochs, or what the unit is, between two snapshots.
+        unit: ``"epochs"`` or ``"steps"``.
+
+    Example:
+        >>> from lightning_koopman.reading.words import describe
+        >>> describe(None)
+        'Nothing is known yet: too few snapshots.'
+    """
+    if reading is None:
+        return "Nothing is known yet: too few snapshots."
+    lines = [] if reading.phase is Phase.UNKNOWN and not reading.n_steps else [_verdict(reading)]
+    lines.append(f"- Told by: {reading.evidence}.")
+    if math.isfinite(reading.step_correlation):
+        lines.append(
+            f"- Steps: successive ones have a correlation of {reading.step_correlation:.2f} ± "
+            f"{reading.step_correlation_error:.2g} (a random walk's is 0), the spectral weight at 1 is "
+            f"{reading.spectral_weight:.2f} ± {reading.spectral_weight_error:.2g} (a walk's is 1)."
+        )
+    if math.isfinite(reading.slowing):
+        span = f"{reading.fastest[1] * every} {unit}"
+        pace = math.sqrt(1 - reading.slowing)
+        lines.append(f"- Pace: the newest {span} moved the weights {pace:.2g} times as far as the fastest {span}.")
+    if math.isfinite(reading.rate):
+        low, high = (_time(each * every) for each in reading.half_life_range)
+        lines.append(
+            f"- Rate: the directed part of the steps changes by ×{reading.rate:.3f} every {_span(every, unit)}: it "
+            f"halves in {_time(reading.half_life * every)} {unit} ({low} to {high}); the weights have "
+            f"{_share(reading.remaining)} of the way they came still to go."
+        )
+    if math.isfinite(reading.loss_change):
+        low, high = (f"{each:+.2g}" for each in reading.loss_change_range)
+        lines.append(
+            f"- {observable}: {reading.loss:.3g}, with a noise of {reading.loss_noise:.2g}; over the next "
+            f"{HORIZON * every} {unit} it is predicted to change by {reading.loss_change:+.2g} ({low} to {high})."
+        )
+    return "\n".join(lines)
+
+
+def _verdict(reading: TrainingReading) -> str:
+    phase = reading.phase
+    return f"{phase.value.capitalize()}: {phase.meaning}. What to do: {phase.advice}."
+
+
+def _span(every: int, unit: str) -> str:
+    return unit.removesuffix("s") if every == 1 else f"{every} {unit}"
+
+
+def _time(rounds: float) -> str:
+    return "∞" if not math.isfinite(rounds) else f"{rounds:.1f}" if rounds < 100 else f"{rounds:.0f}"
+
+
+def _share(remaining: float) -> str:
+    return (
+        "an unknown part"
+        if not math.isfinite(remaining)
+        else f"{remaining:.0%}"
+        if remaining < 10
+        else f"{remaining:.0f} times"
+    )
