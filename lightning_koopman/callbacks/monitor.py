@@ -23,7 +23,8 @@ from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.dmd.summary import summarize
 from lightning_koopman.plots import check_matplotlib, plot_history, plot_spectrum
 from lightning_koopman.trajectory.recorder import WEIGHTS
-from lightning_koopman.trajectory.trajectory import SKETCH, Trajectory
+from lightning_koopman.trajectory.sketch import SKETCH
+from lightning_koopman.trajectory.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
