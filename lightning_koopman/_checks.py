@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -31,10 +32,12 @@ def is_count(value: object, least: int = 1) -> bool:
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
-def check_count(name: str, value: object, least: int, advice: str = "") -> int:
-    """A whole number ≥ ``least``; raise ValueError if it is none."""
+def check_count(name: str, value: object, least: int, advice: str = "", *, most: float = math.inf) -> int:
+    """A whole number from ``least`` to ``most``; raise ValueError if it is none."""
     if not is_count(value, least):
         raise ValueError(f"{name} must be at least {least} and whole, got {value!r}{_colon(advice)}.")
+    if value > most:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at most {most:,}, got {value!r}{_colon(advice)}.")
     return int(value)  # type: ignore[call-overload, no-any-return]
 
 
@@ -84,10 +87,10 @@ def check_instance(name: str, value: T, kinds: type | tuple[type, ...], advice: 
     return value
 
 
-def check_function(name: str, value: T, advice: str) -> T:
-    """Something that can be called with one argument; raise TypeError if it is none."""
+def check_function(name: str, value: T, advice: str, arguments: int = 1) -> T:
+    """Something that can be called with so many arguments; raise TypeError if it is none."""
     try:
-        if callable(value) and (isinstance(value, type) or signature(value).bind(None)):
+        if callable(value) and (isinstance(value, type) or signature(value).bind(*[None] * arguments)):
             return value
     except ValueError:  # built in, without a signature
         return value
@@ -104,6 +107,18 @@ def check_path(name: str, value: object) -> Path:
     if not text or "\0" in text:
         raise ValueError(f"{name} must be a path, got {value!r}.")
     return Path(text)
+
+
+def hold_words(values: object) -> bool:
+    """Whether words, records, or nothing at all, stand among the numbers of something like an array."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    kinds = (str, bytes, type(None))
+    return array.dtype.kind in "USV" or (
+        array.dtype.kind == "O" and any(isinstance(each, kinds) for each in array.flat)
+    )
 
 
 def real_array(name: str, value: object) -> npt.NDArray[Any]:
@@ -124,14 +139,23 @@ def real_array(name: str, value: object) -> npt.NDArray[Any]:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} must be real numbers, got {_short(value)}: {error}.") from error
-    words = array.dtype.kind == "O" and any(isinstance(each, (str, bytes, type(None))) for each in array.flat)
-    if array.dtype.kind in "biuOf" and array.dtype != np.float32 and not words:
+    if array.dtype.kind in "biuOf" and array.dtype != np.float32 and not hold_words(array):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             array = array.astype(np.float64)
     if array.dtype.kind != "f":
         mend = "give real and imaginary part as two outputs" if array.dtype.kind == "c" else "convert them"
         raise TypeError(f"{name} must be real numbers, got {array.dtype}: {mend}.")
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def whole_numbers(name: str, value: object, least: int, most: int) -> npt.NDArray[np.int64]:
+    """Whole numbers as an array (s,); raise ValueError or TypeError if they are none, or out of their range."""
+    array = np.atleast_1d(real_array(name, value))
+    listed = value if isinstance(value, (list, tuple)) else [value]
+    flags = any(getattr(each, "dtype", type(each)) in (bool, np.bool_, torch.bool) for each in listed)
+    if flags or array.ndim != 1 or not ((least <= array) & (array <= most)).all() or (array % 1).any():
+        raise ValueError(f"{name} must be whole numbers (s,) between {least} and {most}, got {_short(value)}.")
+    return array.astype(np.int64)
 
 
 def _short(value: object) -> str:

@@ -167,7 +167,7 @@ PATH = [*but(refuse(ANY, three=3, zero_byte="a\0b"), "str", "digits", "bytes", "
 PATTERNS = [*but(refuse(ANY, three=3, ints=[1], mixed=["0*", 3], nested=[["0*"]], byte_list=[b"0*"], unknown="nope",
     out="!*", some=["0*", "nope"]), "str"),
             *made("equal", tuple=lambda v: (v,), listed=lambda v: [v], np_str=np.str_, array=lambda v: np.array([v]))]
-LATE = but(PATTERNS, "digits", "nothing", "unknown", "out", "some", "empty_list",
+LATE = but(PATTERNS, "digits", "strings", "nothing", "unknown", "out", "some", "empty_list",
     "empty")  # only a run tells what they match
 FUNCTION = [*but(THING, "type", "function", "module_class"), *refuse(no_argument=lambda: 1)]
 SCHEME = but(CHOICE, "type", "function")

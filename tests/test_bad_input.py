@@ -222,51 +222,6 @@ def bases(name: str) -> Iterator[dict[str, Any]]:
     # where some of the values still end in an error without the argument's name, or go through
 
 
-OPEN = [
-    "ChannelRemoval.left_of.name",
-    "EarlyStopOnUnitEigenvalues.parameters",
-    "HSVR.decay",
-    "HSVR.fit.X",
-    "HSVR.fit.y",
-    "HSVR.predict.X",
-    "HSVR.staged_predict.X",
-    "KoopmanPruner.parameters",
-    "KoopmanSpectrumMonitor.parameters",
-    "RestartOnBadInitialization.modules",
-    "SobolevLoss.domain",
-    "SobolevLoss.exponent",
-    "SobolevLoss.forward.hidden",
-    "SobolevLoss.forward.points",
-    "SobolevLoss.forward.targets",
-    "SobolevLoss.forward.weights",
-    "SobolevLoss.n_outputs",
-    "SobolevLoss.n_samples",
-    "SobolevLoss.scales",
-    "SobolevLoss.widths",
-    "Trajectory.commit.message",
-    "Trajectory.load.folder",
-    "Trajectory.load.n",
-    "Trajectory.load.read",
-    "Trajectory.load.state",
-    "Trajectory.path",
-    "Trajectory.sketch",
-    "Trajectory.stage.offsets",
-    "export_network.example",
-    "prunable_parameters.patterns",
-    "resize_like.state_dict",
-    "select_parameters.patterns",
-    "shrink_noise.x",
-    "sobolev_loss.domain",
-    "sobolev_loss.exponent",
-    "sobolev_loss.n_samples",
-    "sobolev_loss.points",
-    "sobolev_loss.targets",
-    "sobolev_loss.weights",
-    "suggest_mlp.x",
-    "suggest_scales.x",
-]
-
-
 TESTED = [(name, argument, base) for name in sorted(names()) for base in bases(name) for argument in base]
 
 
@@ -371,9 +326,7 @@ def judge(name: str, argument: str, base: dict[str, Any], case: Case) -> str | N
 
 
 @pytest.mark.parametrize(("name", "argument", "base"), TESTED)
-def test_bad_and_unusual_input(name, argument, base, tmp_path, monkeypatch, request):
-    if f"{name}.{argument}" in OPEN:
-        request.applymarker(pytest.mark.xfail(reason="not yet mended for all values", strict=False))
+def test_bad_and_unusual_input(name, argument, base, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = [(case.label, judge(name, argument, base, case)) for case in about(name, argument)[1]]
     assert not [f"{label}: {problem}" for label, problem in found if problem]

@@ -17,7 +17,7 @@ from lightning_koopman.callbacks.run_folder import RunFolder, checked_prefix
 from lightning_koopman.callbacks.scalars import log_scalars
 from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, SnapshotSettings
-from lightning_koopman.trajectory.trajectory import SKETCH
+from lightning_koopman.trajectory.sketch import SKETCH
 
 if TYPE_CHECKING:  # never at run time: the user may use the other import root
     import pytorch_lightning as pl

@@ -32,7 +32,8 @@ from lightning_koopman.reading.steps import LEAST
 from lightning_koopman.reading.words import describe
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.trajectory.recorder import WEIGHTS
-from lightning_koopman.trajectory.trajectory import SKETCH, Trajectory
+from lightning_koopman.trajectory.sketch import SKETCH
+from lightning_koopman.trajectory.trajectory import Trajectory
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

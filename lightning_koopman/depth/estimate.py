@@ -179,6 +179,13 @@ def check_rule(method: object, decay: Any) -> None:
         raise ValueError(f"decay must be a number > 1, got {decay!r}: it is the ratio of the scales of two layers.")
 
 
+def check_range(name: str, points: Array) -> None:
+    """Raise ValueError for points that are too near together, or too far apart, to compute with."""
+    ranges = np.ptp(points, axis=0)
+    if not (ranges.min() > 1 / EXTREME and ranges.max() < EXTREME):
+        raise ValueError(f"{name} has a range of {ranges.max():g}, too far from 1 to compute with: take another unit.")
+
+
 def _layers(
     lines: Lines,
     method: str,
@@ -252,9 +259,7 @@ def _check_points(points: Array) -> None:
     constant = np.flatnonzero(np.ptp(points, axis=0) == 0)
     if constant.size:
         raise ValueError(f"x does not differ in input {constant[0]}: leave that input out.")
-    ranges = np.ptp(points, axis=0)
-    if not (ranges.min() > 1 / EXTREME and ranges.max() < EXTREME):
-        raise ValueError(f"x has a range of {ranges.max():g}, too far from 1 to compute with: take another unit.")
+    check_range("x", points)
     if points.shape[1] == 1 and (np.diff(points[:, 0]) < 0).any():
         at = int(np.argmax(np.diff(points[:, 0]) < 0))
         raise ValueError(

@@ -13,8 +13,8 @@ from sklearn.base import BaseEstimator, MultiOutputMixin, RegressorMixin
 from sklearn.svm import SVR
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-from lightning_koopman._checks import check_flag, is_count, is_number, real_array
-from lightning_koopman.depth.estimate import FEWEST, MOST_INPUTS, DepthEstimate, check_rule, estimate_depth
+from lightning_koopman._checks import check_flag, hold_words, is_count, is_number, real_array
+from lightning_koopman.depth.estimate import FEWEST, MOST_INPUTS, DepthEstimate, check_range, check_rule, estimate_depth
 from lightning_koopman.depth.frequencies import ROUNDING
 
 Array = npt.NDArray[np.float64]
@@ -120,12 +120,17 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
                 ``method="dmd"`` does not suit them.
         """
         X, y = _detached("X", X), _detached("y", y)  # noqa: N806
-        given = validate_data(self, X, y, multi_output=True, y_numeric=True, dtype=np.float64)
+        given = _validated(self, X, y, multi_output=True, y_numeric=True)
         inputs, targets = (np.asarray(each, dtype=np.float64) for each in given)
         self._check_parameters()
         self._single = targets.ndim == 1
         targets = targets.reshape(len(inputs), -1)
-        self.scales_ = self._find_scales(inputs, targets)
+        with np.errstate(over="ignore", divide="ignore"):
+            self.scales_ = self._find_scales(inputs, targets)
+            gammas = 1 / self.scales_**2
+        if not np.isfinite(gammas).all():
+            origin = f"decay={self.decay!r}, n_layers={self.n_layers!r}" if self.scales is None else "scales"
+            raise ValueError(f"{origin} make a scale of {self.scales_[-1]:g}, too small to compute with: take fewer.")
         self.n_layers_ = len(self.scales_)
         if self.verbose and self.depth_ is not None:
             for note in self.depth_.notes:
@@ -147,7 +152,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             )
             models = [
                 SVR(
-                    gamma=1 / scale**2,
+                    gamma=gammas[layer],
                     C=float(self.C) * np.ptp(left[:, output]) or 1.0,
                     epsilon=float(self.epsilon),
                     tol=float(self.tol),
@@ -184,7 +189,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
     def _check_points(self, X: npt.ArrayLike) -> Array:  # noqa: N803
         check_is_fitted(self)
         X = _detached("X", X)  # noqa: N806
-        points: Array = validate_data(self, X, reset=False, dtype=np.float64) - self.offset_
+        points: Array = _validated(self, X, reset=False) - self.offset_
         return points
 
     def _shaped(self, values: Array) -> Array:
@@ -208,6 +213,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
                 )
             first = np.sqrt(inputs.shape[1] * inputs.var()) or 1.0
             return np.asarray(first / self.decay ** np.arange(self.n_layers or 1), dtype=np.float64)
+        check_range("X", points)
         samples = _means(targets, index, counts)
         self.depth_ = estimate_depth(
             points, samples, self.method, self.decay, threshold=self.threshold, taper=self.taper
@@ -266,9 +272,20 @@ def _detached(name: str, values: Any) -> Any:
     """Tensors as arrays; raise ValueError for what is no array of numbers.  The rest is scikit-learn's to check."""
     if hasattr(values, "detach") or np.ma.isMaskedArray(values):
         return real_array(name, values)
-    if type(values) in (str, bytes, dict, set, bool) or callable(values):
-        raise ValueError(f"{name} must be an array of numbers, got {type(values).__name__}: reshape your data to it.")
+    words = values is not None and hold_words(values)  # which scikit-learn would read as numbers
+    if words or type(values) in (str, bytes, dict, set, bool) or callable(values):
+        kind = "words, records or None in it" if words else type(values).__name__
+        raise ValueError(f"{name} must be an array of numbers, got {kind}: convert or reshape your data.")
     return values
+
+
+def _validated(model: HSVR, *given: Any, **options: Any) -> Any:
+    """Data as scikit-learn checks them, in float64; its messages do not always say whose they are."""
+    try:
+        return validate_data(model, *given, dtype=np.float64, **options)
+    except (TypeError, ValueError) as error:
+        names = "X, y" if len(given) > 1 else "X"
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{names}: {error}") from error
 
 
 def _predictions(models: Sequence[SVR], points: Array) -> Array:

@@ -76,7 +76,7 @@ def suggest_mlp(
         raise ValueError(f"depth must be what estimate_depth returns, or None, got {depth!r}.")
     depth = estimate_depth(x, y) if depth is None else depth
     points, samples = as_samples(x, y, FEWEST)
-    domain, grid = observe_domain(torch.as_tensor(points)), find_grid(points, samples)
+    domain, grid = observe_domain(torch.as_tensor(points), "the points x"), find_grid(points, samples)
     if grid is not None:  # ticks that differ by rounding are one
         lengths = np.multiply(grid.steps, grid.values.shape[:-1])
         domain = tuple((low, low + float(length)) for (low, _), length in zip(domain, lengths, strict=True))

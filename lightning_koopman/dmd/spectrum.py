@@ -6,9 +6,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
-from lightning_koopman._checks import check_choice, check_count, check_flag, check_positive, is_number, real_array
+from lightning_koopman._checks import (
+    check_choice,
+    check_count,
+    check_flag,
+    check_positive,
+    is_number,
+    real_array,
+    whole_numbers,
+)
 
 Real = npt.NDArray[np.float64]
 Complex = npt.NDArray[np.complex128]
@@ -188,7 +195,7 @@ class Spectrum:
         Raises:
             ValueError: If ``modes`` has the wrong shape or splits a conjugate pair.
         """
-        at, clip = _whole("times", times), check_flag("clip", clip)
+        at, clip = whole_numbers("times", times, -MOST_TIME, MOST_TIME), check_flag("clip", clip)
         chosen = np.ones(self.rank, dtype=bool) if modes is None else _flags("modes", modes)
         if chosen.shape != (self.rank,):
             raise ValueError(f"modes must have shape ({self.rank},), one entry a mode; got {chosen.shape}.")
@@ -253,16 +260,6 @@ class Spectrum:
                 "pass the same snapshots, time first."
             )
         return values
-
-
-def _whole(name: str, value: npt.ArrayLike) -> npt.NDArray[np.int64]:
-    """Whole numbers as an array (s,); raise ValueError if they are none."""
-    array = np.atleast_1d(real_array(name, value))
-    listed = value if isinstance(value, (list, tuple)) else [value]
-    flags = any(getattr(each, "dtype", type(each)) in (bool, np.bool_, torch.bool) for each in listed)
-    if flags or array.ndim != 1 or not (np.abs(array) <= MOST_TIME).all() or (array % 1).any():
-        raise ValueError(f"{name} must be whole numbers (s,) between -{MOST_TIME} and {MOST_TIME}, got {value!r}.")
-    return array.astype(np.int64)
 
 
 def _flags(name: str, value: npt.ArrayLike) -> Mask:

@@ -32,19 +32,23 @@ def check_domain(domain: object) -> tuple[Interval, ...]:
     return tuple((float(low), float(high)) for low, high in pairs)
 
 
-def check_points(points: Tensor, box: Sequence[Interval]) -> None:
-    """Raise ValueError unless all points (N, D) are finite and lie in the box."""
+def check_points(points: Tensor, box: Sequence[Interval], name: str = "points") -> None:
+    """Raise ValueError unless all points (N, D) are finite and lie in the box, and their dtype bears it."""
     if is_hidden(points):  # values are not known while a step is compiled
         return
+    info = torch.finfo(torch.promote_types(points.dtype, torch.float32))  # that of the loss
     reach = torch.stack([points.detach().amin(0), points.detach().amax(0)]).tolist()  # NaN goes through both
     for axis, ((low, high), least, most) in enumerate(zip(box, *reach, strict=True)):
-        rounding = 2 * torch.finfo(points.dtype).eps * max(abs(low), abs(high))
+        size = max(abs(low), abs(high))
+        if not max(info.tiny, info.eps * size) < high - low < info.max:
+            raise ValueError(f"domain=({low:.6g}, {high:.6g}) is lost in {info.dtype}: take another unit, or origin.")
+        rounding = 2 * torch.finfo(points.dtype).eps * size
         slack = (high - low) * 1e-5 + rounding  # of points and domain
         if not (math.isfinite(least) and math.isfinite(most)):
-            raise ValueError("points hold NaN or infinite values: leave those samples out.")
+            raise ValueError(f"{name} hold NaN or infinite values: leave those samples out.")
         if least < low - slack or most > high + slack:
             raise ValueError(
-                f"points reach from {least:.6g} to {most:.6g} in input {axis}, outside of the period "
+                f"{name} reach from {least:.6g} to {most:.6g} in input {axis}, outside of the period "
                 f"({low:.6g}, {high:.6g}): give domain=(low, high) that holds all points, validation and test too."
             )
 
@@ -69,7 +73,7 @@ def is_hidden(*tensors: Tensor | None) -> bool:
     )
 
 
-def observe_domain(points: Tensor) -> tuple[Interval, ...]:
+def observe_domain(points: Tensor, name: str = "points") -> tuple[Interval, ...]:
     """One period from the points (N, D): their range and one mean spacing more, exact where they form a grid.
 
     Raises:
@@ -85,12 +89,12 @@ def observe_domain(points: Tensor) -> tuple[Interval, ...]:
         different = torch.unique(values)  # sorted
         low, high = float(different[0]), float(different[-1])
         if not low < high:
-            raise ValueError(f"points do not differ in input {axis}: leave that input out, or give domain=(low, high).")
+            raise ValueError(f"{name} do not differ in input {axis}: leave that input out, or give domain=(low, high).")
         box.append((low, high + (high - low) / (len(different) - 1)))
     return tuple(box)
 
 
 def to_torus(points: Tensor, box: Sequence[Interval]) -> Tensor:
     """Points (N, D) in units of the period, 0 for its beginning."""
-    low, high = points.new_tensor(box).unbind(1)
+    low, high = torch.tensor(box, dtype=points.dtype, device=points.device).unbind(1)
     return (points - low) / (high - low)

@@ -83,7 +83,10 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
         raise ValueError(f"{argument}={patterns!r} names nothing: give patterns, or leave it out.")
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in known):
-            raise ValueError(f"{argument}={pattern!r} matches no {kind}; the module has {_listed(known) or 'none'}.")
+            raise ValueError(
+                f"{argument}={pattern!r} matches no {kind}; the module has {_listed(known) or 'none'}: "
+                "mend the patterns."
+            )
     include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
     exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
     chosen = [
@@ -93,7 +96,9 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
         and not any(fnmatchcase(name, pattern) for pattern in exclude)
     ]
     if not chosen:
-        raise ValueError(f"{argument}={wanted!r} selects nothing: the exclusions remove every match.")
+        raise ValueError(
+            f"{argument}={wanted!r} selects nothing: the exclusions remove every match, so mend the patterns."
+        )
     return chosen
 
 

@@ -52,7 +52,8 @@ class ChannelRemoval:
 
     def left_of(self, name: str, values: Tensor) -> Tensor:
         """What is left of values that belong to a parameter or buffer, such as scores or a mask."""
-        check_instance("name", name, str, "the name of a parameter or buffer")
+        if not check_instance("name", name, str, "the name of a parameter or buffer"):
+            raise ValueError("name is empty: give that of a parameter or buffer.")
         check_instance("values", values, Tensor, "a tensor")
         if name not in self.kept:
             return values
@@ -154,7 +155,7 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
 
     Raises:
         ValueError: If a tensor of another size belongs to a module that is no convolution, linear layer, batch norm or
-            PReLU.
+            PReLU, or differs in more than its channels.
 
     Example:
         >>> from torch import nn
@@ -179,6 +180,13 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         }
         if own:
             plan.append((path, part, own, _resized(path, part, own)))
+        for leaf, shape in own.items():
+            old, name = getattr(part, leaf).shape, f"{path}.{leaf}".removeprefix(".")
+            if len(shape) != len(old) or shape[2:] != old[2:]:
+                raise ValueError(
+                    f"state_dict[{name!r}] has the shape {tuple(shape)}, the network's {tuple(old)}: they may "
+                    "differ in the first two dimensions, which are channels; build it as the other was built."
+                )
     for _, part, own, arguments in plan:
         for leaf, shape in own.items():
             old = getattr(part, leaf)

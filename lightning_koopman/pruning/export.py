@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_koopman._checks import check_instance, check_path
 from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.pruning.channel_tracing import eager_copy
+from lightning_koopman.sobolev.layer_taps import run_once
 from lightning_koopman.sobolev.loss import SobolevLoss
 
 
@@ -43,7 +44,7 @@ def export_network(
 
     Raises:
         ModuleNotFoundError: If ONNX is asked for and not installed.
-        ValueError: If ONNX is asked for without an example.
+        ValueError: If ONNX is asked for without an example, or the network fails on it.
 
     Example:
         >>> import tempfile, torch
@@ -93,6 +94,7 @@ def export_network(
         )
     if any(hasattr(part, "_orig_mod") for part in network.modules()):  # what is compiled cannot be exported
         network = eager_copy(network, copy.deepcopy)
+    run_once(network, given, ())  # its errors tell more than the export's
     modes = {part: part.training for part in network.modules()}
     network.eval()
     try:

@@ -151,7 +151,7 @@ class SobolevNorm:
         """Scale of each layer; all of them for a single output."""
         scales = self.scales
         if n_layers > 1 and len(scales) == 1:
-            return sobolev_scales(n_layers, highest=scales[0])
+            return scales * n_layers if not scales[0] else sobolev_scales(n_layers, highest=scales[0])
         if n_layers > 1 and len(scales) != n_layers:
             raise ValueError(f"scales={scales!r} are {len(scales)}, but {n_layers} outputs are trained: give as many.")
         return scales
@@ -190,6 +190,8 @@ def constant_tensors(*arguments: Any) -> tuple[Tensor, Tensor]:
 def make_tensors(dtype: torch.dtype, device: torch.device, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The bands where they are needed."""
     bands = make_bands(*arguments)
+    if not bands.weights.max() < torch.finfo(dtype).max:
+        raise ValueError(f"exponent={arguments[3]!r} gives a mode a weight beyond {dtype}: take a lower one.")
     with torch.inference_mode(mode=False):  # usable for training wherever they were made
         return torch.tensor(bands.modes, device=device), torch.tensor(bands.weights, dtype=dtype, device=device)
 
@@ -216,5 +218,6 @@ def make_bands(scales: tuple[float, ...], n_layers: int, dim: int, exponent: flo
     if n_layers == 1:  # equation 8: all bands of one output; of nested balls the last holds them all
         members = members.sum(axis=0, keepdims=True) if literal else members[-1:]
     counted = members.any(axis=0)
-    decay = (1 + (2 * np.pi) ** 2 * squares) ** exponent * np.where(squares > 0, 2.0, 1.0)
-    return Bands(modes[counted], (members * decay)[:, counted])
+    with np.errstate(over="ignore", invalid="ignore"):  # `make_tensors` refuses it
+        decay = (1 + (2 * np.pi) ** 2 * squares) ** exponent * np.where(squares > 0, 2.0, 1.0)
+        return Bands(modes[counted], (members * decay)[:, counted])

@@ -6,7 +6,8 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import partial, reduce
-from typing import cast
+from numbers import Real
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -90,7 +91,7 @@ def sobolev_loss(
     """
     rule = SobolevNorm(cast("tuple[float, ...]", scales), exponent, literal, norm)
     box = None if domain is None else check_domain(domain)
-    check_n_samples(n_samples)
+    n_samples = check_n_samples(n_samples)
     stack, targets, points = check_tensors(outputs, targets, points)
     if points is None:
         check_grid_arguments(box, weights, n_samples)
@@ -209,12 +210,7 @@ def check_tensors(
     named = [(f"outputs[{index}]" if len(outputs) > 1 else "outputs", each) for index, each in enumerate(outputs)]
     named += [("targets", targets)] + ([] if points is None else [("points", points)])
     for name, tensor in named:
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
-        if tensor.is_complex():
-            raise TypeError(f"{name} is complex ({tensor.dtype}): give real and imaginary part as two outputs.")
-        if not tensor.is_floating_point():
-            raise TypeError(f"{name} must be floating point, got {tensor.dtype}: convert it with .float().")
+        check_floating(name, tensor)
     for name, tensor in named[: len(outputs)]:
         if tensor.shape != targets.shape:
             raise ValueError(
@@ -222,8 +218,7 @@ def check_tensors(
                 "nothing is broadcast."
             )
     for name, tensor in named:
-        if tensor.device != targets.device:
-            raise ValueError(f"{name} is on {tensor.device}, targets on {targets.device}: move them to one device.")
+        check_device(name, tensor, "targets", targets)
     if not targets.numel():
         raise ValueError(f"targets are empty, {tuple(targets.shape)}: there is nothing to compare.")
     if points is None:
@@ -249,12 +244,31 @@ def check_tensors(
     return outputs, targets, points[:, None] if points.dim() == 1 else points
 
 
-def check_n_samples(n_samples: object) -> None:
-    """Raise ValueError unless it is None or a number ≥ 1."""
-    if n_samples is not None and not (
-        (is_number(n_samples) or n_samples == math.inf) and cast("float", n_samples) >= 1
-    ):
+def check_floating(name: str, tensor: object) -> None:
+    """Raise TypeError unless it is a dense tensor of floating numbers."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
+    if tensor.is_complex():
+        raise TypeError(f"{name} is complex ({tensor.dtype}): give real and imaginary part as two outputs.")
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {tensor.dtype}: convert it with .float().")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be dense, got {tensor.layout}: convert it with .to_dense().")
+
+
+def check_device(name: str, tensor: Tensor, beside: str, other: Tensor) -> None:
+    """Raise ValueError unless two tensors are on one device."""
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, {beside} on {other.device}: move them to one device.")
+
+
+def check_n_samples(n_samples: Any) -> float | None:
+    """The number as a plain one; raise ValueError unless it is None or a number ≥ 1."""
+    if n_samples is None:
+        return None
+    if not ((is_number(n_samples) or (isinstance(n_samples, Real) and n_samples == math.inf)) and n_samples >= 1):
         raise ValueError(f"n_samples must be the number of samples in the data set, ≥ 1, or None, got {n_samples!r}.")
+    return n_samples if isinstance(n_samples, (int, float)) else float(n_samples)
 
 
 def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | None) -> Tensor | None:
@@ -264,15 +278,19 @@ def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | No
         raise ValueError(f"n_samples={n_samples!r} is less than the {n_points} samples of this call: give the total.")
     if weights is None:
         return None
-    if not isinstance(weights, Tensor) or weights.shape != targets.shape[:1] or weights.is_complex():
-        got = f"{weights.dtype} {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
-        raise ValueError(f"weights must be a real tensor ({n_points},), one for each sample, got {got}.")
+    fits = isinstance(weights, Tensor) and weights.shape == targets.shape[:1] and weights.layout == torch.strided
+    if not fits or weights.is_complex():
+        got = [weights.dtype, tuple(weights.shape), weights.layout] if isinstance(weights, Tensor) else type(weights)
+        raise ValueError(f"weights must be a real tensor ({n_points},), one for each sample, and dense, got {got}.")
+    check_device("weights", weights, "targets", targets)
     if n_samples == math.inf:
         raise ValueError("weights of infinitely many samples are all zero: leave weights or n_samples=inf out.")
     if not is_hidden(weights):
         total = float(weights.detach().sum())
-        if not total <= 1.01 or (n_samples in (None, n_points) and total < 0.99):
+        if not -math.inf < total <= 1.01 or (n_samples in (None, n_points) and total < 0.99):
             raise ValueError(f"weights sum to {total:.6g}, not to 1: divide them by their sum over the whole data set.")
+        if (n_samples or 0) / n_points * abs(total) > math.sqrt(torch.finfo(precision(weights)).max):
+            raise ValueError(f"n_samples={n_samples!r} is too many to weigh: give the number in the data set.")
     return weights if n_samples is None else weights * (n_samples / n_points)
 
 

@@ -74,11 +74,11 @@ def layer_names(network: nn.Module, layers: str | Sequence[str]) -> list[str]:
     return match_names(named, layers, argument="layers", kind="layer")
 
 
-def run_once(network: nn.Module, example: Any, layers: Sequence[str]) -> tuple[Tensor, dict[str, list[Any]]]:
+def run_once(network: nn.Module, example: Any, layers: Sequence[str]) -> tuple[Any, dict[str, list[Any]]]:
     """The network's output for an example, with nothing of the network changed, and what its layers returned.
 
     Raises:
-        ValueError: If the network fails on it, or returns no tensor.
+        ValueError: If the network fails on it.
     """
     modes = {part: part.training for part in network.modules()}
     heard: dict[str, list[Any]] = {}  # in the order in which they run
@@ -93,13 +93,11 @@ def run_once(network: nn.Module, example: Any, layers: Sequence[str]) -> tuple[T
             output = network(*example) if isinstance(example, tuple) else network(example)
     except Exception as error:
         raise ValueError(
-            f"the network fails on the example that shows its layers' widths: {type(error).__name__}: {error}"
+            f"the network fails on the example: {type(error).__name__}: {error}: give an input that `forward` takes."
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
         for part, training in modes.items():
             part.training = training
-    if not isinstance(output, Tensor):
-        raise ValueError(f"the network returns a {type(output).__name__} for the example, not one tensor.")
     return output, heard

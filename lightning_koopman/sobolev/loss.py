@@ -26,6 +26,8 @@ from lightning_koopman.fourier.domain import (
 )
 from lightning_koopman.sobolev.bands import SobolevNorm
 from lightning_koopman.sobolev.functional import (
+    check_device,
+    check_floating,
     check_grid_arguments,
     check_n_samples,
     check_tensors,
@@ -36,6 +38,8 @@ from lightning_koopman.sobolev.functional import (
     warn_of_modes,
 )
 from lightning_koopman.sobolev.layer_taps import Tap, layer_names, run_once
+
+MOST_WEIGHTS = 2**28  # of a head: a gigabyte
 
 
 class SobolevLoss(nn.Module):
@@ -131,12 +135,11 @@ class SobolevLoss(nn.Module):
         super().__init__()
         self.rule = SobolevNorm(cast("tuple[float, ...]", scales), exponent, literal, norm)
         self.domain = None if domain is None else check_domain(domain)
-        check_n_samples(n_samples)
+        self.n_samples = check_n_samples(n_samples)
         if n_samples is not None and domain is None:
             raise ValueError(
                 "domain=None takes the period from the whole data set, which mini-batches do not show: give it."
             )
-        self.n_samples = n_samples
         self.heads = nn.ModuleList()
         self._observed = domain is None
         self._taps: list[Tap] = []
@@ -148,7 +151,7 @@ class SobolevLoss(nn.Module):
         if network is not None or layers is not None or example is not None:
             self._listen(network, layers, example, widths)
         elif widths is not None:
-            widths = check_widths(widths, n_outputs)
+            widths, n_outputs = check_widths(widths, n_outputs)
             self.rule.bands(len(widths) + 1, 1)  # its errors come before any work
             self.heads.extend(self._head(width, n_outputs) for width in widths)
 
@@ -230,6 +233,8 @@ class SobolevLoss(nn.Module):
         names = layer_names(network, layers)
         self.rule.bands(len(names) + 1, 1)  # its errors come before any work
         output, heard = run_once(network, example, names)
+        if not isinstance(output, Tensor):
+            raise ValueError(f"the network returns a {type(output).__name__} for the example, not one tensor.")
         for name in names:
             check_layer(name, heard.get(name, []))
         n_outputs = 1 if output.dim() == 1 else output.shape[1]
@@ -283,13 +288,15 @@ class SobolevLoss(nn.Module):
         found = []
         for index, (head, values) in enumerate(zip(self.heads, hidden, strict=True)):
             expected = (len(outputs), cast("nn.Linear", head).in_features, *outputs.shape[2:])
+            name = f"layer {self._taps[index].name!r}" if self._taps else f"hidden[{index}]"
+            check_floating(name, values)
+            check_device(name, values, "outputs", outputs)
             if tuple(values.shape) != expected:
-                name = f"layer {self._taps[index].name!r}" if self._taps else f"hidden[{index}]"
                 raise ValueError(
                     f"{name} has the shape {tuple(values.shape)}, expected {expected}: the samples of `outputs`, and "
                     "the channels, in dimension 1, that it had when the loss was made."
                 )
-            found.append(head(values.movedim(1, -1)).movedim(-1, 1))
+            found.append(head(in_dtype_of(head, values).movedim(1, -1)).movedim(-1, 1))
         return found
 
     def _period(self, points: Tensor) -> tuple[Interval, ...]:
@@ -350,9 +357,19 @@ def check_layer(name: str, values: Sequence[Any]) -> None:
         raise ValueError(f"layer {name!r} returns {tuple(values[0].shape)}: channels are expected in dimension 1.")
 
 
-def check_widths(widths: object, n_outputs: object) -> list[int]:
-    """Widths as a list; raise ValueError unless they are whole numbers ≥ 1."""
-    numbers = list(widths) if isinstance(widths, (Sequence, np.ndarray)) else []
+def in_dtype_of(head: nn.Module, values: Tensor) -> Tensor:
+    """Activations in the dtype of their head, but where autocast brings both to its own."""
+    automatic = torch.is_autocast_enabled(values.device.type) and values.dtype.itemsize <= 4
+    return values if automatic else values.to(cast("nn.Linear", head).weight.dtype)
+
+
+def check_widths(widths: object, n_outputs: object) -> tuple[list[int], int]:
+    """Widths as a list, and the number of outputs; raise ValueError unless they are whole numbers ≥ 1."""
+    several = isinstance(widths, (Sequence, np.ndarray)) and not isinstance(widths, (str, bytes)) and np.ndim(widths)
+    numbers = list(cast("Sequence[int]", widths)) if several else []
     if not numbers or not all(is_count(number) for number in (*numbers, n_outputs)):
         raise ValueError(f"widths must be whole numbers ≥ 1, n_outputs too, got {widths!r} and {n_outputs!r}.")
-    return numbers
+    most = max(map(int, numbers)) * int(cast("int", n_outputs))
+    if most > MOST_WEIGHTS:
+        raise ValueError(f"widths and n_outputs give a head {most:,} weights, above {MOST_WEIGHTS:,}: lower one.")
+    return [int(number) for number in numbers], int(cast("int", n_outputs))

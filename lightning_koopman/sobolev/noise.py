@@ -170,8 +170,9 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
     """
     check_norm(norm)
     points = torch.as_tensor(x)
-    box = observe_domain(points) if domain is None else match_domain(check_domain(domain), x.shape[1])
-    check_points(points, box)
+    named = (points, "the points x")
+    box = observe_domain(*named) if domain is None else match_domain(check_domain(domain), x.shape[1])
+    check_points(points, box, named[1])
     halves = np.pi * to_torus(points, box).numpy()
     modes, sizes = _lowest_modes(min(MOST, int(SHARE * len(x)), ENTRIES // len(x)), x.shape[1], norm)
     values = np.cos(halves[:, :1] * modes[:, 0])

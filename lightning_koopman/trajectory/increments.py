@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_koopman._checks import real_array
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.gram import CHUNKS, merge_oldest, power_of_two, row_products, wide_chunks
 from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
@@ -134,10 +136,11 @@ class Increments:
 
     def commit(self, message: Array) -> bool:
         """Take the written snapshot in, given its message; returns whether its numbers were finite."""
+        count, full = len(self) + 1, len(self) == self.capacity
+        message = as_message(message, count + TALLY, *([2 * count - 1 + TALLY] if full else []))
         products, (size, high, low) = message[:-TALLY], message[-TALLY:]
         if not np.isfinite(products).all():  # every NaN of a snapshot ends up in the products
             return False
-        count, full = len(self) + 1, len(self) == self.capacity
         gram = np.empty((count, count))
         gram[:-1, :-1] = self.gram
         gram[-1] = gram[:, -1] = products[:count]
@@ -213,16 +216,27 @@ def _unit(parts: Sequence[Tensor]) -> float:
     return power_of_two(peak, 250)
 
 
+def as_message(message: object, *lengths: int) -> Array:
+    """A message of one of some lengths; raise ValueError or TypeError if it is none."""
+    found = real_array("message", message)
+    if found.ndim != 1 or len(found) not in lengths:
+        raise ValueError(
+            f"message has the shape {found.shape}, not ({lengths[0]},): give what `message` returned for what was "
+            "staged last, or its sum over all processes."
+        )
+    return found
+
+
 def check_state(state: dict[str, Any]) -> int:
     """Snapshots that a state holds; raise ValueError unless its parts agree, before anything of their size is made."""
     try:
         gram, marks, first, start = state["gram"], state["marks"], int(state["first"]), int(state["start"])
-        held = len(gram)
+        held, limit = len(gram), math.inf if state["capacity"] is None else int(state["capacity"])
+        int(state["n"]), int(state["total"]), float(state["peak"]), float(state["unit"])
         whole = isinstance(gram, Tensor) and isinstance(marks, Tensor)
         whole = whole and state["dtype"] in ("float32", "float64", "bfloat16") and int(state["sketch"]) >= 0
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"state is none that `save` returned: {type(error).__name__}: {error}.") from error
-    limit = held if state["capacity"] is None else int(state["capacity"])
     if not whole or gram.shape != (held, held) or marks.shape != (held,) or held > limit or not 0 <= start <= first:
         raise ValueError(f"the saved state holds {held} snapshots, but its parts do not fit that: it is damaged.")
     if not torch.isfinite(gram).all():

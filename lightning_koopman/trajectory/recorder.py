@@ -26,7 +26,8 @@ from lightning_koopman.trajectory.sidecar import (
     ShardReader,
     process_path,
 )
-from lightning_koopman.trajectory.trajectory import SKETCH, STORAGES, Trajectory
+from lightning_koopman.trajectory.sketch import SKETCH, check_sketch
+from lightning_koopman.trajectory.trajectory import STORAGES, Trajectory
 
 SIDECAR = "snapshots"
 WEIGHTS = "weights"
@@ -76,7 +77,7 @@ class SnapshotSettings:
             "window": None
             if self.window is None
             else check_count("window", self.window, 3, "pass None to keep all snapshots"),
-            "sketch": check_count("sketch", self.sketch, 2),
+            "sketch": check_sketch(self.sketch),
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)

@@ -9,15 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_koopman._checks import check_count, whole_numbers
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.random_walk import wishart_root
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Spectrum
 
+SKETCH = 4093  # a prime, so that no regular layout of the weights falls into few buckets
+MOST = 10**8  # numbers in a sketch: their signs alone take gigabytes beyond
 TABLE = 2**21  # random signs, of which each block of numbers takes a window
 CHUNK = 2**20  # numbers of which the signs are made at a time
 DRAWS = 16  # replicates for the error: the standard deviation of 16 is known to about 18 %
 SEED = 2020
+FARTHEST = 2**53  # index of a number in the whole vector
 
 
 class Sketch:
@@ -44,12 +48,17 @@ class Sketch:
         Args:
             parts: Real tensors on any device.
             offsets: Index in the whole vector at which each begins (default: one after the other).
+
+        Raises:
+            ValueError: If the offsets are no whole numbers ≥ 0, one for each tensor.
         """
-        found, at = np.zeros(self.k), 0
-        for index, part in enumerate(parts):
-            at = at if offsets is None else offsets[index]
+        found = np.zeros(self.k)
+        sizes = [part.numel() for part in parts]
+        begins = np.cumsum([0, *sizes])[:-1] if offsets is None else whole_numbers("offsets", offsets, 0, FARTHEST)
+        if len(begins) != len(sizes):
+            raise ValueError(f"offsets are {len(begins)}, the tensors of the snapshot {len(sizes)}: give one for each.")
+        for part, at in zip(parts, begins.tolist(), strict=True):
             found += self.project(part.reshape(-1), offset=at).cpu().numpy()
-            at += part.numel()
         return found
 
     def project(self, values: Tensor, *, offset: int = 0) -> Tensor:
@@ -97,6 +106,11 @@ class Sketch:
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))
         return torch.from_numpy((state % np.uint64(TABLE)).astype(np.int64))
+
+
+def check_sketch(sketch: object) -> int:
+    """The number of combinations that a sketch keeps; raise ValueError if it is out of its range."""
+    return check_count("sketch", sketch, 2, "the estimate's error is about √(2 / sketch)", most=MOST)
 
 
 def with_sketch_errors(spectrum: Spectrum, root: Array, k: int, *, seed: int = 0) -> Spectrum:

@@ -17,13 +17,13 @@ from lightning_koopman._types import AllSum, Array
 from lightning_koopman.dmd.gram import factor_from_increment_gram, merge_oldest
 from lightning_koopman.dmd.rrr import check_options, decompose
 from lightning_koopman.dmd.spectrum import Spectrum
-from lightning_koopman.trajectory.increments import Increments, ReadRow, check_state
+from lightning_koopman.trajectory.increments import Increments, ReadRow, as_message, check_state
 from lightning_koopman.trajectory.rows import DTYPES
 from lightning_koopman.trajectory.sidecar import SegmentReader, SegmentWriter
-from lightning_koopman.trajectory.sketch import Sketch, with_sketch_errors
+from lightning_koopman.trajectory.sketch import SKETCH, Sketch, check_sketch, with_sketch_errors
 
 STORAGES = ("ram", "disk", "sketch")
-SKETCH = 4093  # a prime, so that no regular layout of the weights falls into few buckets
+READ = "a function of an index and the tensor to fill"
 
 
 class Trajectory:
@@ -77,10 +77,10 @@ class Trajectory:
         self.capacity = None if capacity is None else check_count("capacity", capacity, 2)
         self.storage, self.dtype, self.all_sum = storage, dtype, all_sum
         _check_kept(storage, path, dtype, all_sum)
-        self._sketch = Sketch(check_count("sketch", sketch, 2)) if storage == "sketch" else None
+        self._sketch = Sketch(check_sketch(sketch)) if storage == "sketch" else None
         self.sketched = None if self._sketch is None else self._sketch.k  # combinations kept of a snapshot
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
-        folder = Path(path or gettempdir()) if storage == "disk" else None
+        folder = check_path("path", path or gettempdir()) if storage == "disk" else None
         self._held = Increments(width, self.capacity, kept, folder, scaled=dtype == torch.float64 and all_sum is None)
         self._sketched: Array | None = None  # what is staged, where that is no row
         self._writer: SegmentWriter | None = None
@@ -144,7 +144,7 @@ class Trajectory:
             Whether its numbers were finite; else nothing has changed.
         """
         if self._sketched is not None:  # the sum of all sketches: the rest of the work is small
-            self._sketched = None
+            message, self._sketched = as_message(message, 1 + len(self._sketched)), None
             self._held.write([torch.from_numpy(message[1:])])
             message = self._held.message(message[0])
         return self._held.commit(message)
@@ -309,17 +309,17 @@ class Trajectory:
             ValueError: If the state is no such state.
         """
         count, path = check_state(state), check_path("path", path)
-        kept: dict[str, Any] = {"storage": storage, "path": folder}
+        kept: dict[str, Any] = {"storage": storage, "path": None if folder is None else check_path("folder", folder)}
         kept = {"storage": "sketch", "sketch": int(state["sketch"])} if state["sketch"] else kept
         trajectory = cls(
-            int(state["n"]) if n is None else n,
+            _own_count(state, n),
             capacity=state["capacity"],
             dtype=getattr(torch, state["dtype"]),
             all_sum=all_sum,
             **kept,
         )
         held = trajectory._held
-        get = read or SegmentReader.of(path, state, held.n)
+        get = SegmentReader.of(path, state, held.n) if read is None else check_function("read", read, READ, 2)
         marks = held.read(int(state["first"]), count, int(state["start"]), get)
         if all_sum is not None:  # sketches are the same everywhere: only what is missing counts
             marks = all_sum(marks) if trajectory._sketch is None else marks + all_sum(marks * 0)
@@ -340,6 +340,14 @@ def _check_kept(storage: object, path: object, dtype: object, all_sum: object) -
         raise ValueError(f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}.")
     if storage == "sketch" and dtype != torch.float32:
         raise ValueError(f"dtype={dtype} is for stored snapshots, a sketch is always float64: leave it out.")
+
+
+def _own_count(state: dict[str, Any], n: int | None) -> int:
+    """Numbers that this process holds of a saved snapshot; raise ValueError if they are more than all hold."""
+    n = int(state["n"]) if n is None else check_count("n", n, 0)
+    if len(state["gram"]) and n > int(state["total"]):
+        raise ValueError(f"n={n} is more than the {state['total']} numbers of a snapshot in state: give its own part.")
+    return n
 
 
 def _check_rows(sketch: Sketch | None, method: str) -> None:
