@@ -58,6 +58,8 @@ for row in STATES:
     RECORDED.append(row)
 def run(network: Any) -> torch.Tensor:
     return network(torch.ones(2, 4))
+READING = lk.read_training(RECORDED)
+LOSSES = but(SIGNED_ROWS, *LISTS, *BAD_NUMBERS, "empty_list", "empty", "empty_rows", "no_columns")  # NaN, or none
 with TemporaryDirectory() as folder:
     SAVED = RECORDED.save(f"{folder}/rows")
 OWNERS = {"Spectrum": SPECTRUM, "Trajectory": RECORDED, "MaskSet": lk.MaskSet(KEPT), "HSVR": lk.HSVR(2).fit(X[:,
@@ -129,6 +131,9 @@ ARGUMENTS = {
                message=RECORDED.message(),
            Trajectory__stage__snapshot=[torch.ones(2), torch.ones(1)],
                MaskSet__pin__optimizers=torch.optim.SGD(NETWORK.parameters(), 0.1)),
+    **each(THING, reading=READING, before=READING, ax=Figure().subplots()),
+    **each(LOSSES, losses=np.arange(12.0, 0.0, -1.0)),
+    **each([*but(count(0), "huge"), *refuse(beyond=9)], code=2),
     **each([*THING, *refuse(unlike=UNLIKE, short=SHORT)], other=lk.MaskSet(KEPT)),
     **each(but(THING, "empty_list", "empty", "nothing", "dict"), optimizers=[]),
     **each(FUNCTION, all_sum=None, read=None, on_error=None, run=run, copy=copy.deepcopy),
@@ -147,7 +152,8 @@ ARGUMENTS = {
 
 EXCLUDED = {  # beside Lightning's hooks, and what only a run can tell: unmatched patterns, metrics that nobody logs
     "DepthEstimate": "made by estimate_depth", "MLPSuggestion": "made by suggest_mlp", "Spectrum": "made by dmd_rrr",
-    "ChannelRemoval": "made by remove_channels", "KoopmanWarning": "a category", "StoppingReason": "an enumeration",
+    "ChannelRemoval": "made by remove_channels", "Phase": "an enumeration",
+    "TrainingReading": "made by read_training", "KoopmanWarning": "a category", "StoppingReason": "an enumeration",
     "HSVR.set_score_request": "scikit-learn's own",
 }  # fmt: skip
 APART: dict[str, list[dict[str, Any]]] = {  # arguments of further calls, which the first is made without

@@ -339,19 +339,12 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def _spectra(self, *, refine: bool = False) -> tuple[Spectrum | None, Spectrum | None]:
         """Spectrum of the snapshots held, and of the random walk beside it, under the same settings."""
-        trajectory = self.recorder.trajectory
-        delays = self._delays(len(self.recorder))
+        trajectory, delays = self.recorder.trajectory, self._delays(len(self.recorder))
         if trajectory is None or delays is None or not (trajectory.start_norm() or trajectory.step_norms().any()):
             return None, None
-        walk = random_walk_spectrum(
-            trajectory.step_norms(),
-            trajectory.start_norm() or 1.0,
-            trajectory.total,
-            tol=self.tol,
-            delays=delays,
-            refine=refine,
-        )
-        return trajectory.spectrum(tol=self.tol, delays=delays), walk
+        like: dict[str, Any] = {"tol": self.tol, "delays": delays}
+        given = trajectory.step_norms(), trajectory.start_norm() or 1.0, trajectory.total
+        return trajectory.spectrum(**like), random_walk_spectrum(*given, **like, refine=refine)
 
     def _delays(self, count: int) -> int | None:
         """Snapshots in an embedded one, or None while there are too few to say anything."""

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     Rows = Sequence[Mapping[str, Any]]
 
+NEEDED = "epoch", "train_loss", "step_length", "step_correlation", "step_correlation_error", "slowing"
+
 
 def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
     """Training loss over epochs or steps below a strip of the phases, and the numbers that tell them.
@@ -24,8 +26,8 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
     Where a new trajectory begins (pruned, restarted, other weights) there is a dotted line.
 
     Args:
-        history: Rows with ``epoch``, ``train_loss``, ``phase``, ``step_correlation``, ``step_correlation_error`` and
-            ``slowing``, such as :attr:`KoopmanSpectrumMonitor.history`.
+        history: Rows such as :attr:`KoopmanSpectrumMonitor.history`, with ``epoch``, ``train_loss``, ``phase``,
+            ``step_length``, ``step_correlation``, ``step_correlation_error`` and ``slowing``.
         ax: Axes to draw the loss and the strip into, without the numbers (default: a new figure).
 
     Returns:
@@ -36,13 +38,12 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
 
     Example:
         >>> from lightning_koopman import plot_history
-        >>> row = {"epoch": 1, "train_loss": 0.5, "phase": "descending", "slowing": 0.1}
+        >>> row = {"epoch": 6, "train_loss": 0.5, "phase": "descending", "slowing": 0.1, "step_length": 0.5}
         >>> row |= {"step_correlation": 0.4, "step_correlation_error": 0.01}
         >>> len(plot_history([row]).axes)
         2
     """
-    needed = "epoch", "train_loss", "step_correlation", "step_correlation_error", "slowing"
-    _check_rows(history, needed)
+    _check_rows(history)
     check_matplotlib()
     from matplotlib.figure import Figure
 
@@ -57,7 +58,7 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
     figure = Figure(figsize=(7.2, 5.6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
     _draw_losses(top, history, at)
-    values = {key: np.array([row[key] for row in history], dtype=float) for key in needed}
+    values = {key: np.array([row[key] for row in history], dtype=float) for key in NEEDED}
     correlation, doubt = values["step_correlation"], 2 * values["step_correlation_error"]
     bottom.fill_between(
         at, -doubt, doubt, color=WALK, alpha=0.25, linewidth=0, label="random walk, two standard errors"
@@ -87,8 +88,7 @@ def plot_portrait(history: Rows, *, ax: Axes | None = None) -> Figure:
     falls below the walk's band where it hovers.
 
     Args:
-        history: Rows with ``epoch``, ``phase``, ``step_length``, ``step_correlation`` and ``step_correlation_error``,
-            such as :attr:`KoopmanSpectrumMonitor.history`.
+        history: Rows such as :attr:`KoopmanSpectrumMonitor.history`; see :func:`plot_history`.
         ax: Axes to draw into (default: a new figure).
 
     Returns:
@@ -99,15 +99,14 @@ def plot_portrait(history: Rows, *, ax: Axes | None = None) -> Figure:
 
     Example:
         >>> from lightning_koopman import plot_portrait
-        >>> row = {"epoch": 6, "phase": "descending", "step_length": 0.5}
+        >>> row = {"epoch": 6, "train_loss": 0.5, "phase": "descending", "slowing": 0.1, "step_length": 0.5}
         >>> row |= {"step_correlation": 0.4, "step_correlation_error": 0.01}
         >>> len(plot_portrait([row]).axes)
         1
     """
-    needed = "epoch", "step_length", "step_correlation", "step_correlation_error"
-    _check_rows(history, needed)
+    _check_rows(history)
     figure, axis = axes_of(ax, (6.0, 4.8))
-    known = [row for row in history if all(np.isfinite(row[key]) for key in needed) and row["step_length"] > 0]
+    known = [row for row in history if np.isfinite(row["step_correlation"]) and row["step_length"] > 0]
     if not known:
         axis.text(0.5, 0.5, "too few steps", transform=axis.transAxes, ha="center", color=MUTED)
         return figure
@@ -136,12 +135,12 @@ def plot_portrait(history: Rows, *, ax: Axes | None = None) -> Figure:
     return figure
 
 
-def _check_rows(history: object, needed: Sequence[str]) -> None:
+def _check_rows(history: object) -> None:
     """Raise ValueError where these are no rows with a phase and the numbers needed."""
     whole = isinstance(history, Sequence) and len(history) and all(isinstance(row, Mapping) for row in history)
     rows: Any = history
-    if not whole or not all(isinstance(row.get(key), Real) for row in rows for key in needed):
-        raise ValueError(f"history must be rows with numbers for {', '.join(needed)}, got {history!r:.60}.")
+    if not whole or not all(isinstance(row.get(key), Real) for row in rows for key in NEEDED):
+        raise ValueError(f"history must be rows with numbers for {', '.join(NEEDED)}, got {history!r:.60}.")
     known = {phase.value for phase in Phase}
     unknown = next((row.get("phase") for row in rows if row.get("phase") not in known), None)
     if unknown is not None or any("phase" not in row for row in rows):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import SupportsInt
+from typing import SupportsFloat
+
+import numpy as np
+
+from lightning_koopman._checks import whole_numbers
 
 
 class Phase(Enum):
@@ -43,7 +47,7 @@ class Phase(Enum):
         return list(Phase).index(self)
 
     @classmethod
-    def of(cls, code: SupportsInt) -> Phase:
+    def of(cls, code: SupportsFloat) -> Phase:
         """The phase of a code, such as the logged ``koopman/phase``.
 
         Example:
@@ -51,7 +55,10 @@ class Phase(Enum):
             >>> Phase.of(1.0).value
             'descending'
         """
-        return list(cls)[int(code)]
+        at = whole_numbers("code", code, 0, len(cls) - 1)
+        if np.ndim(code):
+            raise ValueError(f"code must be one number, got {code!r}.")
+        return list(cls)[at[0]]
 
 
 MEANINGS = {
