@@ -246,7 +246,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         agreed, self._agreed = self._agreed, 0
         factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
         verdict = self.rule.judge(values, factor, self.baseline_loss.value)
-        reading = self.recording.reader.read(epoch, self.recording.train_loss, self.baseline_loss.value)
+        known = self.recording.train_loss, self.baseline_loss.value
+        reading = self.recording.reader.read(epoch, *known, finite=self.recording.finite)
         hold = verdict.hold
         if hold in (Hold.MOVING, Hold.SWINGING) and reading.phase is Phase.HOVERING:
             hold = Hold.HOVERING  # a noisy loss that goes nowhere

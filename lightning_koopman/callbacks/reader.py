@@ -31,19 +31,24 @@ class Reader:
         self._losses: list[float] = []
         self._newest = -1  # round of the newest reading
 
-    def read(self, epoch: int, loss: float | None, baseline: Baseline | None = None) -> TrainingReading:
+    def read(
+        self, epoch: int, loss: float | None, baseline: Baseline | None = None, *, finite: bool = True
+    ) -> TrainingReading:
         """The reading after so many completed rounds.
 
         Args:
-            epoch: Completed rounds, at which the recorder has taken a snapshot.
+            epoch: Completed rounds, at which a snapshot was due.
             loss: Training loss of the round, None where it is not known; of an observed number that number counts.
             baseline: Loss of a network that ignores its input, where it is known.
+            finite: Whether the weights were finite.
         """
         if epoch == self._newest and self.reading is not None:
             return self.reading
         if not self.recorder.holds(epoch) or self.recorder.trajectory is None:
-            self.forget()
-            return TrainingReading(Phase.DIVERGING, "the loss or the weights are not finite")
+            lost = loss is not None and not math.isfinite(loss)
+            if lost or not finite:
+                return TrainingReading(Phase.DIVERGING, "the loss or the weights are not finite")
+            return TrainingReading(Phase.UNKNOWN, "no snapshot was taken")
         if self.recorder.epochs[0] >= self._newest:
             self.forget()  # a new trajectory has begun
         trajectory = self.recorder.trajectory

@@ -5,8 +5,6 @@ from __future__ import annotations
 from enum import Enum
 from typing import SupportsFloat
 
-import numpy as np
-
 from lightning_koopman._checks import whole_numbers
 
 
@@ -55,10 +53,10 @@ class Phase(Enum):
             >>> Phase.of(1.0).value
             'descending'
         """
-        at = whole_numbers("code", code, 0, len(cls) - 1)
-        if np.ndim(code):
+        phases: list[Phase] = list(cls)
+        if getattr(code, "ndim", 0) or isinstance(code, (list, tuple)):
             raise ValueError(f"code must be one number, got {code!r}.")
-        return list(cls)[at[0]]
+        return phases[int(whole_numbers("code", code, 0, len(phases) - 1)[0])]
 
 
 MEANINGS = {

@@ -90,14 +90,14 @@ def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatisti
     first, second = np.triu_indices(count, 1)
     pairs, lags = cosines[first, second], second - first
     numbers = np.bincount(lags, minlength=count)[1:]
-    correlation = np.bincount(lags, pairs, minlength=count)[1:] / numbers
+    sums = np.bincount(lags, pairs, minlength=count)[1:]
+    correlation = sums / numbers
     # what cosines of one lag scatter by is the noise; their mean is what is looked for
     spread = np.sqrt(np.sum((pairs - correlation[lags - 1]) ** 2) / max(pairs.size - (count - 1), 1))
     spread = float(np.hypot(spread, 0.0 if sketched is None else 1.0 / np.sqrt(sketched)))
     apart = lags >= max(APART, count // 3)
     frequencies = np.linspace(0.0, 0.5, GRID)
-    waves = np.cos(2 * np.pi * np.multiply.outer(frequencies, np.arange(count)[:, None] - np.arange(count)))
-    density = np.einsum("fst,st->f", waves, cosines) / count
+    density = 1 + 2 / count * np.cos(2 * np.pi * np.outer(frequencies, np.arange(1, count))) @ sums
     at = np.arange(count) - (count - 1) / 2
     logs = np.log(lengths)
     slope = float(at @ logs / (at @ at))

@@ -396,11 +396,11 @@ def test_what_cannot_act_is_said_before_training(trainer, regression, told):
     )
     assert "the training data have no length" in told()
     trainer(max_epochs=1, callbacks=KoopmanSpectrumMonitor(prefix="short")).fit(regression())
-    assert "the first spectrum takes 2 epochs, but this run has 1 epochs" in told()
+    assert "the first reading takes 5 epochs, but this run has 1 epochs" in told()
     trainer(max_epochs=4, callbacks=RestartOnBadInitialization(6, modules="net*")).fit(regression())
     assert "judging the start takes 6 epochs, but this run has 4 epochs" in told()
     trainer(max_epochs=9, max_steps=9, callbacks=KoopmanSpectrumMonitor(every_n_steps=5)).fit(regression())
-    assert "the first spectrum takes 10 steps, but this run has 5 steps" in told()
+    assert "the first reading takes 25 steps, but this run has 5 steps" in told()
     with pytest.warns(KoopmanWarning, match="too few"):
         trainer(callbacks=KoopmanPruner(sparsity=0.5, epoch=1, parameters="net*weight")).fit(regression())
     assert "epoch=1 is before the first spectrum" in told()
