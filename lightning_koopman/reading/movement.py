@@ -10,6 +10,7 @@ from lightning_koopman._types import Array
 from lightning_koopman.reading.steps import APART, NEWEST, StepStatistics
 
 NAN = float("nan")
+SPAN = 12  # rounds over which the pace is measured
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class Movement:
         came: Distance from the oldest snapshot held to the newest.
         remaining: Distance still to go, relative to ``came``; infinite where the steps do not shrink.
         remaining_range: The same for the ends of ``rate_range``.
-        slowing: 1 − (distance of the newest span)²/(that of the fastest span as long)², in [0, 1]: 0 for a walk and for
-            what moves on as ever, 1 for what stands still.
+        slowing: 1 − (distance of the newest 12 rounds)²/(that of the fastest 12)², in [0, 1]: 0 for a walk, for what
+            moves on as ever and for fewer rounds, 1 for what stands still.
         fastest: Distance of the fastest span, in units of the weights, and its length in rounds.
     """
 
@@ -51,7 +52,7 @@ def movement(
     if not count:
         return Movement()
     came = float(np.sqrt(max(gram.sum(), 0.0)))
-    span = min(max(count // 2, 1), NEWEST // 2)
+    span = min(count, SPAN)
     sums = np.zeros((count + 1, count + 1))
     sums[1:, 1:] = gram.cumsum(0).cumsum(1)
     start = np.arange(count - span + 1)

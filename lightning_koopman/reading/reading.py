@@ -43,9 +43,8 @@ class TrainingReading:
         rate_range: Two standard errors about it.
         remaining: How far the weights still have to go at this rate, relative to how far they came.
         remaining_range: The same for the ends of ``rate_range``.
-        slowing: 1 − (distance of the newest span)²/(that of the fastest span as long)², in [0, 1]; a span is half of
-            what is held, at most 12 rounds.  It stays near 0 for a walk and for what moves on as ever, and grows to 1
-            as a training converges.
+        slowing: 1 − (distance of the newest 12 rounds)²/(that of the fastest 12)², in [0, 1].  It stays near 0 for a
+            walk and for what moves on as ever, and grows to 1 as a training converges.
         loss: The newest loss.
         loss_change: Predicted change of the loss over the next 10 rounds.
         loss_change_range: Where nine in ten such changes lie.

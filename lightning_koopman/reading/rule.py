@@ -11,8 +11,8 @@ from lightning_koopman.reading.steps import LEAST, SURE, StepStatistics
 from lightning_koopman.stopping.evidence import Baseline
 
 FALLS = 2.0  # standard errors of the loss's slope
-LEFT = 2.5e-3  # predicted change of the loss within the horizon that counts as one, relative to the scale
-LASTING = 1.5  # factor by which these two are lower for a phase to last than for it to begin
+LEFT = 4e-3  # predicted change of the loss within the horizon that counts as one, relative to the scale
+LASTING = 1.4  # factor by which these two are lower for a phase to last than for it to begin
 EARLY = 10  # steps up to which doubt is put down to their small number
 CONFIRMED = 3  # rounds running for which another phase must be told before it takes over
 TURNED = 0.03  # mean cosine of successive steps, below 0, from which they turn back
