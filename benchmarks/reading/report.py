@@ -20,10 +20,10 @@ from lightning_koopman.demo.experiments.tables import markdown
 from lightning_koopman.dmd.gram import factor_from_increment_gram, merge_oldest
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.plots.style import INK, MUTED, PHASES
-from lightning_koopman.reading.losses import HORIZON, loss_trend
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.reading.reading import TrainingReading, read_gram
 from lightning_koopman.stopping.evidence import Baseline
+from lightning_koopman.stopping.trend import HORIZON, loss_trend
 
 # losses of networks that ignore their input: entropies of the classes, variance, entropy of single characters
 BASELINES = {"digits": 2.303, "friedman": 1.0, "mnist": 2.301, "augmented": 2.301, "resnet": 2.301, "transformer": 3.25}

@@ -246,8 +246,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         agreed, self._agreed = self._agreed, 0
         factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
         verdict = self.rule.judge(values, factor, self.baseline_loss.value)
-        known = self.recording.train_loss, self.baseline_loss.value
-        reading = self.recording.reader.read(epoch, *known, finite=self.recording.finite)
+        reading = self.recording.read(epoch, self.baseline_loss.value)
         hold = verdict.hold
         if hold in (Hold.MOVING, Hold.SWINGING) and reading.phase is Phase.HOVERING:
             hold = Hold.HOVERING  # a noisy loss that goes nowhere

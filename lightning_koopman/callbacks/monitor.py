@@ -303,7 +303,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         """The reading, a row of the history, and the scalars to log."""
         started = time.perf_counter()
         trajectory, loss = self.recorder.trajectory, self.recording.train_loss
-        reading = self.recording.reader.read(epoch, loss, baseline, finite=self.recording.finite)
+        reading = self.recording.read(epoch, baseline)
         held = recorded and trajectory is not None
         lengths = trajectory.step_norms() if held and trajectory is not None else np.zeros(0)
         if lengths.size > 1 and not lengths.any():

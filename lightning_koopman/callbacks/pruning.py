@@ -241,7 +241,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         if self.schedule.waits:
-            given = self.recorder.trajectory if recorded else None, self.rates, self.settings.every_n_steps
+            given = self.recording, epoch, recorded, self.rates
             doing = "telling whether the weights have settled"
             if self.on_zero(trainer, doing, lambda: self.schedule.has_settled(trainer, *given)):
                 self.schedule.settled_at = epoch

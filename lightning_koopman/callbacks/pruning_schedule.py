@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_count, check_positive, check_share
+from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import Clock
 from lightning_koopman.callbacks.lr_schedule import warming_up
+from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.pruning.reconstruction import relative_changes
-from lightning_koopman.trajectory.trajectory import Trajectory
+from lightning_koopman.reading.phase import Phase
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 SETTLED = "settled"
 HORIZON = 10  # rounds looked ahead and back to tell whether the weights have settled
+LOST = Phase.DIVERGING, Phase.STUCK, Phase.OSCILLATING  # phases in which weights that hardly move mean nothing
 LEAST = 3  # snapshots of which a spectrum can be taken
 
 
@@ -61,7 +64,7 @@ class PruningSchedule:
         self.last: int | None = None  # completed epochs
         self.settled_at: int | None = None  # completed epochs
         self.changes = (math.nan, math.nan)  # ahead and past
-        self.highest_rate = 0.0
+        self.highest_rate, self.phase = 0.0, Phase.WARMING_UP
 
     @property
     def finished(self) -> bool:
@@ -106,14 +109,20 @@ class PruningSchedule:
         self.last = epoch
 
     def has_settled(
-        self, trainer: pl.Trainer, trajectory: Trajectory | None, rates: list[float], every_n_steps: int | None
+        self, trainer: pl.Trainer, recording: Recording, epoch: int, recorded: bool, rates: list[float]
     ) -> bool:
-        """Whether the weights will move, and have moved, little, and the learning rate will not rise."""
+        """Whether the weights will move, and have moved, little, in a phase that leads somewhere.
+
+        The learning rate must not be about to rise.
+        """
         self.highest_rate = max([self.highest_rate, *rates])
+        self.phase = recording.read(epoch, known_baseline(trainer)).phase
+        trajectory = recording.recorder.trajectory if recorded else None
         if trajectory is None or len(trajectory) <= HORIZON:
             return False
         self.changes = relative_changes(trajectory.factor(last=HORIZON + 1), HORIZON)
-        return max(self.changes) <= self.settled_change and not warming_up(trainer, [self.highest_rate], every_n_steps)
+        still = max(self.changes) <= self.settled_change and self.phase not in LOST
+        return still and not warming_up(trainer, [self.highest_rate], recording.settings.every_n_steps)
 
     def tell_if_early(self, owner: str) -> None:
         """Say so if the first pruning comes before there is a spectrum."""
@@ -149,7 +158,7 @@ class PruningSchedule:
         ahead, past = self.changes
         return (
             f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within {clock.span(HORIZON)}, "
-            f"the last were {ahead:.1%} (predicted) and {past:.1%} (past)"
+            f"the last were {ahead:.1%} (predicted) and {past:.1%} (past), and the training was {self.phase.value}"
         )
 
     def state_dict(self) -> dict[str, Any]:

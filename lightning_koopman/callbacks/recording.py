@@ -12,6 +12,8 @@ from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, LossMeter, Metric, Weights, outermost
 from lightning_koopman.callbacks.reader import Reader
 from lightning_koopman.callbacks.run_folder import RunFolder, checkpoints, near
+from lightning_koopman.reading.reading import TrainingReading
+from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, Snapshot, SnapshotSettings
 
 if TYPE_CHECKING:
@@ -120,6 +122,10 @@ class Recording:
             taken = self.loss.take()
         self.train_loss = self.loss.mean(trainer, taken)
         self.release(trainer)
+
+    def read(self, epoch: int, baseline: Baseline | None) -> TrainingReading:
+        """What the training is doing after so many rounds; the same for all that share the recorder."""
+        return self.reader.read(epoch, self.train_loss, baseline, finite=self.finite)
 
     def release(self, trainer: pl.Trainer) -> None:
         """Delete snapshots that no checkpoint needs any more."""

@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from lightning_koopman._checks import check_instance, check_positive, real_array
 from lightning_koopman._types import Array
-from lightning_koopman.reading.losses import loss_trend
 from lightning_koopman.reading.movement import movement
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.reading.rule import confirm, judge
 from lightning_koopman.reading.steps import StepStatistics, step_statistics
 from lightning_koopman.stopping.evidence import Baseline
+from lightning_koopman.stopping.trend import loss_trend
 from lightning_koopman.trajectory.trajectory import Trajectory
 
 NAN = float("nan")

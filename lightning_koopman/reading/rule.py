@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from lightning_koopman.reading.losses import HORIZON, LossTrend
 from lightning_koopman.reading.movement import Movement
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.reading.steps import LEAST, SURE, StepStatistics
 from lightning_koopman.stopping.evidence import Baseline
+from lightning_koopman.stopping.trend import HORIZON, LossTrend
 
 FALLS = 2.0  # standard errors of the loss's slope
 LEFT = 4e-3  # predicted change of the loss within the horizon that counts as one, relative to the scale

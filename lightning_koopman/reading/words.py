@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 
-from lightning_koopman.reading.losses import HORIZON
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.reading.reading import TrainingReading
+from lightning_koopman.stopping.trend import HORIZON
 
 
 def describe(reading: TrainingReading | None, *, observable: str = "Loss", every: int = 1, unit: str = "epochs") -> str:

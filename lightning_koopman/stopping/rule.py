@@ -12,9 +12,11 @@ from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Real
 from lightning_koopman.stopping.evidence import SUSPECT_WALK, Baseline, drifts, walk_score
 from lightning_koopman.stopping.forecast import UNKNOWN, ChangeForecast, forecast_change
+from lightning_koopman.stopping.trend import loss_trend
 
 LEAST_HORIZON = 6  # fewer steps are too often mistaken for no random walk
 SWING = 3.0  # fluctuations allowed about a level that stands still, in tolerances
+CLEAR = 2.0  # standard errors of the loss's slope beyond which it moves, and does not merely fluctuate
 FLOOR = 5.0  # tolerances left above 0, where no hidden drop can be large
 
 
@@ -113,7 +115,7 @@ class ConvergenceRule:
         if baseline is not None and baseline.compare(loss) >= 0:
             hold = Hold.BASELINE
         elif forecast.bound > self.tolerance * scale:
-            hold = Hold.MOVING
+            hold = Hold.MOVING if abs(loss_trend(newest).score) > CLEAR else Hold.SWINGING
         elif forecast.swing > SWING * self.tolerance * scale:
             hold = Hold.SWINGING
         elif fraction < self.fraction:
