@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lightning_koopman._types import Array
-from lightning_koopman.stopping.forecast import RECENT, forecast_change
+from lightning_koopman.stopping.forecast import RECENT, predicted_change
 
 HORIZON = 10  # rounds to look ahead
 SEEN = 12  # rounds that are looked back upon
@@ -53,6 +53,6 @@ def loss_trend(losses: Array) -> LossTrend:
     error = float(max(noise, rounding) / np.sqrt(at @ at))
     if values.size < RECENT:
         return LossTrend(float(values[-1]), noise, slope, error)
-    change = forecast_change(values, HORIZON).change
+    change = predicted_change(values, HORIZON)
     doubt = 2 * noise + 0.5 * abs(change)
     return LossTrend(float(values[-1]), noise, slope, error, change, (change - doubt, change + doubt))
