@@ -18,8 +18,10 @@ from lightning_koopman.demo.experiments.cache import read
 from lightning_koopman.demo.experiments.figures import blank, save_figure
 from lightning_koopman.demo.experiments.tables import markdown
 from lightning_koopman.dmd.gram import factor_from_increment_gram, merge_oldest
+from lightning_koopman.dmd.random_walk import wishart_root
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.plots.style import INK, MUTED, PHASES
+from lightning_koopman.reading.movement import movement
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.reading.reading import TrainingReading, read_gram
 from lightning_koopman.stopping.evidence import Baseline
@@ -188,6 +190,36 @@ def stability(runs: list[Run]) -> Iterator[list[str]]:
         yield [name.replace("_", " "), f"{noise:.2g}", f"{trend:.2g}", f"{np.nanmedian(found[:, 0] / found[:, 1]):.2f}"]
 
 
+def walk_like(run: Run, random: np.random.Generator, *, equal: bool) -> Run:
+    """A random walk from the same start with the same step lengths, or with equal ones of the same mean square."""
+    gram = run.arrays["gram"]
+    lengths = np.sqrt(np.diag(gram))
+    if equal:
+        lengths[1:] = np.sqrt(np.mean(lengths[1:] ** 2))
+    root = wishart_root(random, int(run.arrays["n"]), len(gram))
+    root *= lengths / np.linalg.norm(root, axis=0)
+    return Run(run.setting, {**run.arrays, "gram": root.T @ root})
+
+
+def convergence(runs: list[Run]) -> Iterator[list[str]]:
+    """Rows: measures of "more eigenvalues near 1", early, at the end, and at the end of two random walks."""
+    found: dict[str, list[list[float]]] = {"unit fraction, all": [], "unit fraction, newest 11": [], "slowing": []}
+    for index, run in enumerate(run for run in runs if run.epochs > 2 * SEEN):
+        random = np.random.default_rng(index)
+        tried = run, walk_like(run, random, equal=False), walk_like(run, random, equal=True)
+        shares = [unit_fractions(each) for each in tried]
+        for row, name in enumerate(list(found)[:2]):
+            found[name].append([shares[0][row][2 * SEEN - 3], *(each[row][-1] for each in shares)])
+        ends = [movement(each.arrays["gram"][1:, 1:], None).slowing for each in tried]
+        early = movement(run.arrays["gram"][1 : 2 * SEEN + 1, 1 : 2 * SEEN + 1], None).slowing
+        found["slowing"].append([early, *ends])
+    for name, each in found.items():
+        values = np.array(each)
+        grew = np.mean(values[:, 1] > values[:, 0])
+        early, late, *walks = (f"{median:.2f}" for median in np.median(values, axis=0))
+        yield [name, early, late, f"{grew:.0%}", *walks]
+
+
 def coverage(runs: list[Run]) -> tuple[float, int]:
     """Share of the loss changes over the horizon that lay in the predicted range, and their number."""
     inside = []
@@ -242,6 +274,9 @@ def report(folder: Path, figure: Path) -> str:
     few = np.mean(np.array(counts) <= 3)
     lines += [f"Changes of phase a training: {few:.0%} have at most 3, the most is {max(counts)}.", ""]
     lines += [*markdown(("scalar", "noise", "trend", "noise / trend"), stability(unseen)), ""]
+    walks = ("walk, same step lengths", "walk, equal steps")
+    header = ("more eigenvalues near 1?", f"epoch {2 * SEEN}", "at the end", "grew in", *walks)
+    lines += [*markdown(header, convergence(unseen)), ""]
     share, count = coverage(unseen)
     lines.append(f"Predicted range of the loss's change: it held in {share:.0%} of {count} epochs at constant rates.")
     draw(unseen, figure)

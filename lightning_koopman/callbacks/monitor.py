@@ -94,7 +94,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     What is not known is not logged; callbacks that monitor it find 8, 0, 1, 0, 1, 1e6, −1 and 1 until then.
 
-    Of a loss or a metric there is no phase; its predicted change and noise are logged, and its spectrum is drawn.
+    Of a loss or a metric there is no phase: its predicted change and noise are logged, and its spectrum is drawn.
 
     The eigenvalues of the paper (section 3) are computed when they are asked for: ``spectrum``, ``surrogate`` and the
     figures.  How much of their importance lies near 1 (``unit_fraction`` in the history, of the last eleven snapshots,
@@ -356,9 +356,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         if not self.guard.zero or not self.history:
             return
         with self.guard("drawing figures"):
-            figures = {"history": plot_history(self.history)}
+            figures = {}
             if self.settings.observable == WEIGHTS:
-                figures["portrait"] = plot_portrait(self.history)
+                figures = {"history": plot_history(self.history), "portrait": plot_portrait(self.history)}
             spectrum, walk = self._spectra(refine=True)
             if spectrum is not None:
                 title = self.settings.observable

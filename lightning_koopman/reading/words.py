@@ -25,8 +25,8 @@ def describe(reading: TrainingReading | None, *, observable: str = "Loss", every
     """
     if reading is None:
         return "Nothing is known yet: too few snapshots."
-    lines = [] if reading.phase is Phase.UNKNOWN and not reading.n_steps else [_verdict(reading)]
-    lines.append(f"- Told by: {reading.evidence}.")
+    nothing = reading.phase is Phase.UNKNOWN and not reading.n_steps
+    lines = [f"Unknown: {reading.evidence}."] if nothing else [_verdict(reading), f"- Told by: {reading.evidence}."]
     if math.isfinite(reading.step_correlation):
         lines.append(
             f"- Steps: successive ones have a correlation of {reading.step_correlation:.2f} ± "
