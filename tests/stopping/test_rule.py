@@ -354,3 +354,10 @@ def test_starts():
 
 def test_doubt_about_chance_is_allowed_for():
     assert [Baseline(1.0, 0.05).compare(loss) for loss in (0.85, 0.95, 1.1, 1.2)] == [-1, 0, 0, 1]
+
+
+def test_stationary_noise_fluctuates_and_does_not_move_on():
+    """An MLP with dropout on a plateau: the loss has a standard deviation of 0.018, chance is ln 4."""
+    draw = np.random.default_rng(0)
+    found = holds(20 + draw.standard_normal((200, 50)), 0.87 + 0.018 * draw.standard_normal(200), np.log(4))
+    assert found[12:].count(Hold.SWINGING) > 0.8 * len(found[12:])
