@@ -113,7 +113,7 @@ def worker(options: dict[str, Any]) -> None:
         "disk": trajectory.nbytes / 2**30 if trajectory.storage == "disk" else 0.0,
         "total": trajectory.total,
         "eigenvalues": [[value.real, value.imag] for value in trajectory.spectrum().eigenvalues[:3]],
-        "sketch_error": None if not monitor.history else monitor.history[-1]["sketch_error"],
+        "sketch_error": None if (spectrum := monitor.spectrum) is None else spectrum.sketch_error(),
     }
     (folder / f"measured-{trainer.global_rank}.json").write_text(json.dumps(found))
 

@@ -70,6 +70,8 @@ def judge(
         return Phase.SETTLED, "the weights hardly move any more, and the loss stands still"
     if turned:
         return Phase.HOVERING, f"{successive}: they turn back (a walk's is 0)"
+    if steps.directed and math.isnan(loss.score):
+        return Phase.DESCENDING, f"{distant} (a walk's is 0); the loss is not known"
     if steps.directed:
         change = f"the loss is predicted to change by {loss.change:+.2g} within {HORIZON} rounds"
         return Phase.DRIFTING, f"{distant} (a walk's is 0), but {change}: no fall of {LEFT:.2%} of {scale:.3g}"
