@@ -100,8 +100,8 @@ def test_loggers_get_every_analysis(root, trainer, regression, tmp_path):
     logger.save()
     lines = (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").read_text().splitlines()
     header = lines[0].split(",")
-    column, step = header.index("koopman/rank"), header.index("step")
-    assert [int(line.split(",")[step]) for line in lines[1:] if line.split(",")[column]] == [8, 12]
+    column, step = header.index("koopman/phase"), header.index("step")
+    assert [int(line.split(",")[step]) for line in lines[1:] if line.split(",")[column]] == [4, 8, 12]
 
 
 def test_a_training_stops_within_its_epoch(trainer, regression):
