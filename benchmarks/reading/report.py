@@ -92,9 +92,10 @@ RULES: dict[str, Callable[[Run, int], float]] = {
 
 
 def load(folder: Path, seed: int) -> list[Run]:
-    """The recorded runs of a seed."""
+    """The recorded runs of a seed, but those that ended with NaN before a reading could be taken."""
     chosen = [each for each in SETTINGS if each.seed == seed and (folder / f"{each.name}.npz").exists()]
-    return [Run(each, read(folder / f"{each.name}.npz")) for each in chosen]
+    runs = [Run(each, read(folder / f"{each.name}.npz")) for each in chosen]
+    return [run for run in runs if run.epochs > FIRST]
 
 
 def balanced(said: Bools, fell: Bools) -> float:

@@ -55,6 +55,6 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 def plain(axis: Axes) -> None:
     """Small labels, a light grid, no box."""
-    axis.tick_params(labelsize=8, colors=INK)
+    axis.tick_params(which="both", labelsize=8, colors=INK)
     axis.grid(color=MUTED, alpha=0.25, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)

@@ -64,8 +64,8 @@ def judge(
     distant = f"distant steps have a correlation of {steps.onward:.2f} ± {steps.onward_error:.2g}"
     turned = steps.correlation[0] < -max(SURE * steps.errors[0], TURNED)
     still = moved.slowing >= 1 - SLOW
-    if falls and (steps.directed or still):
-        return Phase.DESCENDING, f"{distant} (a walk's is 0), and the loss falls"
+    if falls and (steps.directed or still or loss.score < -SURE):
+        return Phase.DESCENDING, f"the loss falls, and {distant} (a walk's is 0)"
     if still or moved.remaining_range[1] <= NEAR:
         return Phase.SETTLED, "the weights hardly move any more, and the loss stands still"
     if turned:
