@@ -22,6 +22,7 @@ from lightning_koopman.pruning.channel_graph import Structure
 from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_table, left_alone_table, resize_like
 from lightning_koopman.pruning.channel_tracing import Run, torch_pruning
 from lightning_koopman.pruning.channel_trial import agrees
+from lightning_koopman.pruning.optimizer_state import check_replacement
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -110,6 +111,7 @@ class ChannelRounds:
         """Find out which layers can lose channels, and say so, once."""
         if self.refused is not None:
             return
+        check_replacement(trainer.optimizers)
         structure = self.try_out(trainer, pl_module, batch, batch_idx)
         rank_zero_info(
             f"{self.owner}: {sum(self.originals.values()):,} channels and neurons of {len(self.originals)} independent "

@@ -85,6 +85,40 @@ def replacement(
     return commit
 
 
+def check_replacement(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """See that optimizers go on after a parameter got smaller, each by a twin with a parameter of its own.
+
+    Raises:
+        ValueError: If one does not.  What cannot be built from its defaults, or steps no such parameter, is not tried.
+    """
+    for optimizer in optimizers:
+        given = next((each for group in optimizer.param_groups for each in group["params"]), None)
+        if given is None:
+            continue
+        old = nn.Parameter(torch.ones(4, 3, device=given.device))
+        new = nn.Parameter(old.detach()[:2].clone())
+        try:
+            twin = type(optimizer)([old], **optimizer.defaults)
+            _step(twin, old)
+        except Exception:  # its own needs, which are no concern of a pruning
+            continue
+        try:
+            replacement([twin], [(old, new, torch.arange(6, device=given.device))])()
+            _step(twin, new)
+        except Exception as error:
+            name = type(optimizer).__name__
+            raise ValueError(
+                f"structured=True gives the optimizer smaller parameters, which {name} cannot step: "
+                f"{type(error).__name__}: {error}: take another optimizer, or prune with structured=False."
+            ) from error
+
+
+def _step(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
+    """One step along a gradient of ones."""
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step(lambda: float(parameter.detach().sum()))
+
+
 def _smaller(state: Mapping[str, Any], old: Tensor, new: Tensor, index: Tensor) -> dict[str, Any]:
     """What is left of an optimizer's memory of a parameter; nothing where its shapes are the optimizer's own."""
     tensors = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]

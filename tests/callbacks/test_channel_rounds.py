@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lightning_koopman import (
     remove_channels,
     resize_like,
 )
+from lightning_koopman.pruning.optimizer_state import check_replacement
 
 pytest.importorskip("torch_pruning")
 
@@ -447,3 +449,36 @@ def test_a_failing_removal_warns_and_leaves_the_network_whole(fit, monkeypatch, 
         _, lightning = fit(KoopmanPruner(0.5, epoch=3, structured=True), epochs=5, module=module)
     assert {name: value.shape for name, value in module.state_dict().items()} == shapes
     assert lightning.current_epoch == 5
+
+
+KINDS = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) and kind is not torch.optim.Optimizer]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_optimizer_of_pytorch_steps_what_got_smaller(kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some are new, or take sparse gradients only
+        check_replacement([kind([nn.Parameter(torch.ones(2, 2))])])
+
+
+def test_an_optimizer_that_cannot_is_refused_before_the_first_step(trainer, classifier):
+    class Odd(torch.optim.SGD):
+        def __init__(self, params, **given):
+            super().__init__(params, **given)
+            self.memory = [torch.zeros_like(each) for each in self.param_groups[0]["params"]]
+
+        def step(self, closure=None):
+            loss = super().step(closure)
+            for each, kept in zip(self.param_groups[0]["params"], self.memory, strict=True):
+                each.data.add_(kept)
+            return loss
+
+    class Module(classifier):
+        def configure_optimizers(self):
+            return Odd(self.parameters(), lr=0.01)
+
+    model = Module()
+    before = [each.detach().clone() for each in model.parameters()]
+    with pytest.raises(ValueError, match=r"smaller parameters, which Odd cannot step.*take another optimizer"):
+        trainer(callbacks=KoopmanPruner(sparsity=0.5, epoch=3, structured=True)).fit(model)
+    assert all(torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
