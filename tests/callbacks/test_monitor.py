@@ -87,6 +87,8 @@ def test_the_last_reading_is_the_verdict_of_the_summary(trainer, regression):
 
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
 def test_the_phase_stands_in_the_progress_bar(root, trainer, regression, bar):
+    if bar == "RichProgressBar":
+        pytest.importorskip("rich")
     shown = []
 
     class Look(root.Callback):
