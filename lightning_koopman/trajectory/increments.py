@@ -18,7 +18,7 @@ from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
 
 TALLY = 3  # numbers beside the products in a message: those of a snapshot, and two halves of its fingerprint
 HALF = 2**32
-PIECE = 2**22  # numbers worked on at a time
+PIECE = 2**20  # numbers worked on at a time: 4 MB, which the caches hold from one pass to the next
 STALE = 0.25  # a base whose square has fallen below this share of what its products were summed from needs new ones
 
 ReadRow = Callable[[int, Tensor], bool]
