@@ -20,7 +20,7 @@ from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.progress import hide, show
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.dmd.random_walk import random_walk_spectrum
-from lightning_koopman.dmd.rrr import check_options, decompose
+from lightning_koopman.dmd.rrr import check_options
 from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.dmd.summary import summarize
 from lightning_koopman.plots.spectrum import plot_spectrum
@@ -30,7 +30,7 @@ from lightning_koopman.reading.phase import Phase
 from lightning_koopman.reading.reading import TrainingReading
 from lightning_koopman.reading.steps import LEAST
 from lightning_koopman.reading.words import describe
-from lightning_koopman.stopping.evidence import Baseline
+from lightning_koopman.stopping.evidence import Baseline, unit_fraction
 from lightning_koopman.trajectory.recorder import WEIGHTS
 from lightning_koopman.trajectory.sketch import SKETCH
 from lightning_koopman.trajectory.trajectory import Trajectory
@@ -335,7 +335,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         factor = None if trajectory is None else trajectory.factor(last=WINDOW)
         if factor is None or not factor[:, :-1].any():
             return math.nan
-        return decompose(factor, tol=1e-3, refine=False).unit_fraction(self.radius)
+        return unit_fraction(factor, self.radius)
 
     def _spectra(self, *, refine: bool = False) -> tuple[Spectrum | None, Spectrum | None]:
         """Spectrum of the snapshots held, and of the random walk beside it, under the same settings."""

@@ -35,8 +35,6 @@ class StepStatistics:
         onward: Mean cosine between steps far apart in time, which momentum does not link; positive where the weights
             go somewhere.
         onward_error: Its standard error under the null.
-        weight: Spectral weight at eigenvalue 1, :math:`\|\sum u_t\|^2/\text{count}`, in [0, count]; 1 for a walk.
-        weight_error: Its standard error under the null.
         frequencies: Array (g,): turns a round, in [0, 0.5].
         density: Array (g,): spectral density of the steps at :math:`e^{2\pi i f}`, ≥ 0; 1 for a walk.
         density_error: Its standard error under the null.
@@ -49,13 +47,21 @@ class StepStatistics:
     errors: Array
     onward: float
     onward_error: float
-    weight: float
-    weight_error: float
     frequencies: Array
     density: Array
     density_error: float
     growth: float
     growth_error: float
+
+    @property
+    def weight(self) -> float:
+        r"""Spectral weight at eigenvalue 1, :math:`\|\sum u_t\|^2/\text{count}`, in [0, count]; 1 for a walk."""
+        return float(self.density[0])
+
+    @property
+    def weight_error(self) -> float:
+        """Its standard error under the null, that of the density."""
+        return self.density_error
 
     @property
     def directed(self) -> bool:
@@ -108,8 +114,6 @@ def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatisti
         errors=spread / np.sqrt(numbers),
         onward=float(pairs[apart].mean()),
         onward_error=spread / float(np.sqrt(np.count_nonzero(apart))),
-        weight=float(density[0]),
-        weight_error=2 * spread * float(np.sqrt(pairs.size)) / count,
         frequencies=frequencies,
         density=np.maximum(density, 0.0),
         density_error=2 * spread * float(np.sqrt(pairs.size)) / count,

@@ -67,10 +67,6 @@ def _time(rounds: float) -> str:
 
 
 def _share(remaining: float) -> str:
-    return (
-        "an unknown part"
-        if not math.isfinite(remaining)
-        else f"{remaining:.0%}"
-        if remaining < 10
-        else f"{remaining:.0f} times"
-    )
+    if not math.isfinite(remaining):
+        return "an unknown part"
+    return f"{remaining:.0%}" if remaining < 10 else f"{remaining:.0f} times"

@@ -5,9 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Real
-from lightning_koopman.stopping.evidence import MARGIN, Baseline
+from lightning_koopman.stopping.evidence import MARGIN, Baseline, unit_fraction
 from lightning_koopman.stopping.forecast import RECENT, forecast_change
 
 WILD = 2.0  # times the baseline loss in the first epoch: weights of a wrong scale
@@ -44,6 +43,5 @@ def bad_start(losses: npt.ArrayLike, factor: Real | None, baseline: Baseline, *,
         "network which ignores its input"
     )
     if factor is not None and factor.shape[1] >= 3 and np.any(factor[:, :-1]):
-        fraction = decompose(factor, tol=1e-3, refine=False).unit_fraction()
-        reason += f", while {fraction:.0%} of the weights' importance lies at eigenvalue 1"
+        reason += f", while {unit_fraction(factor):.0%} of the weights' importance lies at eigenvalue 1"
     return reason

@@ -29,6 +29,11 @@ class Baseline:
         return int(loss > self.loss + doubt) - int(loss < self.loss - doubt)
 
 
+def unit_fraction(factor: Real, radius: float = 0.05) -> float:
+    """Share of the importance near 1 of the snapshots of a factor (r, time), of which one but the last is not 0."""
+    return decompose(factor, tol=1e-3, refine=False).unit_fraction(radius)
+
+
 def walk_score(steps: Real) -> float:
     """How far the steps are from those of a random walk with the same lengths, in standard errors.
 

@@ -8,11 +8,10 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
-from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Real
-from lightning_koopman.stopping.evidence import SUSPECT_WALK, Baseline, drifts, walk_score
+from lightning_koopman.stopping.evidence import SUSPECT_WALK, Baseline, drifts, unit_fraction, walk_score
 from lightning_koopman.stopping.forecast import UNKNOWN, ChangeForecast, forecast_change
-from lightning_koopman.stopping.trend import loss_trend
+from lightning_koopman.stopping.trend import line_through
 
 LEAST_HORIZON = 6  # fewer steps are too often mistaken for no random walk
 SWING = 3.0  # fluctuations allowed about a level that stands still, in tolerances
@@ -106,16 +105,14 @@ class ConvergenceRule:
         # without a baseline: the range, less the first epoch, which may have started anywhere
         scale = baseline.loss if baseline is not None and bounded else float(np.ptp(finite[1:]))
         forecast = forecast_change(newest, self.horizon)
-        fraction = 1.0
-        if np.any(factor[:, :-1]):
-            fraction = decompose(factor, tol=1e-3, refine=False).unit_fraction(self.radius)
+        fraction = unit_fraction(factor, self.radius) if np.any(factor[:, :-1]) else 1.0
         loss, steps = float(newest[-1]), np.diff(factor, axis=1)
         at_floor = bounded and loss <= FLOOR * self.tolerance * scale
         hold = None
         if baseline is not None and baseline.compare(loss) >= 0:
             hold = Hold.BASELINE
         elif forecast.bound > self.tolerance * scale:
-            hold = Hold.MOVING if abs(loss_trend(newest).score) > CLEAR else Hold.SWINGING
+            hold = Hold.MOVING if abs(line_through(newest).score) > CLEAR else Hold.SWINGING
         elif forecast.swing > SWING * self.tolerance * scale:
             hold = Hold.SWINGING
         elif fraction < self.fraction:

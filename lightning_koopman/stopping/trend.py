@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -40,8 +40,8 @@ class LossTrend:
         return self.slope / self.slope_error if self.slope_error > 0 else float(np.sign(self.slope)) * np.inf
 
 
-def loss_trend(losses: Array) -> LossTrend:
-    """Trend of losses (t,), newest last."""
+def line_through(losses: Array) -> LossTrend:
+    """Noise and slope of losses (t,), newest last, without a forecast."""
     values = losses[-SEEN:]
     if values.size < 4 or not np.isfinite(values).all():
         return LossTrend(newest=float(losses[-1]) if losses.size else float("nan"))
@@ -50,9 +50,14 @@ def loss_trend(losses: Array) -> LossTrend:
     at = np.arange(values.size) - (values.size - 1) / 2
     slope = float(at @ values / (at @ at))
     rounding = 1e-12 * float(np.abs(values).max())
-    error = float(max(noise, rounding) / np.sqrt(at @ at))
-    if values.size < RECENT:
-        return LossTrend(float(values[-1]), noise, slope, error)
-    change = predicted_change(values, HORIZON)
-    doubt = 2 * noise + 0.5 * abs(change)
-    return LossTrend(float(values[-1]), noise, slope, error, change, (change - doubt, change + doubt))
+    return LossTrend(float(values[-1]), noise, slope, float(max(noise, rounding) / np.sqrt(at @ at)))
+
+
+def loss_trend(losses: Array) -> LossTrend:
+    """Trend of losses (t,), newest last, with a forecast."""
+    line = line_through(losses)
+    if np.isnan(line.noise) or losses.size < RECENT:
+        return line
+    change = predicted_change(losses[-SEEN:], HORIZON)
+    doubt = 2 * line.noise + 0.5 * abs(change)
+    return replace(line, change=change, change_range=(change - doubt, change + doubt))
