@@ -230,27 +230,23 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     @property
     def spectrum(self) -> Spectrum | None:
-        return self._spectra()[0]
+        delays = self._delays()
+        return (
+            None if delays is None or self.trajectory is None else self.trajectory.spectrum(tol=self.tol, delays=delays)
+        )
 
     @property
     def surrogate(self) -> Spectrum | None:
-        return self._spectra()[1]
+        return self._walk()
 
     def summary(self) -> str:
         """What the training is doing and what to do about it, then what the spectrum says, in plain words."""
-        every = self.settings.every_n_steps or self.settings.every_n_epochs
-        unit = "epochs" if self.settings.every_n_steps is None else "steps"
-        said = summarize(
-            *self._spectra(),
-            observable=self.settings.observable,
-            radius=self.radius,
-            max_residual=self.max_residual,
-            every=every,
-            unit=unit,
-        )
-        observable = "Loss" if self.settings.observable == WEIGHTS else self.settings.observable
-        verdict = describe(self.reading, observable=observable, every=every, unit=unit)
-        return f"{verdict}\n{said}"
+        settings, observable = self.settings, self.settings.observable
+        unit = "epochs" if settings.every_n_steps is None else "steps"
+        told: dict[str, Any] = {"every": settings.every_n_steps or settings.every_n_epochs, "unit": unit}
+        given: dict[str, Any] = {"observable": observable, "radius": self.radius, "max_residual": self.max_residual}
+        said = summarize(self.spectrum, self.surrogate, **given, **told)
+        return f"{describe(self.reading, observable='Loss' if observable == WEIGHTS else observable, **told)}\n{said}"
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -337,17 +333,19 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             return math.nan
         return unit_fraction(factor, self.radius)
 
-    def _spectra(self, *, refine: bool = False) -> tuple[Spectrum | None, Spectrum | None]:
-        """Spectrum of the snapshots held, and of the random walk beside it, under the same settings."""
-        trajectory, delays = self.recorder.trajectory, self._delays(len(self.recorder))
-        if trajectory is None or delays is None or not (trajectory.start_norm() or trajectory.step_norms().any()):
-            return None, None
-        like: dict[str, Any] = {"tol": self.tol, "delays": delays}
+    def _walk(self, *, refine: bool = False) -> Spectrum | None:
+        """Spectrum of a random walk beside that of the snapshots held, under the same settings."""
+        trajectory, delays = self.recorder.trajectory, self._delays()
+        if trajectory is None or delays is None:
+            return None
         given = trajectory.step_norms(), trajectory.start_norm() or 1.0, trajectory.total
-        return trajectory.spectrum(**like), random_walk_spectrum(*given, **like, refine=refine)
+        return random_walk_spectrum(*given, tol=self.tol, delays=delays, refine=refine)
 
-    def _delays(self, count: int) -> int | None:
-        """Snapshots in an embedded one, or None while there are too few to say anything."""
+    def _delays(self) -> int | None:
+        """Snapshots in an embedded one, or None while there are too few, or only zeros, to say anything."""
+        trajectory, count = self.recorder.trajectory, len(self.recorder)
+        if trajectory is None or not count or not (trajectory.start_norm() or trajectory.step_norms().any()):
+            return None
         if self.settings.observable == WEIGHTS:
             return 1 if count >= 3 else None
         return count // 2 + 1 if count >= 6 else None
@@ -359,9 +357,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             figures = {}
             if self.settings.observable == WEIGHTS:
                 figures = {"history": plot_history(self.history), "portrait": plot_portrait(self.history)}
-            spectrum, walk = self._spectra(refine=True)
-            if spectrum is not None:
-                title = self.settings.observable
+            if (spectrum := self.spectrum) is not None:
+                walk, title = self._walk(refine=True), self.settings.observable
                 figures["spectrum"] = plot_spectrum(spectrum, walk, self.reading, radius=self.radius, title=title)
             for name, figure in figures.items():
                 where = (trainer.loggers, trainer.global_step, self.run_folder.path)
