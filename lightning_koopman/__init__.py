@@ -1,5 +1,7 @@
 """Treat training as a dynamical system: the Koopman spectrum of a network's weights, for PyTorch Lightning."""
 
+from lightning_koopman.averaging.average import AveragedWeights, averaged_weights
+from lightning_koopman.callbacks.averaging import KoopmanWeightAveraging
 from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalues
 from lightning_koopman.callbacks.guard import KoopmanWarning
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
@@ -20,7 +22,6 @@ from lightning_koopman.pruning.channels import remove_channels
 from lightning_koopman.pruning.export import export_network
 from lightning_koopman.pruning.masks import MaskSet
 from lightning_koopman.pruning.prunable import prunable_parameters
-from lightning_koopman.pruning.reconstruction import persistent_weights
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.reading.reading import TrainingReading, read_training
 from lightning_koopman.sobolev.bands import sobolev_scales
@@ -33,12 +34,14 @@ from lightning_koopman.trajectory.trajectory import Trajectory
 __version__ = "0.1.0"
 __all__ = [
     "HSVR",
+    "AveragedWeights",
     "ChannelRemoval",
     "DepthEstimate",
     "EarlyStopOnUnitEigenvalues",
     "KoopmanPruner",
     "KoopmanSpectrumMonitor",
     "KoopmanWarning",
+    "KoopmanWeightAveraging",
     "MLPSuggestion",
     "MaskSet",
     "Phase",
@@ -48,10 +51,10 @@ __all__ = [
     "StoppingReason",
     "TrainingReading",
     "Trajectory",
+    "averaged_weights",
     "dmd_rrr",
     "estimate_depth",
     "export_network",
-    "persistent_weights",
     "plot_depth",
     "plot_history",
     "plot_portrait",

@@ -113,13 +113,13 @@ def text() -> tuple[Tensor, int]:
     return codes, 128
 
 
-def parts_of(problem: str, root: Path | None) -> tuple[Part, Part, Part]:
+def parts_of(problem: str, root: Path | None, *, n_scored: int = N_SCORED) -> tuple[Part, Part, Part]:
     """Inputs and targets: training, validation, test."""
     if problem != "transformer":
         train, validation, test = data_of({"augmented": "mnist", "resnet": "mnist"}.get(problem, problem), root)
         return tuple(
             (x[:most], y[:most])
-            for (x, y), most in zip((train, validation, test), (N_TRAIN, N_SCORED, N_SCORED), strict=True)
+            for (x, y), most in zip((train, validation, test), (N_TRAIN, n_scored, n_scored), strict=True)
         )  # type: ignore[return-value]
     codes, _ = text()
     windows = codes[: len(codes) // (CONTEXT + 1) * (CONTEXT + 1)].view(-1, CONTEXT + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -55,8 +56,9 @@ class Learner:
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = factor * rate
 
-    def epoch(self) -> tuple[float, float]:
-        """One epoch; returns the means of the loss and of the gradient's norm."""
+    def epoch(self, stepped: Callable[[], None] = lambda: None) -> tuple[float, float]:
+        """One epoch, after each step of which a function is called; returns the means of the loss and of the gradient's
+        norm."""
         self.network.train()
         losses, norms = [], []
         for inputs, targets in problems.batches(self.setting, self.parts[0], self.drawn):
@@ -67,6 +69,7 @@ class Learner:
                 torch.nn.utils.get_total_norm([p.grad for p in self.network.parameters() if p.grad is not None])
             )
             self.optimizer.step()
+            stepped()
             losses.append(loss.detach())
         self.newest.append(self.weights())
         return float(torch.stack(losses).mean()), float(torch.stack(norms).mean())

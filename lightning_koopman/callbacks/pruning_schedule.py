@@ -12,8 +12,8 @@ from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import Clock
 from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.recording import Recording
-from lightning_koopman.pruning.reconstruction import relative_changes
 from lightning_koopman.reading.phase import Phase
+from lightning_koopman.stopping.forecast import relative_changes
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl

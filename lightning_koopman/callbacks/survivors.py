@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lightning_koopman._checks import check_choice, check_count, check_positive
+from lightning_koopman.averaging.persistent import persistent
 from lightning_koopman.callbacks.averages import averages
 from lightning_koopman.callbacks.observables import Weights, outermost
 from lightning_koopman.callbacks.pruning_schedule import LEAST
@@ -21,7 +22,6 @@ from lightning_koopman.parameters.sharded_modules import named_parts
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.optimizer_state import forget
 from lightning_koopman.pruning.prunable import prunable_parameters
-from lightning_koopman.pruning.reconstruction import persistent_combination
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -53,14 +53,17 @@ class PersistentScores:
             raise ValueError(f"{count} snapshots are too few: the weights' present magnitudes decide instead.")
         decided = np.zeros(3 + len(trajectory))
         if weights.processes.rank == 0:  # one process decides: others' arithmetic may round otherwise
-            chosen, kept = persistent_combination(trajectory, last=last, radius=self._radius, rule=self._rule)
-            decided[:3] = kept.modes.sum(), kept.spectrum.rank, kept.spectrum.misfit
+            chosen, spectrum, modes = persistent(trajectory, length=last, radius=self._radius, rule=self._rule)
+            decided[:3] = modes.sum(), spectrum.rank, spectrum.misfit
             decided[3:] = chosen
         decided = weights.processes.all_sum(decided)
         assert weights.shards is not None
         scores = weights.shards.split(trajectory.combine(decided[3:]))
-        modes, rank, misfit = decided[:3]
-        self._ready = scores, {"modes": int(modes), "rank": int(rank), "misfit": float(misfit), "snapshots": count}
+        count_of_modes, rank, misfit = decided[:3]
+        self._ready = (
+            scores,
+            {"modes": int(count_of_modes), "rank": int(rank), "misfit": float(misfit), "snapshots": count},
+        )
 
     def take(self) -> Scores:
         """The scores of this process's part and where they come from, once; without any, present magnitudes decide."""

@@ -1,4 +1,4 @@
-"""How a scalar will move on, predicted from its newest values."""
+"""How a scalar, or the weights, will move on, predicted from the newest values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lightning_koopman.dmd.rrr import dmd_rrr
+from lightning_koopman._types import Array
+from lightning_koopman.dmd.rrr import decompose, dmd_rrr
 from lightning_koopman.dmd.spectrum import Real
 
 RECENT = 6  # fewer losses determine no forecast
@@ -80,3 +81,23 @@ def _two_sided(values: Real, horizon: int, modes: int, tol: float) -> tuple[Real
         return np.full(horizon, values[-1]), values
     spectrum = dmd_rrr(values, delays=values.size // 2 + 1, tol=tol, max_rank=modes, refine=False)
     return spectrum.forecast(values, horizon)[:, 0], spectrum.reconstruct(values)[:, 0]
+
+
+def relative_changes(factor: Array, horizon: int, *, tol: float = 1e-3) -> tuple[float, float]:
+    """How far the weights will move within ``horizon`` snapshots by the spectrum, and how far they just moved.
+
+    Args:
+        factor: Array (r, m), m > ``horizon``: :meth:`Trajectory.factor` of the newest snapshots.
+        horizon: Snapshots to look ahead and back, ≥ 1.
+        tol: As for :func:`dmd_rrr`.
+
+    Returns:
+        Both changes, relative to the norm of the last snapshot.
+    """
+    count = factor.shape[1]
+    spectrum = decompose(factor, tol=tol, refine=False)
+    ahead = spectrum.combination(count - 1 + horizon, clip=True)[0]
+    ahead[-1] -= 1.0
+    size = max(float(np.linalg.norm(factor[:, -1])), np.finfo(np.float64).tiny)
+    past = factor[:, -1] - factor[:, -1 - horizon]
+    return float(np.linalg.norm(factor @ ahead)) / size, float(np.linalg.norm(past)) / size

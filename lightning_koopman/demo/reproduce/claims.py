@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lightning_koopman.callbacks.monitor import WINDOW
 from lightning_koopman.demo.reproduce.plan import LOSSES, NAMES, NOISES, PRUNED, PRUNINGS, SPECTRA, methods_of
 from lightning_koopman.demo.reproduce.results import ACCURACY, TEST, TRAIN, Results
 from lightning_koopman.demo.table1 import TABLE
@@ -16,6 +17,7 @@ HOLDS, PART, FAILS = "holds", "holds in part", "does not hold"
 CHANCE = math.log(10)
 FAST, DROP = 5, 0.1  # epochs, and the share of the loss that may be left then
 MARGIN = 0.05  # of importance near 1 by which a training must exceed the random walk
+SLOWED = 0.5  # of its fastest twelve epochs' squared distance by which a training must have slowed down
 NEAR_ZERO, IMPORTANT = 0.5, 0.01  # modulus; share of the largest importance
 COMPARABLE = 0.01  # nats
 LOST = 0.002  # of the accuracy
@@ -56,7 +58,7 @@ def claims(results: Results) -> dict[str, list[Claim]]:
     for figure in results.figures:
         makers: list[Callable[[Results, str], Claim]] = []
         if figure in SPECTRA:
-            makers = [fast, cluster, loss_cluster, *([diverges] if figure == "S3" else [memorises])]
+            makers = [fast, cluster, steady, loss_cluster, *([diverges] if figure == "S3" else [memorises])]
         elif figure in PRUNINGS:
             makers = [prunes]
         elif figure == "4":
@@ -101,11 +103,30 @@ def cluster(results: Results, figure: str) -> Claim:
     return Claim(
         figure,
         "The more snapshots of the weights are taken, the more important eigenvalues appear and cluster around 1.",
-        f"Within 0.05 of 1 lie {', '.join(f'{each:.1%}' for each in ours)} of the importance after "
+        f"Within 0.05 of 1 lie {listed_shares(ours)} of the importance after "
         f"{', '.join(map(str, epochs))} epochs; of a random walk with the same step lengths "
-        f"{', '.join(f'{each:.1%}' for each in walk)}. The number of eigenvalues there: {', '.join(map(str, near))}.",
+        f"{listed_shares(walk)}. The number of eigenvalues there: {', '.join(map(str, near))}.",
         judge([grows, apart]),
         f"the share grows by {MARGIN:g}, and ends as much above the random walk's",
+    )
+
+
+def steady(results: Results, figure: str) -> Claim:
+    """Sections 3 and 9, the weights, by measures that the number of snapshots does not enter."""
+    start, epochs = SPECTRA[figure], results.plan.weight_epochs
+    found = [results.spectrum("weights", start, each) for each in epochs]
+    ours, walk, slowing = (
+        [float(each[name]) for each in found] for name in ("training_newest", "walk_newest", "slowing")
+    )
+    return Claim(
+        figure,
+        "The same, of equally many snapshots: as training goes on, the weights' importance gathers near 1.",
+        f"Of the newest {WINDOW} snapshots {listed_shares(ours)} of the importance lie within 0.05 of 1 after "
+        f"{', '.join(map(str, epochs))} epochs; of a random walk with the same step lengths {listed_shares(walk)}. The "
+        f"squared distance of twelve epochs has fallen by {listed_shares(slowing)} from that of the fastest twelve.",
+        judge([ours[-1] > ours[0] + MARGIN, ours[-1] > walk[-1] + MARGIN, slowing[-1] > SLOWED]),
+        f"the share grows by {MARGIN:g}, ends as much above the random walk's, and the weights slow down by "
+        f"{SLOWED:.0%}; a walk slows down by nothing",
     )
 
 
@@ -269,6 +290,11 @@ def mean_errors(results: Results, loss: str) -> list[float]:
 def listed(values: list[float]) -> str:
     """Numbers in a sentence."""
     return ", ".join(f"{each:.2f}" for each in values)
+
+
+def listed_shares(values: list[float]) -> str:
+    """Shares in a sentence."""
+    return ", ".join(f"{each:.1%}" for each in values)
 
 
 def layers(results: Results) -> Claim:

@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 
-from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
+from lightning_koopman.callbacks.monitor import WINDOW, KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
 from lightning_koopman.demo.cnn import PaperCNN
 from lightning_koopman.demo.data import load
@@ -19,8 +19,10 @@ from lightning_koopman.demo.experiments.cache import save
 from lightning_koopman.demo.experiments.runner import Progress
 from lightning_koopman.demo.experiments.training import BATCH, Batches, Reached, masked, quiet_trainer, random_score
 from lightning_koopman.demo.reproduce.plan import SPARSITY, Branch, Plan
+from lightning_koopman.dmd.random_walk import random_walk_spectrum
 from lightning_koopman.dmd.spectrum import Spectrum
 from lightning_koopman.pruning.prunable import prunable_parameters
+from lightning_koopman.trajectory.recorder import WEIGHTS
 
 EVERY = 10  # epochs between checkpoints
 PAPERS: dict[str, Any] = {"window": None, "rule": "paper"}  # all snapshots, the one mode at 1 and those above it
@@ -60,6 +62,8 @@ class Spectra(Callback):
                 arrays = spectrum_arrays("training", monitor.spectrum)
                 if monitor.surrogate is not None:
                     arrays |= spectrum_arrays("walk", monitor.surrogate)
+                if monitor.settings.observable == WEIGHTS:
+                    arrays |= steady_arrays(monitor)
                 save(self.path / f"{name}-{trainer.current_epoch + 1}.npz", **arrays)
 
 
@@ -70,6 +74,19 @@ def spectrum_arrays(kind: str, spectrum: Spectrum) -> dict[str, Any]:
         f"{kind}_residuals": spectrum.residuals,
         f"{kind}_importance": spectrum.importance,
         f"{kind}_unit_fraction": spectrum.unit_fraction(),
+    }
+
+
+def steady_arrays(monitor: KoopmanSpectrumMonitor) -> dict[str, Any]:
+    """What does not depend on the number of snapshots: the newest ones' importance near 1, and how far they slowed."""
+    newest, trajectory = monitor.history[-1], monitor.trajectory
+    assert trajectory is not None
+    start = float(np.linalg.norm(trajectory.factor(last=WINDOW)[:, 0]))
+    walk = random_walk_spectrum(trajectory.step_norms()[1 - WINDOW :], start, trajectory.total)
+    return {
+        "training_newest": newest["unit_fraction"],
+        "walk_newest": walk.unit_fraction(),
+        "slowing": newest["slowing"],
     }
 
 

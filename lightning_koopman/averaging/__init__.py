@@ -1,0 +1,1 @@
+"""Averages of the weights: which snapshots, how much of each, and which of several averages is best."""

@@ -1,0 +1,186 @@
+"""An average of the weights along a trajectory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from lightning_koopman._checks import check_choice, check_count, check_function, check_instance, check_positive
+from lightning_koopman._types import Array
+from lightning_koopman.averaging import profiles
+from lightning_koopman.averaging.persistent import persistent
+from lightning_koopman.averaging.profiles import PROFILES
+from lightning_koopman.reading.steps import step_statistics
+from lightning_koopman.trajectory.trajectory import Trajectory
+
+NO_SKETCHES = "a trajectory of sketches holds no weights to average: record with storage='ram' or 'disk'."
+LOSS = "a function of a tensor (n,) of weights that returns their loss, or an array of losses on several batches"
+
+
+@dataclass(frozen=True, eq=False)
+class AveragedWeights:
+    """An average of the weights: what :func:`averaged_weights` returns.
+
+    Attributes:
+        values: Tensor (n,).
+        coefficients: Array (time,): the share of each snapshot; they add up to 1.
+        length: Snapshots that it was made from; 1 is the last weights.
+        tried: The lengths that were compared, shortest first.
+        losses: Array (tried, batches) of their losses; empty where none was asked for.
+    """
+
+    values: Tensor
+    coefficients: Array
+    length: int
+    tried: tuple[int, ...]
+    losses: Array
+
+
+def averaged_weights(
+    trajectory: Trajectory,
+    profile: str = "auto",
+    *,
+    length: int | Sequence[int] | None = None,
+    power: float = 1.0,
+    loss: Callable[[Tensor], Any] | None = None,
+    scale: float | None = None,
+) -> AveragedWeights:
+    r"""Average of the newest snapshots of the weights.
+
+    Weights that hover about a point at the noise floor of a learning rate are better where they are averaged; weights
+    that still go somewhere are worse.  How many snapshots to take is therefore found out: by ``loss``, which is asked
+    about a few lengths up to half of the snapshots, and of which a few batches of the *training* data will do; the
+    longest average is taken that no other is better than by more than noise.  Without it the correlation of the steps
+    decides, more carefully.
+
+    Args:
+        trajectory: The weights' snapshots.
+        profile: ``"tail"``, equal parts of the newest snapshots; ``"ramp"``, parts that grow as :math:`t^p`;
+            ``"fixed_point"``, the combination that moves least, regularised by the noise of the steps;
+            ``"persistent"``, the Koopman reconstruction by the modes at 1 (paper, section 4), which fits the noise;
+            ``"auto"``, a tail whose length is found out.
+        length: Snapshots to average, ≥ 1, or several lengths to choose from by ``loss`` (default: all that are held,
+            or, of ``"auto"``, what is found out).
+        power: p of the ramp, > 0.
+        loss: Gives the loss of weights, tensor (n,), or an array (batches,) of losses on a few batches, the same at
+            each call.
+        scale: Loss that differences are relative to, > 0, such as ln C for C classes: less than 0.15 % of it counts as
+            none.
+
+    Returns:
+        The average.
+
+    Raises:
+        TypeError: If ``trajectory`` is none, or ``loss`` no function.
+        ValueError: If an argument is out of its range, the trajectory is empty or holds only sketches.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import Trajectory, averaged_weights
+        >>> random, trajectory = torch.Generator().manual_seed(0), Trajectory(1000)
+        >>> for t in range(40):  # about a point, as at the noise floor of a learning rate
+        ...     trajectory.append(1.0 + torch.randn(1000, generator=random))
+        >>> average = averaged_weights(trajectory)
+        >>> average.length, round(float((average.values - 1).std()), 1)
+        (10, 0.3)
+        >>> best = averaged_weights(trajectory, length=(1, 5, 20), loss=lambda weights: float((weights - 1).norm()))
+        >>> best.length, best.tried
+        (20, (1, 5, 20))
+    """
+    check_instance("trajectory", trajectory, Trajectory, "a Trajectory")
+    check_average(profile, length, power)
+    if loss is not None:
+        check_function("loss", loss, LOSS)
+    scale = None if scale is None else check_positive("scale", scale)
+    if not len(trajectory):
+        raise ValueError("the trajectory is empty: append a snapshot first.")
+    if trajectory.sketched is not None:
+        raise ValueError(NO_SKETCHES)
+    count, compared = len(trajectory), loss is not None
+    lengths = lengths_to_try(trajectory, profile, length, held=count, taken=count, compared=compared)
+    given = None if loss is None else lambda parts: _losses(loss(trajectory.combine(parts)))
+    parts, index, losses = choose(trajectory, profile, lengths, power=power, loss=given, scale=scale)
+    return AveragedWeights(trajectory.combine(parts), parts, lengths[index], tuple(lengths), losses)
+
+
+def check_average(profile: str, length: int | Sequence[int] | None, power: float) -> None:
+    """Raise ValueError or TypeError for arguments of an average that are out of their range."""
+    check_choice("profile", profile, PROFILES)
+    check_positive("power", power)
+    if isinstance(length, (list, tuple)) and length:
+        for each in length:
+            check_count("length", each, 1)
+    elif length is not None:
+        check_count("length", length, 1, "it is a number of snapshots, a list of such numbers, or None")
+
+
+def lengths_to_try(
+    trajectory: Trajectory, profile: str, length: int | Sequence[int] | None, *, held: int, taken: int, compared: bool
+) -> list[int]:
+    """The lengths to try, shortest first.
+
+    Args:
+        trajectory: The snapshots.
+        profile: As for :func:`averaged_weights`.
+        length: As for it.
+        held: Newest snapshots that may be averaged.
+        taken: Those and older ones that are no longer held: how long the weights have been on this way.
+        compared: Whether their losses will be compared; else there is one length.
+    """
+    if length is not None:
+        asked = [length] if isinstance(length, (int, np.integer)) else length
+        found = sorted({min(int(each), held) for each in asked})
+    elif profile != "auto":
+        found = [held]
+    elif compared:
+        found = profiles.lengths_up_to(min(held, max(1, int(taken * profiles.SHARE))))
+    else:
+        gram = trajectory.step_gram()[len(trajectory) - held :, len(trajectory) - held :]
+        found = [min(held, profiles.safe_length(step_statistics(gram), taken))]
+    return found if compared else found[-1:]
+
+
+def choose(
+    trajectory: Trajectory,
+    profile: str,
+    lengths: Sequence[int],
+    *,
+    power: float = 1.0,
+    loss: Callable[[Array], Array] | None = None,
+    scale: float | None = None,
+) -> tuple[Array, int, Array]:
+    """The best of several lengths, by a function of the coefficients; see :func:`averaged_weights`.
+
+    Returns:
+        Coefficients (time,), index of the length, and the losses (lengths, batches).
+    """
+    given = [coefficients(trajectory, profile, each, power) for each in lengths]
+    if loss is None:
+        return given[-1], len(lengths) - 1, np.zeros((0, 0))
+    losses = np.stack([loss(each) for each in given])
+    index = profiles.longest_good(losses, lengths, scale)
+    return given[index], index, losses
+
+
+def coefficients(trajectory: Trajectory, profile: str, length: int, power: float = 1.0) -> Array:
+    """Coefficients (time,) of an average of the newest ``length`` snapshots."""
+    if length == 1 or profile in ("auto", "tail"):
+        parts = profiles.tail(length)
+    elif profile == "ramp":
+        parts = profiles.ramp(length, power)
+    elif profile == "fixed_point":  # the oldest snapshot held has no step that ends at it
+        parts = profiles.fixed_point(trajectory.step_gram()[-length:, -length:])
+    else:
+        return persistent(trajectory, length=length)[0]
+    return profiles.place(parts, len(trajectory))
+
+
+def _losses(values: npt.ArrayLike | Tensor) -> Array:
+    """What a loss function returned, as an array (batches,)."""
+    found = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
+    return found.reshape(-1)

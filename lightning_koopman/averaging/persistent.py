@@ -1,0 +1,35 @@
+"""What of a trajectory stays: its Koopman reconstruction at the last snapshot by the modes at 1."""
+
+from __future__ import annotations
+
+from lightning_koopman._types import Array
+from lightning_koopman.averaging.profiles import place
+from lightning_koopman.dmd.spectrum import Mask, Spectrum
+from lightning_koopman.trajectory.trajectory import Trajectory
+
+
+def persistent(
+    trajectory: Trajectory, *, length: int | None = None, radius: float = 0.05, rule: str = "cluster", tol: float = 1e-3
+) -> tuple[Array, Spectrum, Mask]:
+    """How the snapshots combine to the part that stays (paper, section 4).
+
+    The paper prunes where this is small.  It includes the mode at eigenvalue 1 and the modes ranked above; the
+    reconstruction at the first snapshot is of no use, since there the parts that later fade still cancel each other.
+
+    Args:
+        trajectory: At least two snapshots of the weights.
+        length: Use only so many of the newest snapshots, ≥ 2 (default: all).
+        radius: Radius of the cluster at 1, > 0.
+        rule: ``"cluster"`` or ``"paper"``: see :meth:`Spectrum.persistent`.
+        tol: Relative singular value below which directions count as zero, in [0, 1).
+
+    Returns:
+        Array (time,) for :meth:`Trajectory.combine`, the spectrum, and boolean array (k,): the modes that stay.
+
+    Raises:
+        ValueError: If there are too few snapshots, or an argument is out of its range.
+    """
+    spectrum = trajectory.spectrum(last=length, tol=tol, refine=False)
+    modes = spectrum.persistent(radius, rule=rule)
+    parts = spectrum.combination(spectrum.n_snapshots - 1, modes=modes)[0]
+    return place(parts, len(trajectory)), spectrum, modes

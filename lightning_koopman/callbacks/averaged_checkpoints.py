@@ -1,0 +1,100 @@
+"""What checkpoints hold where weights are averaged: the average, which was validated, and the weights in training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.callbacks.training_batches import named_buffers
+from lightning_koopman.callbacks.weight_average import WeightAverage
+from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, local_chunks
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+TRAINED = "koopman_trained_weights"  # in checkpoints: the weights and buffers that training goes on from
+COLLECT = "lightning_module_state_dict"  # the strategy's method
+
+
+class AveragedCheckpoints:
+    """Lets the state that a strategy collects for checkpoints, with or without all else, be the average.
+
+    Args:
+        average: What takes the place of the weights.
+    """
+
+    def __init__(self, average: WeightAverage) -> None:
+        self._average = average
+        self._strategy: Any = None
+        self._collect: Callable[[], dict[str, Any]] | None = None  # the strategy's own method
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_strategy": None, "_collect": None}
+
+    def watch(self, trainer: pl.Trainer, module: pl.LightningModule, choose: Callable[[], None]) -> None:
+        """Collect averages, each after it was chosen, until :meth:`release`."""
+        self.release()
+        strategy: Any = trainer.strategy
+        collect = self._collect = getattr(strategy, COLLECT)
+
+        def averaged() -> dict[str, Any]:
+            choose()
+            with self._average.held(trainer, module, average=True):
+                return _copied(collect())
+
+        setattr(strategy, COLLECT, averaged)
+        self._strategy = strategy
+
+    def release(self) -> None:
+        """Leave the strategy as it was."""
+        strategy, self._strategy, self._collect = self._strategy, None, None
+        if strategy is not None:
+            vars(strategy).pop(COLLECT, None)
+
+    def add_trained(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the weights in training to a checkpoint, as far as they are others than the average."""
+        if self._collect is None:
+            return
+        with self._average.held(trainer, module, average=False):
+            trained, average = self._collect(), checkpoint["state_dict"]
+            differing = {name: value for name, value in trained.items() if not _equal(value, average.get(name))}
+            checkpoint[TRAINED] = _copied(differing)
+
+    @torch.no_grad()
+    def restore_trained(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Go on from the weights in training."""
+        chunks, buffers = local_chunks(outermost(trainer, module)), named_buffers(module)
+        for name, value in checkpoint.get(TRAINED, {}).items():
+            clean = clean_name(name)
+            if clean in chunks:
+                tensor = chunks[clean].tensor.detach()
+                tensor.copy_(chunks[clean].take(value).reshape(tensor.shape))
+            else:
+                buffers[clean].copy_(value)
+
+
+def check_collects_whole_states(trainer: pl.Trainer) -> None:
+    """Raise ValueError if a run's checkpoints are sharded, so that they have no place for a second set of weights."""
+    strategy: Any = trainer.strategy
+    by_parts = is_kind(strategy, "ModelParallelStrategy") and strategy._save_distributed_checkpoint
+    if by_parts or (is_kind(strategy, "FSDPStrategy") and strategy._state_dict_type == "sharded"):
+        option = "save_distributed_checkpoint=False" if by_parts else "state_dict_type='full'"
+        raise ValueError(
+            f"strategy {type(strategy).__name__} writes sharded checkpoints, which cannot hold the average beside the "
+            f"weights in training: pass it {option}."
+        )
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _equal(value: Any, other: Any) -> bool:
+    """Whether two entries of a state are the same; entries that are no tensors are those of the module in any case."""
+    if not isinstance(value, Tensor) or not isinstance(other, Tensor):
+        return True
+    return value.shape == other.shape and torch.equal(value, other)

@@ -1,0 +1,157 @@
+"""A few batches of the training data, held to compare weights on and to re-estimate batch statistics from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from lightning_fabric.utilities import move_data_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lightning_koopman._types import Array
+from lightning_koopman.callbacks.dry_run import can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.parameters.process_group import Processes
+from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, local_chunks
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+SCORED = 4  # batches that losses are compared on
+MOST = 2**29  # bytes of the batches held, beyond the first two
+LATE = 3.0  # seconds after which progress is shown
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class TrainingBatches:
+    """Copies of the first batches of each round, in main memory.
+
+    Args:
+        count: Batches to hold, ≥ 1.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_held": [], "_bytes": 0}
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._held: list[tuple[Any, int]] = []
+        self._next = self._bytes = 0
+        self.norms: tuple[str, ...] = ()  # layers whose batch statistics are in use, by name
+
+    def begin(self) -> None:
+        """A round begins: its batches take the place of those held."""
+        self._next = 0
+
+    def add(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hold a batch, if it is one of the first."""
+        if self._next >= self.count:
+            return
+        if self._next == 0:
+            self.norms = tuple(name for name, layer in module.named_modules() if _has_statistics(layer))
+            self._bytes = 0
+        if not can_dry_run(module):
+            self._next = self.count
+            return
+        copied = apply_to_collection(batch, Tensor, lambda each: each.detach().to("cpu", copy=True))
+        sizes: list[int] = []
+        apply_to_collection(copied, Tensor, lambda each: sizes.append(each.numel() * each.element_size()))
+        self._bytes += sum(sizes)
+        if self._next >= 2 and self._bytes > MOST:
+            self._next = self.count
+            return
+        self._held[self._next : self._next + 1] = [(copied, batch_idx)]
+        self._next += 1
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def trial(self, trainer: pl.Trainer, module: pl.LightningModule, processes: Processes) -> Trial | None:
+        """Get ready to try weights, if all processes can; all of them together."""
+        cannot = not self._held or not can_dry_run(module) or _is_sharded(outermost(trainer, module))
+        return None if processes.any(cannot) else Trial(trainer, module, processes, self._held, self.norms)
+
+
+class Trial:
+    """A copy of a module, in which weights are tried.  Nothing is logged, and the run notices nothing.
+
+    Losses are those of ``training_step`` in evaluation mode, but with the statistics of each batch, so that no weights
+    depend on statistics which belong to others.  The same random numbers serve all weights.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        processes: Processes,
+        batches: list[tuple[Any, int]],
+        norms: tuple[str, ...],
+    ) -> None:
+        self._trainer, self._module, self._processes, self._batches = trainer, module, processes, batches
+        self._copy = quiet_copy(module)
+        self._chunks = local_chunks(self._copy)
+        layers = {clean_name(name): layer for name, layer in self._copy.named_modules()}
+        self._norms: dict[str, Any] = {name: layers[clean_name(name)] for name in norms}
+        self._copy.eval()
+        for layer in self._norms.values():
+            layer.train()
+            layer.momentum = None  # the mean of all batches, not of the newest
+
+    @torch.no_grad()
+    def set(self, weights: Mapping[str, Tensor]) -> None:
+        """Try these weights, by name."""
+        for name, value in weights.items():
+            tensor = self._chunks[name].tensor.detach()
+            tensor.copy_(value.reshape(tensor.shape))
+
+    def losses(self) -> Array:
+        """Losses (batches,) of the first batches held, in all processes; NaN where there is none."""
+        held = self._batches[:SCORED]
+        own = [self._loss(batch, index) for batch, index in held] + [float("nan")] * (SCORED - len(held))
+        return self._processes.table(np.array(own)).reshape(-1)
+
+    def statistics(self, *, shown: bool) -> dict[str, Tensor]:
+        """Batch statistics of the weights over all batches held, by the buffers' names, in main memory."""
+        for layer in self._norms.values():
+            layer.reset_running_stats()
+        bar = tqdm(self._batches, desc="Batch statistics", unit="batch", delay=LATE, leave=False, disable=not shown)
+        for batch, index in bar:
+            self._loss(batch, index)
+        found: dict[str, Tensor] = {}
+        for name, layer in self._norms.items():
+            for part in STATISTICS:
+                value = getattr(layer, part).detach().cpu()
+                if value.is_floating_point():
+                    value = self._processes.add_up(value.double()) / self._processes.size
+                found[f"{clean_name(name)}.{part}"] = value
+        return found
+
+    def _loss(self, batch: Any, index: int) -> float:
+        trainer, module = self._trainer, self._module
+        given = move_data_to_device(batch, module.device)  # without the module's hooks, which have been there
+        with dry_run(trainer, module, given, index) as loss, torch.no_grad():
+            return float(loss(self._copy).detach())
+
+
+def named_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Buffers by the names that they have without any wrapper."""
+    return {clean_name(name): buffer for name, buffer in module.named_buffers()}
+
+
+def _has_statistics(layer: nn.Module) -> bool:
+    """Whether a layer keeps running statistics of the batches it is trained on."""
+    kept = getattr(layer, "running_mean", None)
+    return is_kind(layer, "_BatchNorm") and isinstance(kept, Tensor) and layer.training
+
+
+def _is_sharded(root: nn.Module) -> bool:
+    """Whether no process holds all of the weights, so that none can try others."""
+    return any(not chunk.whole for chunk in local_chunks(root).values())

@@ -1,0 +1,271 @@
+"""The average of the weights that a callback keeps: chosen when somebody looks at it, put in and taken out again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_koopman._types import Array
+from lightning_koopman.averaging.average import choose, lengths_to_try
+from lightning_koopman.averaging.profiles import place
+from lightning_koopman.callbacks.clock import steps_done
+from lightning_koopman.callbacks.guard import Guard
+from lightning_koopman.callbacks.observables import outermost
+from lightning_koopman.callbacks.recording import Recording
+from lightning_koopman.callbacks.training_batches import TrainingBatches, Trial, named_buffers
+from lightning_koopman.parameters.sharded_modules import local_chunks
+from lightning_koopman.trajectory.trajectory import Trajectory
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+JUMP = 0.25  # change of a learning rate that starts a new average, relative to the highest since the last start
+NO_LOSSES: Array = np.zeros((0, 0))
+
+
+class WeightAverage:
+    """An average along the trajectory that a callback records.
+
+    Args:
+        recording: The callback's.
+        guard: The callback's.
+        profile: As for :func:`averaged_weights`.
+        length: As for it.
+        power: As for it.
+        n_batches: Training batches that batch statistics are re-estimated from, ≥ 1.
+
+    Attributes:
+        parts: Array (k,): shares of the newest k snapshots, which add up to 1.
+        length: Snapshots that were chosen.
+        tried: The lengths that were compared.
+        losses: Array (tried, batches) of their losses; empty where they could not be compared.
+        chosen_after: Round of the snapshot after which all of this was found out, or None.
+        step: Optimizer steps at the newest snapshot.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        guard: Guard,
+        *,
+        profile: str = "auto",
+        length: int | Sequence[int] | None = None,
+        power: float = 1.0,
+        n_batches: int = 16,
+    ) -> None:
+        self._recording, self._guard = recording, guard
+        self._asked = profile, length, power
+        self.batches = TrainingBatches(n_batches)
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_exchanged": None, "inside": False}
+
+    def forget(self) -> None:
+        """Begin as for a first fit."""
+        self.batches.clear()
+        self._exchanged: dict[str, Tensor] | None = None  # what the module does not hold now: average, or what trains
+        self.inside = False  # the module holds the average
+        self._rates: list[float] = []
+        self.step = -1
+        self.start_at(0)
+
+    def start_at(self, completed: int) -> None:
+        """A new average starts with the snapshot after so many rounds; until it is chosen it is the last weights."""
+        self._since, self._highest = completed, list(self._rates)
+        self._choose_last(None)
+
+    def _choose_last(self, after: int | None) -> None:
+        self.parts, self.length, self.losses = np.ones(1), 1, NO_LOSSES
+        self.tried: tuple[int, ...] = (1,)
+        self._statistics: dict[str, Tensor] = {}
+        self.chosen_after = after
+
+    def begin_round(self, rates: Sequence[float], completed: int) -> None:
+        """A round begins at some learning rates."""
+        self.batches.begin()
+        before, self._rates = self._rates, list(rates)
+        if len(before) != len(rates):
+            self.start_at(completed if before else self._since)
+            return
+        if any(abs(a - b) > JUMP * high for a, b, high in zip(rates, before, self._highest, strict=True)):
+            self.start_at(completed)
+        self._highest = [max(pair) for pair in zip(rates, self._highest, strict=True)]
+
+    # -- choosing -----------------------------------------------------------------------------------------------------
+
+    def choose(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Choose the average of the snapshots held, once a snapshot; all processes together."""
+        newest, weights = self._recording.recorder.newest, self._recording.weights
+        if newest is None or newest == self.chosen_after:
+            return
+        self._choose_last(newest)  # what remains where the rest fails
+        with self._guard.together("averaging the weights", weights.processes):
+            self._choose(trainer, module)
+
+    def _choose(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        recorder, processes = self._recording.recorder, self._recording.weights.processes
+        trajectory, window = recorder.trajectory, self._recording.settings.window
+        assert trajectory is not None
+        held = sum(epoch >= self._since for epoch in recorder.epochs)
+        held = max(1, min(held, len(trajectory), window or held))
+        newest, every = recorder.epochs[-1], self._recording.settings.every_n_epochs
+        taken = max(held, (newest - self._since) // every + 1)
+        profile, length, power = self._asked
+        trial = self.batches.trial(trainer, module, processes)
+        if trial is None and self.batches.norms:
+            self._guard.warn(
+                "statistics",
+                f"the batch statistics of layers such as {self.batches.norms[0]!r} cannot be re-estimated for an "
+                "average, as `training_step` cannot be run on a copy of this module: the last weights are used.",
+            )
+            return
+        lengths = lengths_to_try(trajectory, profile, length, held=held, taken=taken, compared=trial is not None)
+        reading = self._recording.reader.reading
+        scale = None if reading is None or not math.isfinite(reading.scale) else reading.scale
+        loss = None if trial is None or len(lengths) == 1 else self._loss(trial, trajectory)
+        parts, index, losses = choose(trajectory, profile, lengths, power=power, loss=loss, scale=scale)
+        decided = np.append(parts, index) * (processes.rank == 0)  # others' arithmetic may round otherwise
+        *shared, index = processes.all_sum(decided).tolist()
+        statistics: dict[str, Tensor] = {}
+        chosen = np.trim_zeros(np.array(shared), "f")
+        if trial is not None and self.batches.norms:
+            trial.set(self._values(trajectory, chosen))
+            statistics = trial.statistics(shown=self._guard.zero)
+        self.parts, self.length, self.tried, self.losses = chosen, lengths[int(index)], tuple(lengths), losses
+        self._statistics = statistics
+
+    def _loss(self, trial: Trial, trajectory: Trajectory) -> Callable[[Array], Array]:
+        def loss(parts: Array) -> Array:
+            trial.set(self._values(trajectory, parts))
+            return trial.losses()
+
+        return loss
+
+    def _values(self, trajectory: Trajectory, parts: Array) -> dict[str, Tensor]:
+        """What this process holds of an average, by parameter."""
+        shards = self._recording.weights.shards
+        assert shards is not None
+        own = shards.split(trajectory.combine(place(parts, len(trajectory))))
+        return {name: shards.complete(name, value) for name, value in own.items()}
+
+    def loss_of(self, length: int) -> float:
+        """Mean loss of a length that was compared, else NaN."""
+        compared = self.losses.size and length in self.tried
+        return float(np.nanmean(self.losses[self.tried.index(length)])) if compared else math.nan
+
+    # -- in and out ---------------------------------------------------------------------------------------------------
+
+    def put_in(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Put the average in the place of the weights that are trained; all processes together."""
+        if self._exchanged is not None:
+            return
+        values: dict[str, Tensor] = {}
+        with self._guard.together("averaging the weights", self._recording.weights.processes):
+            values = self._average(trainer, module)
+        self._exchanged = values
+        self._exchange(trainer, module)
+
+    def take_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Put the weights that are trained back in their place, to the last bit."""
+        if self.inside:
+            self._exchange(trainer, module)
+            self._exchanged = None
+
+    def let_go(self) -> None:
+        """Leave in the module what it holds, once a fit has ended."""
+        self._exchanged, self.inside = None, False
+
+    @contextlib.contextmanager
+    def held(self, trainer: pl.Trainer, module: pl.LightningModule, *, average: bool) -> Iterator[None]:
+        """Context in which the module holds the average, or else the weights that are trained."""
+        before, known = self.inside, self._exchanged is not None
+        if average and not known:
+            self.put_in(trainer, module)
+        elif average != before:
+            self._exchange(trainer, module)
+        try:
+            yield
+        finally:
+            if self.inside != before:
+                self._exchange(trainer, module)
+            if not known:
+                self._exchanged = None
+
+    def _average(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
+        """Weights and buffers of the average, but for those that are the trained ones."""
+        trajectory = self._recording.recorder.trajectory
+        if trajectory is None or self.chosen_after is None:
+            return {}
+        parts, now = self.parts, steps_done(trainer) != self.step
+        if len(parts) == 1:
+            return dict(self._statistics)
+        if not now:
+            return {**self._values(trajectory, parts), **self._statistics}
+        # within a round the weights as they are stand for its snapshot, which is still to come
+        older = self._values(trajectory, parts[:-1])
+        chunks = local_chunks(outermost(trainer, module))
+        newest = {name: float(parts[-1]) * chunks[name].tensor.detach().cpu() for name in older}
+        return {**{name: value + newest[name] for name, value in older.items()}, **self._statistics}
+
+    @torch.no_grad()
+    def _exchange(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Exchange what the module holds with what it does not."""
+        assert self._exchanged is not None
+        tensors = {name: chunk.tensor for name, chunk in local_chunks(outermost(trainer, module)).items()}
+        tensors |= named_buffers(module)
+        for name, value in self._exchanged.items():
+            tensor = tensors[name].detach()
+            held = tensor.clone()
+            tensor.copy_(value.reshape(tensor.shape))
+            self._exchanged[name] = held
+        self.inside = not self.inside
+
+    @torch.no_grad()
+    def copy_to(self, module: torch.nn.Module) -> None:
+        """Copy the average that was chosen last into a module with parameters of the same names."""
+        trajectory = self._recording.recorder.trajectory
+        if trajectory is None or self.chosen_after is None:
+            raise ValueError("no average has been chosen yet: train first.")
+        chunks, buffers = local_chunks(module), named_buffers(module)
+        for name, value in {**self._values(trajectory, self.parts), **self._statistics}.items():
+            if name not in chunks and name not in buffers:
+                raise ValueError(f"module has no parameter {name!r}: give the module that was trained, or a copy.")
+            tensor = (chunks[name].tensor if name in chunks else buffers[name]).detach()
+            tensor.copy_(value.reshape(tensor.shape))
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs; tensors and primitives."""
+        return {
+            "since": self._since,
+            "rates": list(self._rates),
+            "highest": list(self._highest),
+            "parts": torch.from_numpy(self.parts),
+            "length": self.length,
+            "tried": list(self.tried),
+            "losses": torch.from_numpy(self.losses),
+            "statistics": dict(self._statistics),
+            "after": self.chosen_after,
+            "step": self.step,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        self.forget()
+        self._since, self.step = int(state["since"]), int(state["step"])
+        self._rates, self._highest = (
+            [float(each) for each in state["rates"]],
+            [float(each) for each in state["highest"]],
+        )
+        self.parts, self.losses = state["parts"].numpy().copy(), state["losses"].numpy().copy()
+        self.length, self.tried = int(state["length"]), tuple(int(each) for each in state["tried"])
+        self._statistics = dict(state["statistics"])
+        self.chosen_after = None if state["after"] is None else int(state["after"])

@@ -1,0 +1,368 @@
+"""Averages of the weights: in for validation and checkpoints, out for training, free of the faults of others."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
+from torch import nn
+
+from lightning_koopman import KoopmanPruner, KoopmanSpectrumMonitor, KoopmanWarning, KoopmanWeightAveraging
+from lightning_koopman.averaging.profiles import safe_length
+from lightning_koopman.callbacks.averaged_checkpoints import TRAINED
+from lightning_koopman.reading.steps import step_statistics
+
+N, BATCH = 96, 16
+
+
+class Net(pl.LightningModule):
+    """A small regression with noise, so that its weights come to hover."""
+
+    def __init__(self, *, norm: bool = False, dropout: float = 0.0, lr: float = 0.1, gamma: float = 1.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        middle = [nn.BatchNorm1d(12)] if norm else []
+        self.net = nn.Sequential(nn.Linear(6, 12), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(12, 1))
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.lr, self.gamma = lr, gamma
+        drawn = torch.Generator().manual_seed(1)
+        self.x = torch.randn(N, 6, generator=drawn)
+        self.y = self.x[:, :1].sin() + torch.randn(N, 1, generator=drawn)
+        self.seen: list[dict[str, torch.Tensor]] = []  # weights at each validation
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.count += 1
+        loss = nn.functional.mse_loss(self.net(batch[0]), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if not self.trainer.sanity_checking:
+            self.seen.append(weights(self))
+        self.log("val_loss", nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 6, self.gamma)]
+
+    def train_dataloader(self) -> Any:
+        data = torch.utils.data.TensorDataset(self.x, self.y)
+        return torch.utils.data.DataLoader(data, batch_size=BATCH)
+
+    def val_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(self.x, self.y), batch_size=N)
+
+
+class Unvalidated(Net):
+    val_dataloader = None
+    validation_step = None
+
+
+class Trained(Callback):
+    """Keeps the weights in training after each epoch, and before the first."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        if not self.after:
+            self.after.append(weights(pl_module))
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.after.append(weights(pl_module))
+
+
+def weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+
+
+def mean(states: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:
+    return torch.stack([state[name].double() for state in states]).mean(0).float()
+
+
+@pytest.fixture
+def fit(tmp_path):
+    def run(module: pl.LightningModule, *callbacks: Callback, epochs: int = 10, **options: Any) -> pl.Trainer:
+        ckpt = options.pop("ckpt_path", None)
+        given: dict[str, Any] = {
+            "logger": False,
+            "enable_checkpointing": False,
+            "default_root_dir": tmp_path,
+            **options,
+        }
+        trainer = pl.Trainer(
+            max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", enable_progress_bar=False,
+            enable_model_summary=False, **given,
+        )  # fmt: skip
+        pl.seed_everything(3, verbose=False)
+        trainer.fit(module, ckpt_path=ckpt)
+        return trainer
+
+    return run
+
+
+TRAINABLE = ["net.0.weight", "net.0.bias", "net.3.weight", "net.3.bias"]
+
+
+def test_the_mean_is_validated_and_stays_in_the_end(fit):
+    module, trained = Net(), Trained()
+    fit(module, KoopmanWeightAveraging("tail", length=4), trained)
+    for epoch, seen in enumerate(module.seen, 1):
+        newest = trained.after[: epoch + 1][-4:]
+        for name in TRAINABLE:
+            torch.testing.assert_close(seen[name], mean(newest, name), rtol=1e-5, atol=1e-6)
+        assert torch.equal(seen["frozen"], torch.ones(3))
+        assert seen["count"] == 6 * epoch
+    for name in TRAINABLE:
+        assert torch.equal(module.state_dict()[name], module.seen[-1][name])
+
+
+@pytest.mark.parametrize("options", [{}, {"dropout": 0.5}, {"norm": True}], ids=["plain", "dropout", "norm"])
+def test_training_notices_nothing(fit, options):
+    alone, watched = Trained(), Trained()
+    fit(Net(**options), alone)
+    fit(Net(**options), KoopmanWeightAveraging(), watched)
+    for ours, theirs in zip(watched.after, alone.after, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_checkpoints_hold_what_was_validated(fit, tmp_path, weights_only):
+    module = Net(norm=True)
+    save = ModelCheckpoint(tmp_path, monitor="val_loss", save_top_k=-1, save_weights_only=weights_only)
+    trained = Trained()
+    fit(module, KoopmanWeightAveraging("tail", length=3), save, trained, enable_checkpointing=True)
+    assert len(save.best_k_models) == 10
+    for path in save.best_k_models:
+        saved = torch.load(path, weights_only=True)
+        seen = module.seen[saved["epoch"]]
+        assert set(saved["state_dict"]) == set(seen)
+        assert all(torch.equal(saved["state_dict"][name], seen[name]) for name in seen)
+        if not weights_only:
+            now = {**saved["state_dict"], **saved[TRAINED]}
+            assert all(torch.equal(now[name], trained.after[saved["epoch"] + 1][name]) for name in now)
+    best = Net(norm=True)
+    best.load_state_dict(torch.load(save.best_model_path, weights_only=True)["state_dict"])
+    again = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(best, verbose=False)
+    assert again[0]["val_loss"] == pytest.approx(float(save.best_model_score), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Net, Unvalidated])
+def test_a_resumed_run_is_as_the_uninterrupted_one(fit, tmp_path, kind):
+    def parts() -> list[Any]:
+        save = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{epoch}")
+        return [KoopmanWeightAveraging(dirpath=tmp_path), Trained(), save]
+
+    whole, resumed = kind(norm=True), kind(norm=True)
+    averaging, trained, save = parts()
+    fit(whole, averaging, trained, save, enable_checkpointing=True)
+    again, later, save = parts()
+    fit(resumed, again, later, save, enable_checkpointing=True, ckpt_path=tmp_path / "epoch=4.ckpt")
+    assert len(later.after) == 6
+    for ours, theirs in zip(later.after, trained.after[5:], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert str(again.history) == str(averaging.history)  # NaN where nothing was compared
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-6, atol=1e-7)
+
+
+def test_a_checkpoint_within_an_epoch_holds_both(fit, tmp_path):
+    class Steps(Callback):
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step == 40:
+                self.at = weights(pl_module)
+
+    save, steps, trained = ModelCheckpoint(tmp_path, every_n_train_steps=40), Steps(), Trained()
+    fit(Net(), KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), steps, trained, save,
+        enable_checkpointing=True)  # fmt: skip
+    saved = torch.load(save.best_model_path, weights_only=True)
+    for name in TRAINABLE:
+        assert torch.equal(saved[TRAINED][name], steps.at[name])
+        torch.testing.assert_close(saved["state_dict"][name], mean([*trained.after[5:7], steps.at], name))
+    later = Trained()
+    fit(Net(), KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), later, ckpt_path=save.best_model_path)
+    assert all(torch.equal(later.after[0][name], steps.at[name]) for name in TRAINABLE)
+
+
+def test_an_exception_leaves_the_weights_in_training(fit):
+    class Stops(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            if self.trainer.current_epoch == 6:
+                raise KeyError("user's own")
+
+    module, trained = Stops(), Trained()
+    with pytest.raises(KeyError, match="own"):
+        fit(module, KoopmanWeightAveraging("tail", length=4), trained)
+    alone = Trained()
+    fit(Net(), alone, epochs=7)
+    assert all(torch.equal(module.state_dict()[name], alone.after[7][name]) for name in TRAINABLE)
+    assert not torch.equal(module.seen[-1]["net.0.weight"], alone.after[7]["net.0.weight"])
+
+
+def test_statistics_are_those_of_the_averages_training_batches(fit):
+    module = Net(norm=True)
+    fit(module, KoopmanWeightAveraging("tail", length=4, n_batches=6))
+    twin = copy.deepcopy(module)
+    layer = twin.net[1]
+    layer.reset_running_stats()
+    layer.momentum = None
+    twin.train()
+    with torch.no_grad():
+        for part in module.x.split(BATCH):
+            twin.net(part)
+    torch.testing.assert_close(module.net[1].running_mean, layer.running_mean)
+    torch.testing.assert_close(module.net[1].running_var, layer.running_var)
+    assert module.count == 60  # what training counted, not the trial
+
+
+def test_the_length_follows_what_the_weights_do(fit):
+    class Far(Net):
+        """Weights that go somewhere all along."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return (self.net[0].weight - 100).abs().mean()
+
+    descending, hovering = KoopmanWeightAveraging(), KoopmanWeightAveraging()
+    fit(Far(lr=0.01), descending, epochs=20)
+    fit(Net(lr=0.3), hovering, epochs=40)
+    assert {row["average_length"] for row in descending.history} == {1}
+    assert hovering.history[-1]["average_length"] >= 8
+    gains = [row["last_loss"] - row["average_loss"] for row in hovering.history[1:]]
+    assert np.mean(gains) > 0
+    assert min(gains) > -0.05  # of a loss of about 1
+
+
+def test_a_jump_of_the_rate_starts_a_new_average(fit):
+    module, trained = Net(gamma=0.1), Trained()
+    averaging = KoopmanWeightAveraging("tail", length=5)
+    fit(module, averaging, trained)
+    assert [row["average_length"] for row in averaging.history] == [2, 3, 4, 5, 5, 5, 2, 3, 4, 5]
+    torch.testing.assert_close(module.seen[7]["net.0.weight"], mean(trained.after[6:9], "net.0.weight"))
+
+
+def test_masks_stay_exact_zeros_and_a_pruning_starts_a_new_average(fit, tmp_path):
+    module = Net()
+    pruner = KoopmanPruner(0.5, epoch=5, dirpath=tmp_path)
+    averaging = KoopmanWeightAveraging("tail", length=5, dirpath=tmp_path)
+    fit(module, averaging, pruner)
+    zero = ~pruner.masks["net.0.weight"]
+    assert zero.sum() > 10
+    assert all(bool((seen["net.0.weight"][zero] == 0).all()) for seen in module.seen[5:])
+    assert [row["average_length"] for row in averaging.history] == [2, 3, 4, 5, 5, 2, 3, 4, 5, 5]
+
+
+@pytest.mark.parametrize("given", [{"storage": "disk"}, {"dtype": "bfloat16"}, {"every_n_steps": 4}], ids=str)
+def test_other_ways_of_keeping_snapshots(fit, given, tmp_path):
+    module, trained = Net(), Trained()
+    fit(module, KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path, **given), trained)
+    if "every_n_steps" not in given:
+        for name in TRAINABLE:
+            torch.testing.assert_close(module.state_dict()[name], mean(trained.after[-3:], name), rtol=1e-2, atol=1e-3)
+    else:
+        ends = torch.stack([state["net.0.weight"] for state in trained.after[-3:]])
+        assert ends.min() - 1e-2 < module.net[0].weight.min()
+
+
+def test_beside_a_monitor_it_keeps_no_snapshots_of_its_own(fit, tmp_path):
+    monitor, averaging = KoopmanSpectrumMonitor(dirpath=tmp_path), KoopmanWeightAveraging(dirpath=tmp_path)
+    fit(Net(), monitor, averaging)
+    assert averaging.recorder is monitor.recorder
+    assert averaging.recording.own.recorder.trajectory is None
+    assert len(monitor.history) == 10
+
+
+def test_validation_within_an_epoch_averages_the_present_weights(fit):
+    class Within(Callback):
+        def __init__(self) -> None:
+            self.now: list[torch.Tensor] = []
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            if trainer.global_step % 3 == 0:
+                self.now.append(pl_module.net[0].weight.detach().clone())
+
+    module, trained, within = Net(), Trained(), Within()
+    fit(module, KoopmanWeightAveraging("tail", length=3), trained, within, val_check_interval=0.5)
+    assert torch.equal(module.seen[0]["net.0.weight"], within.now[0])  # no average before there is one
+    after = [state["net.0.weight"] for state in trained.after]
+    expected = (after[4] + after[5] + within.now[10]) / 3
+    torch.testing.assert_close(module.seen[10]["net.0.weight"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_manual_optimization_is_averaged_by_the_steps_and_norms_are_left_alone(fit):
+    class Manual(Net):
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            optimizer.step()
+
+    plain = KoopmanWeightAveraging()
+    fit(Manual(lr=0.3), plain, epochs=40)
+    steps = step_statistics(plain.recorder.trajectory.step_gram())
+    assert plain.history[-1]["average_length"] == safe_length(steps, 41)
+    module, trained = Manual(norm=True), Trained()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(module, KoopmanWeightAveraging(), trained)
+    assert ["net.1" in str(each.message) for each in caught if each.category is KoopmanWarning] == [True]
+    assert all(torch.equal(value, trained.after[-1][name]) for name, value in module.state_dict().items())
+
+
+def test_it_can_be_applied_to_a_copy(fit):
+    module, averaging = Net(norm=True), KoopmanWeightAveraging("ramp", length=4)
+    fit(module, averaging)
+    fresh = Net(norm=True)
+    averaging.apply(fresh)
+    for name in [*TRAINABLE[:2], "net.1.running_var"]:
+        torch.testing.assert_close(fresh.state_dict()[name], module.state_dict()[name])
+    with pytest.raises(ValueError, match="has no parameter"):
+        averaging.apply(nn.Linear(3, 3))
+    with pytest.raises(ValueError, match="train first"):
+        KoopmanWeightAveraging().apply(fresh)
+
+
+def test_what_cannot_be_is_refused_before_training(fit, tmp_path):
+    with pytest.raises(ValueError, match="sketches"):
+        KoopmanWeightAveraging(storage="sketch")
+    with pytest.raises(ValueError, match="one of them"):
+        fit(Net(), KoopmanWeightAveraging(), KoopmanWeightAveraging(prefix="other"))
+    with pytest.raises(ValueError, match="StochasticWeightAveraging"):
+        fit(Net(), KoopmanWeightAveraging(), pl.callbacks.StochasticWeightAveraging(1e-2))
+
+
+def test_a_trial_that_fails_leaves_the_last_weights_and_warns_once(fit):
+    class Odd(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            if not self.training:
+                raise RuntimeError("not in evaluation mode")
+            return super().training_step(batch, batch_idx)
+
+    module, trained = Odd(), Trained()
+    with pytest.warns(KoopmanWarning, match="averaging the weights failed"):
+        fit(module, KoopmanWeightAveraging(), trained)
+    assert all(torch.equal(module.state_dict()[name], trained.after[-1][name]) for name in TRAINABLE)
+
+
+def test_losses_are_compared_on_equal_terms(fit):
+    """The loss noted for the last weights is that of the last weights on the first batches, in evaluation mode."""
+    module, trained, averaging = Net(dropout=0.5), Trained(), KoopmanWeightAveraging(length=(1, 3))
+    fit(module, averaging, trained)
+    twin = Net(dropout=0.5).eval()
+    twin.load_state_dict(trained.after[-1])
+    with torch.no_grad():
+        losses = [
+            nn.functional.mse_loss(twin.net(x), y) for x, y in zip(module.x.split(16), module.y.split(16), strict=True)
+        ]
+    assert averaging.history[-1]["last_loss"] == pytest.approx(float(np.mean(losses[:4])), rel=1e-5)
