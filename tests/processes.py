@@ -24,6 +24,7 @@ from lightning_koopman import (
     EarlyStopOnUnitEigenvalues,
     KoopmanPruner,
     KoopmanSpectrumMonitor,
+    KoopmanWeightAveraging,
     RestartOnBadInitialization,
 )
 from lightning_koopman.parameters.sharded_modules import local_chunks
@@ -33,6 +34,7 @@ KINDS = {
     "stop": EarlyStopOnUnitEigenvalues,
     "prune": KoopmanPruner,
     "restart": RestartOnBadInitialization,
+    "average": KoopmanWeightAveraging,
 }
 
 
@@ -83,9 +85,9 @@ def make_module(pl: Any, options: dict[str, Any]) -> Any:
     return Classifier()
 
 
-def make_strategy(pl: Any, kind: str, devices: int) -> Any:
+def make_strategy(pl: Any, kind: str, devices: int, *, sharded: bool = True) -> Any:
     if kind in ("fsdp2", "hybrid"):
-        sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1}
+        sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1, "save_distributed_checkpoint": sharded}
         return pl.strategies.ModelParallelStrategy(**sizes, process_group_backend="gloo")
     if kind == "fsdp":
         # Lightning and PyTorch refuse FSDP on the CPU unless they are told otherwise in their own classes
@@ -101,7 +103,8 @@ def make_strategy(pl: Any, kind: str, devices: int) -> Any:
                     model, device_id=torch.device("cpu"), **self.kwargs
                 )  # its own CPU check
 
-        return OnCPU(auto_wrap_policy={nn.Linear}, state_dict_type="sharded", process_group_backend="gloo")
+        saved = "sharded" if sharded else "full"
+        return OnCPU(auto_wrap_policy={nn.Linear}, state_dict_type=saved, process_group_backend="gloo")
     return pl.strategies.DDPStrategy(process_group_backend="gloo") if kind == "ddp" else "auto"
 
 
@@ -165,7 +168,9 @@ def main() -> None:
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=options["devices"],
-        strategy=make_strategy(pl, options["strategy"], options["devices"]),
+        strategy=make_strategy(
+            pl, options["strategy"], options["devices"], sharded=options.get("sharded_checkpoints", True)
+        ),
         max_epochs=options["epochs"],
         callbacks=[*callbacks, witness, save],
         logger=False,
@@ -182,6 +187,7 @@ def main() -> None:
         "warnings": [str(each.message) for each in caught if "Koopman" in each.category.__name__],
         "whole": np.stack(witness.whole),
         "spectra": witness.spectra,
+        "final": whole_weights(trainer, module),
         "stopped": trainer.current_epoch,
         "names": list(local_chunks(trainer.strategy.model if options["strategy"] == "fsdp" else module)),
     }
@@ -194,6 +200,8 @@ def main() -> None:
             own["spectrum"] = callback.spectrum.eigenvalues
         if kind == "prune" and callback.masks is not None:
             own["masks"] = callback.masks.state_dict()
+        if kind == "average":
+            own["losses"] = callback.average.losses
         if kind in ("stop", "restart"):
             own["message"] = callback.message
         if kind == "restart":

@@ -75,7 +75,7 @@ BITS = {"names": {"none": None, "one": ["a"]}, "bits": {"fewer": torch.zeros(1, 
 HISTORY = [*THING, *refuse(gone=[{"epoch": 1}], words=[{**ROW, "train_loss": "x"}], nones=[{**ROW, "epoch": None}])]
 WIDTHS = [*but(refuse(ANY, minus=[-1], zeros=[0], flags=[True], words=["8"], deep=[[8]]), *LISTS),
           *made("equal", array=np.array, tuple=tuple), *made("survive", billion=[10**10])]
-MONITORS = ("KoopmanSpectrumMonitor", "EarlyStopOnUnitEigenvalues", "KoopmanPruner")
+MONITORS = ("KoopmanSpectrumMonitor", "EarlyStopOnUnitEigenvalues", "KoopmanPruner", "KoopmanWeightAveraging")
 
 
 def each(kind: list[Case], /, **values: Any) -> dict[str, tuple[Any, list[Case]]]:
@@ -87,11 +87,12 @@ ARGUMENTS = {
     **each(count(1), n=50, n_layers=3, delays=2, max_rank=2, steps=3, n_outputs=2, every_n_steps=2, every_n_epochs=2,
         patience=2,
            rounds=2, check_epoch=5, epoch=40, last=8, Trajectory__n=3, Trajectory__load__n=3),
+    **each(but(count(1), "list", "tuple"), averaged_weights__length=2, KoopmanWeightAveraging__length=2),
     **each(count(0), seed=3, min_epochs=3, max_restarts=2, start=1), **each(count(2), capacity=4, sketch=7),
-    **each(count(3), window=20, round_epochs=4), **each(count(6), horizon=8),
+    **each(count(3), window=20, round_epochs=4), **each(count(4), n_batches=8), **each(count(6), horizon=8),
     **each(but(count(0), "true", "false", "np_true"), log_figure=4), **each(but(count(0), *BOOLS), verbose=0),
     **each(number(0), radius=0.25, max_residual=16.0, start_norm=8.0, tolerance=0.125, settled_change=0.25,
-        baseline_loss=1.5,
+        baseline_loss=1.5, power=1.0, scale=2.0,
            chance_loss=1.5, max_frequency=2.0, highest=64.0, C=4.0, cache_size=64.0, samples_per_scale=32.0,
            KoopmanPruner__threshold=0.25, MaskSet__from_scores__threshold=8.0),
     **each(but(number(0), "small"), HSVR__tol=2.0**-10, Spectrum__slowest_modulus__max_residual=16.0),
@@ -103,8 +104,8 @@ ARGUMENTS = {
     **each([*but(number(), "complex", "np_complex"), *made("equal", complex=complex, complex64=np.complex64)],
         point=0.5),
     **each(FLAG, refine=True, clip=True, taper=False, literal=False, allow_empty=True, structured=False),
-    **each(CHOICE, rule="paper", storage="disk", method="fft", scope="global", mode="report", survivors="reinit",
-        dtype="float32"),
+    **each(CHOICE, profile="ramp", rule="paper", storage="disk", method="fft", scope="global", mode="report",
+        survivors="reinit", dtype="float32"),
     **each(SCHEME, scheme="he", kind="geometric"), **each(but(TEXT, "nothing"), title="a"), **each(TEXT,
         name="0.weight"),
     **each([*THING, *refuse(half=torch.half, numpy=np.float32, word="float32")], Trajectory__dtype=torch.float32),
@@ -136,7 +137,8 @@ ARGUMENTS = {
     **each([*but(count(0), "huge"), *refuse(beyond=9)], code=2),
     **each([*THING, *refuse(unlike=UNLIKE, short=SHORT)], other=lk.MaskSet(KEPT)),
     **each(but(THING, "empty_list", "empty", "nothing", "dict"), optimizers=[]),
-    **each(FUNCTION, all_sum=None, read=None, on_error=None, run=run, copy=copy.deepcopy),
+    **each(FUNCTION, all_sum=None, read=None, on_error=None, run=run, copy=copy.deepcopy,
+        loss=lambda weights: float(weights.sum())),
     **each([*HISTORY, *made("equal", tuples=tuple)], history=[ROW, ROW]),
     **each(mapping(**NO_TENSOR, deep=torch.ones(1, 1, 1)), state_dict=NETWORK.state_dict()),
     **each(mapping(**NO_TENSOR), changes={"0": {"out_features": (8, 4)}}),
@@ -152,7 +154,8 @@ ARGUMENTS = {
 
 EXCLUDED = {  # beside Lightning's hooks, and what only a run can tell: unmatched patterns, metrics that nobody logs
     "DepthEstimate": "made by estimate_depth", "MLPSuggestion": "made by suggest_mlp", "Spectrum": "made by dmd_rrr",
-    "ChannelRemoval": "made by remove_channels", "Phase": "an enumeration",
+    "ChannelRemoval": "made by remove_channels", "AveragedWeights": "made by averaged_weights",
+    "Phase": "an enumeration",
     "TrainingReading": "made by read_training", "KoopmanWarning": "a category", "StoppingReason": "an enumeration",
     "HSVR.set_score_request": "scikit-learn's own",
 }  # fmt: skip
@@ -161,7 +164,7 @@ APART: dict[str, list[dict[str, Any]]] = {  # arguments of further calls, which 
     "SobolevLoss": [{"widths": [8], "scales": 4}, {"n_outputs": 2, "widths": [8], "scales": 4}],
         "SobolevLoss.forward": [{"hidden": POINTS[:, None].repeat(1, 8)}],
     "sobolev_scales": [{"start": 1, "kind": "exponential", "n_layers": 4}],
-        "KoopmanSpectrumMonitor": [{"every_n_epochs": 2}],
+        "KoopmanSpectrumMonitor": [{"every_n_epochs": 2}], "KoopmanWeightAveraging": [{"every_n_epochs": 2}],
     "export_network": [{"example": torch.ones(2, 4), "network": NETWORK, "path": "net.onnx"}],
         "KoopmanPruner": [{"threshold": 0.25}],
     "MaskSet.from_scores": [{"threshold": 8.0, "scores": SCORES, "allow_empty": True}],

@@ -13,8 +13,8 @@ import lightning_koopman
 ROOT = Path(lightning_koopman.__file__).parent
 # each may import what stands before it
 FLOORS = [
-    "_types", "_checks", "dmd", "parameters", "fourier", "trajectory", "stopping", "reading", "sobolev", "pruning",
-    "depth", "plots", "callbacks", "__init__", "demo",
+    "_types", "_checks", "dmd", "parameters", "fourier", "trajectory", "stopping", "reading", "averaging", "sobolev",
+    "pruning", "depth", "plots", "callbacks", "__init__", "demo",
 ]  # fmt: skip
 MODULES = {path: path.relative_to(ROOT).with_suffix("").parts for path in sorted(ROOT.rglob("*.py"))}
 

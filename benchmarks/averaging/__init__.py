@@ -1,0 +1,1 @@
+"""Averages of the weights, beside the last weights and other averages."""

@@ -1,4 +1,4 @@
-"""How good averages of the weights are, beside the last weights and other averages: ``python -m benchmarks.averaging``."""
+"""How good averages of the weights are: ``python -m benchmarks.averaging``."""
 
 from __future__ import annotations
 

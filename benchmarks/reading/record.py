@@ -57,8 +57,7 @@ class Learner:
             group["lr"] = factor * rate
 
     def epoch(self, stepped: Callable[[], None] = lambda: None) -> tuple[float, float]:
-        """One epoch, after each step of which a function is called; returns the means of the loss and of the gradient's
-        norm."""
+        """One epoch, with a call after each step; returns the means of the loss and of the gradient's norm."""
         self.network.train()
         losses, norms = [], []
         for inputs, targets in problems.batches(self.setting, self.parts[0], self.drawn):

@@ -18,7 +18,6 @@ from lightning_koopman.averaging.profiles import PROFILES
 from lightning_koopman.reading.steps import step_statistics
 from lightning_koopman.trajectory.trajectory import Trajectory
 
-NO_SKETCHES = "a trajectory of sketches holds no weights to average: record with storage='ram' or 'disk'."
 LOSS = "a function of a tensor (n,) of weights that returns their loss, or an array of losses on several batches"
 
 
@@ -32,6 +31,16 @@ class AveragedWeights:
         length: Snapshots that it was made from; 1 is the last weights.
         tried: The lengths that were compared, shortest first.
         losses: Array (tried, batches) of their losses; empty where none was asked for.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import Trajectory, averaged_weights
+        >>> trajectory = Trajectory(2)
+        >>> for t in range(4):
+        ...     trajectory.append(torch.tensor([1.0, float(t)]))
+        >>> average = averaged_weights(trajectory, "ramp", length=2)
+        >>> average.values.tolist(), average.length, average.coefficients.round(2).tolist()
+        ([1.0, 2.6666667461395264], 2, [0.0, 0.0, 0.33, 0.67])
     """
 
     values: Tensor
@@ -54,9 +63,9 @@ def averaged_weights(
 
     Weights that hover about a point at the noise floor of a learning rate are better where they are averaged; weights
     that still go somewhere are worse.  How many snapshots to take is therefore found out: by ``loss``, which is asked
-    about a few lengths up to half of the snapshots, and of which a few batches of the *training* data will do; the
-    longest average is taken that no other is better than by more than noise.  Without it the correlation of the steps
-    decides, more carefully.
+    about a few lengths and for which a few batches of the *training* data will do; the longest average is taken that
+    no other is better than by more than 0.15 % of ``scale``.  Without it the correlation of the steps decides, more
+    carefully.
 
     Args:
         trajectory: The weights' snapshots.
@@ -69,8 +78,7 @@ def averaged_weights(
         power: p of the ramp, > 0.
         loss: Gives the loss of weights, tensor (n,), or an array (batches,) of losses on a few batches, the same at
             each call.
-        scale: Loss that differences are relative to, > 0, such as ln C for C classes: less than 0.15 % of it counts as
-            none.
+        scale: Loss that differences are relative to, > 0, such as ln C for C classes (default: each counts).
 
     Returns:
         The average.
@@ -100,9 +108,9 @@ def averaged_weights(
     if not len(trajectory):
         raise ValueError("the trajectory is empty: append a snapshot first.")
     if trajectory.sketched is not None:
-        raise ValueError(NO_SKETCHES)
+        raise ValueError("a trajectory of sketches holds no weights to average: record with storage='ram' or 'disk'.")
     count, compared = len(trajectory), loss is not None
-    lengths = lengths_to_try(trajectory, profile, length, held=count, taken=count, compared=compared)
+    lengths = lengths_to_try(trajectory, profile, length, held=count, compared=compared)
     given = None if loss is None else lambda parts: _losses(loss(trajectory.combine(parts)))
     parts, index, losses = choose(trajectory, profile, lengths, power=power, loss=given, scale=scale)
     return AveragedWeights(trajectory.combine(parts), parts, lengths[index], tuple(lengths), losses)
@@ -120,7 +128,7 @@ def check_average(profile: str, length: int | Sequence[int] | None, power: float
 
 
 def lengths_to_try(
-    trajectory: Trajectory, profile: str, length: int | Sequence[int] | None, *, held: int, taken: int, compared: bool
+    trajectory: Trajectory, profile: str, length: int | Sequence[int] | None, *, held: int, compared: bool
 ) -> list[int]:
     """The lengths to try, shortest first.
 
@@ -129,7 +137,6 @@ def lengths_to_try(
         profile: As for :func:`averaged_weights`.
         length: As for it.
         held: Newest snapshots that may be averaged.
-        taken: Those and older ones that are no longer held: how long the weights have been on this way.
         compared: Whether their losses will be compared; else there is one length.
     """
     if length is not None:
@@ -138,10 +145,10 @@ def lengths_to_try(
     elif profile != "auto":
         found = [held]
     elif compared:
-        found = profiles.lengths_up_to(min(held, max(1, int(taken * profiles.SHARE))))
+        found = profiles.lengths_up_to(held)
     else:
         gram = trajectory.step_gram()[len(trajectory) - held :, len(trajectory) - held :]
-        found = [min(held, profiles.safe_length(step_statistics(gram), taken))]
+        found = [profiles.safe_length(step_statistics(gram), held)]
     return found if compared else found[-1:]
 
 

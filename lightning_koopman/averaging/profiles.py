@@ -10,8 +10,7 @@ from lightning_koopman._types import Array
 from lightning_koopman.reading.steps import StepStatistics
 
 PROFILES = ("auto", "tail", "ramp", "fixed_point", "persistent")
-GROWTH = 1.5  # factor between two lengths that are tried
-SHARE = 0.5  # of the snapshots held: the longest average that is tried
+GROWTH = 2.4  # factor between two lengths that are tried
 ONWARD, TURNING = 0.4, 0.1  # step correlations above which no average helps, and above which a short one does
 SHORT, QUARTER = 3, 0.25  # snapshots in a short one; share of the snapshots in the average of weights that hover
 EQUAL = 1.5e-3  # difference between losses that counts as none, relative to their scale
@@ -19,23 +18,23 @@ FLOOR, CEILING = 1e-6, 1e3  # of the regularisation: below it rounding decides, 
 
 
 def lengths_up_to(longest: int) -> list[int]:
-    """Lengths to try, each about half as long again as the one before: 1, 2, 3, 5, 8, 12, 18, 27 and so on."""
+    """Lengths to try: 1, 2, 5, 12, 29 and so on."""
     found = [1]
-    while (following := max(found[-1] + 1, int(np.ceil(found[-1] * GROWTH)))) <= longest:
+    while (following := round(found[-1] * GROWTH)) <= longest:
         found.append(following)
     return found
 
 
-def safe_length(steps: StepStatistics | None, taken: int) -> int:
+def safe_length(steps: StepStatistics | None, held: int) -> int:
     """Length of an average that the steps allow, where no losses can be compared.
 
     Args:
         steps: Their statistics, None where there are too few.
-        taken: Snapshots taken since the weights were last set, or the learning rate jumped.
+        held: Snapshots held since the weights were last set, or the learning rate jumped.
     """
     if steps is None or steps.correlation[0] > ONWARD:
         return 1
-    return min(taken, SHORT) if steps.correlation[0] > TURNING else max(1, int(taken * QUARTER))
+    return min(held, SHORT) if steps.correlation[0] > TURNING else max(1, int(held * QUARTER))
 
 
 def tail(length: int) -> Array:
@@ -45,7 +44,7 @@ def tail(length: int) -> Array:
 
 def ramp(length: int, power: float) -> Array:
     r"""Parts that grow as :math:`t^p` (Shamir and Zhang 2013)."""
-    parts = np.arange(1.0, length + 1.0) ** power
+    parts = (np.arange(1.0, length + 1.0) / length) ** power
     return np.asarray(parts / parts.sum())
 
 
@@ -89,7 +88,7 @@ def place(parts: Array, count: int) -> Array:
 
 
 def longest_good(losses: Array, lengths: Sequence[int], scale: float | None = None) -> int:
-    """Index of the longest average that no other is better than by more than noise, or than what counts as none.
+    """Index of the longest average that no other is better than by more than what counts as nothing.
 
     Args:
         losses: Array (lengths, batches): losses of each average on the same batches.
@@ -98,12 +97,8 @@ def longest_good(losses: Array, lengths: Sequence[int], scale: float | None = No
     """
     losses = losses[:, np.isfinite(losses).any(axis=0)]  # a process may have seen fewer batches
     known = np.flatnonzero(np.isfinite(losses).all(axis=1))
-    count = losses.shape[1]
-    if not count or not known.size:
+    if not known.size or not losses.size:
         return int(np.argmin(lengths))
-    found = losses[known]
-    worse = found - found[found.mean(axis=1).argmin()]
-    doubt = worse.std(axis=1, ddof=1) / np.sqrt(count) if count > 1 else np.zeros(len(known))
-    none = EQUAL * scale if scale is not None and np.isfinite(scale) else 0.0
-    alike = known[worse.mean(axis=1) <= np.maximum(doubt, none)]
+    means = losses[known].mean(axis=1)
+    alike = known[means <= means.min() + EQUAL * (scale or 0.0)]
     return int(max(alike, key=lambda index: lengths[index]))

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from lightning_koopman._checks import check_count
-from lightning_koopman.averaging.average import NO_SKETCHES, check_average
+from lightning_koopman._checks import check_choice, check_count
+from lightning_koopman.averaging.average import check_average
 from lightning_koopman.callbacks.averaged_checkpoints import AveragedCheckpoints, check_collects_whole_states
 from lightning_koopman.callbacks.averages import averaging_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks
@@ -32,8 +32,9 @@ class KoopmanWeightAveraging(TrajectoryCallback):
     Weights that hover about a point at the noise floor of their learning rate are better where they are averaged:
     often better than after any single epoch.  Weights that still go somewhere are worse.  So the number of snapshots to
     average is found out anew each time that somebody looks: a few lengths are compared by their loss on four *training*
-    batches, forward only, and the longest is taken that no other is better than by more than noise; the last weights
-    are always among them.  Neither validation data nor a constant is needed.
+    batches, forward only, and the longest is taken that no other is better than by more than 0.15 % of the baseline
+    loss (or of the range of the losses so far); the last weights are always among them.  Neither validation data nor a
+    constant is needed.
 
     The average is in the module for validation, and at the end of ``fit``; training notices nothing of it.  Checkpoints
     hold it in their ``state_dict``, so that ``ModelCheckpoint(monitor="val_loss")`` keeps the weights that were
@@ -103,8 +104,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         prefix: str = "koopman",
     ) -> None:
         check_average(profile, length, power)
-        if storage == "sketch":
-            raise ValueError(NO_SKETCHES)
+        check_choice("storage", storage, ("ram", "disk"), "sketches hold no weights to average")
         super().__init__(
             parameters=parameters,
             every_n_epochs=every_n_epochs,

@@ -115,8 +115,6 @@ class WeightAverage:
         assert trajectory is not None
         held = sum(epoch >= self._since for epoch in recorder.epochs)
         held = max(1, min(held, len(trajectory), window or held))
-        newest, every = recorder.epochs[-1], self._recording.settings.every_n_epochs
-        taken = max(held, (newest - self._since) // every + 1)
         profile, length, power = self._asked
         trial = self.batches.trial(trainer, module, processes)
         if trial is None and self.batches.norms:
@@ -126,7 +124,7 @@ class WeightAverage:
                 "average, as `training_step` cannot be run on a copy of this module: the last weights are used.",
             )
             return
-        lengths = lengths_to_try(trajectory, profile, length, held=held, taken=taken, compared=trial is not None)
+        lengths = lengths_to_try(trajectory, profile, length, held=held, compared=trial is not None)
         reading = self._recording.reader.reading
         scale = None if reading is None or not math.isfinite(reading.scale) else reading.scale
         loss = None if trial is None or len(lengths) == 1 else self._loss(trial, trajectory)

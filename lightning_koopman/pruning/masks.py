@@ -102,8 +102,8 @@ class MaskSet(Mapping[str, Tensor]):
     ) -> MaskSet:
         """Prune the weights whose score is smallest in magnitude (paper, Algorithms 1 and 2).
 
-        With the Koopman reconstruction for scores (:func:`persistent_weights`) this is the paper's rule, with the
-        weights themselves it is magnitude pruning, with random numbers the baseline of a random mask.
+        With the Koopman reconstruction for scores (:func:`averaged_weights` with ``"persistent"``) this is the paper's
+        rule, with the weights themselves it is magnitude pruning, with random numbers the baseline of a random mask.
 
         Args:
             scores: Real tensors by parameter name.

@@ -173,6 +173,7 @@ def test_a_resumed_run_is_as_the_uninterrupted_one(fit, tmp_path, kind):
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")
 def test_a_checkpoint_within_an_epoch_holds_both(fit, tmp_path):
     class Steps(Callback):
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
@@ -187,7 +188,9 @@ def test_a_checkpoint_within_an_epoch_holds_both(fit, tmp_path):
         assert torch.equal(saved[TRAINED][name], steps.at[name])
         torch.testing.assert_close(saved["state_dict"][name], mean([*trained.after[5:7], steps.at], name))
     later = Trained()
-    fit(Net(), KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), later, ckpt_path=save.best_model_path)
+    again = ModelCheckpoint(tmp_path, every_n_train_steps=40)
+    fit(Net(), KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), later, again, enable_checkpointing=True,
+        ckpt_path=save.best_model_path)  # fmt: skip
     assert all(torch.equal(later.after[0][name], steps.at[name]) for name in TRAINABLE)
 
 
@@ -234,7 +237,7 @@ def test_the_length_follows_what_the_weights_do(fit):
     fit(Far(lr=0.01), descending, epochs=20)
     fit(Net(lr=0.3), hovering, epochs=40)
     assert {row["average_length"] for row in descending.history} == {1}
-    assert hovering.history[-1]["average_length"] >= 8
+    assert hovering.history[-1]["average_length"] >= 5
     gains = [row["last_loss"] - row["average_loss"] for row in hovering.history[1:]]
     assert np.mean(gains) > 0
     assert min(gains) > -0.05  # of a loss of about 1
@@ -333,7 +336,7 @@ def test_it_can_be_applied_to_a_copy(fit):
         KoopmanWeightAveraging().apply(fresh)
 
 
-def test_what_cannot_be_is_refused_before_training(fit, tmp_path):
+def test_what_cannot_be_is_refused_before_training(fit):
     with pytest.raises(ValueError, match="sketches"):
         KoopmanWeightAveraging(storage="sketch")
     with pytest.raises(ValueError, match="one of them"):

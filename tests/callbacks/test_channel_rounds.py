@@ -16,8 +16,8 @@ from lightning_koopman import (
     KoopmanSpectrumMonitor,
     KoopmanWarning,
     Trajectory,
+    averaged_weights,
     export_network,
-    persistent_weights,
     remove_channels,
     resize_like,
 )
@@ -101,7 +101,7 @@ def test_the_channels_of_least_reconstructed_weight_are_removed(fit, root):
     trajectory = Trajectory(snapshots[0].numel())
     for snapshot in snapshots[:7]:
         trajectory.append(snapshot)
-    values = persistent_weights(trajectory).values
+    values = averaged_weights(trajectory, "persistent").values
     named = dict(before[5].named_parameters())
     parts = torch.split(values, [parameter.numel() for parameter in named.values()])
     scores = {name: part.reshape(named[name].shape) for name, part in zip(named, parts, strict=True)}

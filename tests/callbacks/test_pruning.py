@@ -18,7 +18,7 @@ from lightning_koopman import (
     MaskSet,
     RestartOnBadInitialization,
     Trajectory,
-    persistent_weights,
+    averaged_weights,
     select_parameters,
 )
 
@@ -82,7 +82,7 @@ def test_the_algorithms_of_the_paper(fit, survivors, amount):
     for snapshot in watcher.snapshots[3:8]:  # after epochs 3, …, 7
         trajectory.append(snapshot)
     named = {name: value for name, value in module.named_parameters() if value.requires_grad}
-    parts = torch.split(persistent_weights(trajectory).values, [value.numel() for value in named.values()])
+    parts = torch.split(averaged_weights(trajectory, "persistent").values, [value.numel() for value in named.values()])
     reconstruction = {name: part.reshape(named[name].shape) for name, part in zip(named, parts, strict=True)}
     before_parts = torch.split(watcher.snapshots[7], [value.numel() for value in named.values()])
     before = {name: part.reshape(named[name].shape) for name, part in zip(named, before_parts, strict=True)}

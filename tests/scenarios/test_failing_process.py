@@ -29,7 +29,7 @@ FAILURES = [
     (RECORDER, "save", 3, 1),
     (RECORDER, "release", 3, 1),
     (TRAJECTORY, "combine", 1, 1),
-    ("callbacks.survivors", "persistent_combination", 1, 0),
+    ("callbacks.survivors", "persistent", 1, 0),
     ("pruning.masks:MaskSet", "from_scores", 1, 1),
     ("pruning.masks", "_keep_largest", 1, 0),
     ("pruning.quantile:Ranked", "kept", 1, 1),

@@ -17,10 +17,17 @@ from lightning_koopman import (
     EarlyStopOnUnitEigenvalues,
     KoopmanPruner,
     KoopmanSpectrumMonitor,
+    KoopmanWeightAveraging,
     RestartOnBadInitialization,
 )
 
-CALLBACKS = KoopmanSpectrumMonitor, EarlyStopOnUnitEigenvalues, RestartOnBadInitialization, KoopmanPruner
+CALLBACKS = (
+    KoopmanSpectrumMonitor,
+    EarlyStopOnUnitEigenvalues,
+    RestartOnBadInitialization,
+    KoopmanPruner,
+    KoopmanWeightAveraging,
+)
 # values that are not the defaults; a few arguments exclude one another
 VALUES = {
     "observable": ["train_loss"], "parameters": [["net*"], "net*"], "every_n_epochs": [2], "every_n_steps": [3],
@@ -31,15 +38,16 @@ VALUES = {
     "scheme": ["he", "xavier", "orthogonal"], "modules": [["net*"], "net*"], "seed": [3], "sparsity": [0.75],
     "threshold": [0.1], "epoch": [3, "settled"], "survivors": ["reinit", "keep"], "structured": [True],
     "scope": ["tensor", "global"], "rounds": [2], "round_epochs": [4], "rule": ["paper"], "settled_change": [0.1],
-    "allow_empty": [True],
+    "allow_empty": [True], "profile": ["ramp"], "length": [4, [1, 5]], "power": [2.0], "n_batches": [8],
 }  # fmt: skip
+BUT = {(KoopmanWeightAveraging, "storage"): ["disk"], (KoopmanWeightAveraging, "window"): [12]}
 NEEDS = {"sketch": {"storage": "sketch"}, "scheme": {"survivors": "reinit"}}  # where the callback has it
 
 
 def cases():
     for kind in CALLBACKS:
         for name in inspect.signature(kind).parameters:
-            for value in VALUES[name]:  # a new argument needs a value here
+            for value in BUT.get((kind, name), VALUES[name]):  # a new argument needs a value here
                 yield pytest.param(kind, name, value, id=f"{kind.__name__}-{name}-{value}")
 
 

@@ -19,6 +19,7 @@ from lightning_koopman import (
     KoopmanPruner,
     KoopmanSpectrumMonitor,
     KoopmanWarning,
+    KoopmanWeightAveraging,
     RestartOnBadInitialization,
 )
 
@@ -27,6 +28,7 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     "disk": lambda folder: KoopmanSpectrumMonitor(storage="disk", dirpath=folder),
     "stop": lambda folder: EarlyStopOnUnitEigenvalues(horizon=6, dirpath=folder),
     "restart": lambda folder: RestartOnBadInitialization(9, dirpath=folder),
+    "average": lambda folder: KoopmanWeightAveraging(window=6, dirpath=folder),
     "prune": lambda folder: KoopmanPruner(0.5, epoch=3, window=6, dirpath=folder),
 }
 

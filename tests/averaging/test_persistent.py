@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_koopman import Trajectory, dmd_rrr, persistent_weights
-from lightning_koopman.pruning.reconstruction import relative_changes
+from lightning_koopman import Trajectory, averaged_weights, dmd_rrr
+from lightning_koopman.averaging.persistent import persistent
 
 
 def trajectory_of(snapshots: np.ndarray, **options) -> Trajectory:
@@ -31,25 +31,28 @@ def linear(rates: list[complex], n: int = 40, count: int = 16, seed: int = 0) ->
 
 def test_the_part_at_one_is_what_stays():
     snapshots, parts = linear([1.0, 0.6, 0.3])
-    kept = persistent_weights(trajectory_of(snapshots), tol=1e-6)
-    np.testing.assert_allclose(kept.values.numpy(), parts[0][-1], atol=1e-6)
-    assert kept.n_modes == 1
-    assert kept.spectrum.rank == 3
+    trajectory = trajectory_of(snapshots)
+    combination, spectrum, modes = persistent(trajectory, tol=1e-6)
+    np.testing.assert_allclose(trajectory.combine(combination), parts[0][-1], atol=1e-6)
+    assert modes.sum() == 1
+    assert spectrum.rank == 3
 
 
 def test_the_whole_cluster_at_one_is_kept_with_conjugates():
     snapshots, parts = linear([1.0, 0.98 + 0.02j, 0.5])
-    kept = persistent_weights(trajectory_of(snapshots), tol=1e-10)
-    np.testing.assert_allclose(kept.values.numpy(), parts[0][-1] + parts[1][-1], atol=1e-6)
-    assert kept.n_modes == 3
+    trajectory = trajectory_of(snapshots)
+    combination, _, modes = persistent(trajectory, tol=1e-10)
+    np.testing.assert_allclose(trajectory.combine(combination), parts[0][-1] + parts[1][-1], atol=1e-6)
+    assert modes.sum() == 3
 
 
 def test_modes_that_weigh_more_than_the_one_at_one_are_kept_too():
     snapshots, parts = linear([1.0, 0.7, 0.3])
     scaled = snapshots + 9 * parts[1]
-    kept = persistent_weights(trajectory_of(scaled), tol=1e-10, rule="paper")
-    np.testing.assert_allclose(kept.values.numpy(), parts[0][-1] + 10 * parts[1][-1], atol=1e-7)
-    assert kept.n_modes == 2
+    trajectory = trajectory_of(scaled)
+    combination, _, modes = persistent(trajectory, tol=1e-10, rule="paper")
+    np.testing.assert_allclose(trajectory.combine(combination), parts[0][-1] + 10 * parts[1][-1], atol=1e-7)
+    assert modes.sum() == 2
 
 
 def test_the_papers_rule_takes_the_nearest_alone():
@@ -77,7 +80,9 @@ def test_only_the_newest_snapshots_count_if_asked():
     early, late = linear([1.0, 0.5], seed=1)[0], linear([1.0, 0.8], seed=2)[0]
     longer = trajectory_of(np.concatenate([early, late]))
     np.testing.assert_allclose(
-        persistent_weights(longer, last=16).values, persistent_weights(trajectory_of(late)).values, atol=1e-6
+        averaged_weights(longer, "persistent", length=16).values,
+        averaged_weights(trajectory_of(late), "persistent").values,
+        atol=1e-6,
     )
 
 
@@ -87,32 +92,10 @@ def test_real_weights_stay_near_where_they_are(digits_trajectory):
         trajectory.append(torch.from_numpy(snapshot))
     last = digits_trajectory[80]
     for window in (11, 30, None):
-        values = persistent_weights(trajectory, last=window).values.numpy()
+        values = averaged_weights(trajectory, "persistent", length=window).values.numpy()
         assert np.linalg.norm(values - last) < 0.03 * np.linalg.norm(last)
 
 
 def test_an_unknown_rule_is_refused():
     with pytest.raises(ValueError, match="rule must be one of"):
-        persistent_weights(trajectory_of(linear([1.0, 0.5])[0]), rule="all")
-
-
-@pytest.mark.parametrize("rate", [0.5, 0.9, 0.99])
-def test_predicted_and_past_changes_of_a_known_system(rate):
-    snapshots, parts = linear([1.0, rate], count=11)
-    factor = trajectory_of(snapshots).factor()
-    ahead, past = relative_changes(factor, 10, tol=1e-12)
-    last = np.linalg.norm(snapshots[-1])
-    assert ahead == pytest.approx(np.linalg.norm(parts[1][-1] * (rate**10 - 1)) / last, rel=1e-4)
-    assert past == pytest.approx(np.linalg.norm(snapshots[-1] - snapshots[0]) / last, rel=1e-9)
-
-
-def test_predicted_changes_of_a_real_training(digits_trajectory):
-    """The prediction for ten epochs lies within a factor of two of what then happens, once training has calmed."""
-    for end in (40, 60, 80):
-        trajectory = Trajectory(digits_trajectory.shape[1])
-        for snapshot in digits_trajectory[end - 10 : end + 1]:
-            trajectory.append(torch.from_numpy(snapshot))
-        ahead, _ = relative_changes(trajectory.factor(), 10)
-        now, then = digits_trajectory[end], digits_trajectory[end + 10]
-        happened = np.linalg.norm(then - now) / np.linalg.norm(now)
-        assert 0.5 < ahead / happened < 2
+        persistent(trajectory_of(linear([1.0, 0.5])[0]), rule="all")
