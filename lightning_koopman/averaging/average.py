@@ -64,7 +64,7 @@ def averaged_weights(
     Weights that hover about a point at the noise floor of a learning rate are better where they are averaged; weights
     that still go somewhere are worse.  How many snapshots to take is therefore found out: by ``loss``, which is asked
     about a few lengths and for which a few batches of the *training* data will do; the longest average is taken that
-    no other is better than by more than 0.15 % of ``scale``.  Without it the correlation of the steps decides, more
+    no other is better than by more than 0.025 % of ``scale``.  Without it the correlation of the steps decides, more
     carefully.
 
     Args:

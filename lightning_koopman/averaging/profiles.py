@@ -13,15 +13,15 @@ PROFILES = ("auto", "tail", "ramp", "fixed_point", "persistent")
 GROWTH = 2.4  # factor between two lengths that are tried
 ONWARD, TURNING = 0.4, 0.1  # step correlations above which no average helps, and above which a short one does
 SHORT, QUARTER = 3, 0.25  # snapshots in a short one; share of the snapshots in the average of weights that hover
-EQUAL = 1.5e-3  # difference between losses that counts as none, relative to their scale
+EQUAL = 2.5e-4  # difference between losses that counts as none, relative to their scale
 FLOOR, CEILING = 1e-6, 1e3  # of the regularisation: below it rounding decides, above it the mean does
 
 
 def lengths_up_to(longest: int) -> list[int]:
-    """Lengths to try: 1, 2, 5, 12, 29 and so on."""
-    found = [1]
-    while (following := round(found[-1] * GROWTH)) <= longest:
-        found.append(following)
+    """Lengths to try, shortest first: 1, 2, 5, 12, 30, for instance."""
+    found = [longest]
+    while found[0] > 1:
+        found.insert(0, max(1, round(found[0] / GROWTH)))
     return found
 
 

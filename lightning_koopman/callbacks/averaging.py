@@ -32,7 +32,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
     Weights that hover about a point at the noise floor of their learning rate are better where they are averaged:
     often better than after any single epoch.  Weights that still go somewhere are worse.  So the number of snapshots to
     average is found out anew each time that somebody looks: a few lengths are compared by their loss on four *training*
-    batches, forward only, and the longest is taken that no other is better than by more than 0.15 % of the baseline
+    batches, forward only, and the longest is taken that no other is better than by more than 0.025 % of the baseline
     loss (or of the range of the losses so far); the last weights are always among them.  Neither validation data nor a
     constant is needed.
 

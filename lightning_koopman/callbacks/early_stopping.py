@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
+from lightning_koopman.callbacks.averages import AVERAGING
 from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
 from lightning_koopman.callbacks.clock import steps_done
@@ -18,18 +18,26 @@ from lightning_koopman.callbacks.lr_schedule import planned_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
 from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.scalars import publish
+from lightning_koopman.callbacks.weight_average import WeightAverage
+from lightning_koopman.parameters.sharded_modules import is_kind
 from lightning_koopman.reading.phase import Phase
-from lightning_koopman.stopping.evidence import Baseline, rate_will_matter
-from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, Hold, StoppingReason, Verdict
+from lightning_koopman.stopping.evidence import Baseline
+from lightning_koopman.stopping.judge import StopJudge
+from lightning_koopman.stopping.rule import (
+    LEAST_HORIZON,
+    ConvergenceRule,
+    StoppingReason,
+)
+from lightning_koopman.stopping.words import collapse, why_converged, why_not
 from lightning_koopman.trajectory.recorder import WEIGHTS
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 MODES = ("stop", "report")
+RESTORE = ("average", "last")
 # what is logged, and what callbacks that monitor it find while it is unknown: finite, and no evidence of convergence
 LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "unit_fraction": 0.0}
-COLLAPSED = 1e-3  # of the highest learning rate: with less, weights stand still whatever the loss has left to give
 COLUMNS = ("epoch", "step", "value", "phase", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
@@ -54,6 +62,10 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     validation data are used; hence a network that overfits while its training loss stands still is stopped, one whose
     training loss falls on is not.
 
+    Weights that hover at the noise floor of their learning rate, by :class:`TrainingReading`, have converged as far as
+    they can at it, however much the loss fluctuates: after five such epochs running training ends too.  It ends with
+    their average (:class:`KoopmanWeightAveraging`), which is what makes the noise harmless.
+
     Each epoch is a row of ``history.csv``, with what still blocks a stop; logged are
     ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
     last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/unit_fraction``;
@@ -73,6 +85,9 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
             epochs; batches under manual optimization.
         mode: ``"stop"``, or ``"report"`` to train on and only say when it would have stopped.
+        restore: ``"average"`` to leave an average of the newest weights in the module when it has stopped, as many of
+            the last ``horizon`` + 1 as their loss on a few training batches allows, with batch statistics of their own;
+            or ``"last"`` for the last weights, where weights that hover are no reason to stop.
         parameters: Shell-style patterns of the names of the weights to observe (default: all that require a gradient).
         baseline_loss: The baseline loss, > 0, in place of the measurement.
         chance_loss: Its former name.
@@ -121,6 +136,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         min_epochs: int = 0,
         every_n_steps: int | None = None,
         mode: str = "stop",
+        restore: str = "average",
         parameters: str | Sequence[str] | None = None,
         baseline_loss: float | None = None,
         chance_loss: float | None = None,
@@ -143,6 +159,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             check_positive("tolerance", tolerance),
         )
         self.patience = check_count("patience", patience, 1)
+        self.restore = check_choice("restore", restore, RESTORE)
+        self.average = WeightAverage(self.recording, self.guard)
         self.min_epochs = check_count("min_epochs", min_epochs, 0)
         self.mode = check_choice("mode", mode, MODES)
         self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
@@ -156,9 +174,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
         self.stopped_epoch: int | None = None
         self.would_stop_epoch: int | None = None
-        self._rates: list[list[float]] = []
-        self._segment = 0  # rows of the history before the weights were last drawn anew
-        self._agreed = 0
+        self.judge = StopJudge(self.rule, self.patience, hovering_counts=self.restore == "average")
+        self.average.forget()
 
     @property
     def state_key(self) -> str:
@@ -187,13 +204,23 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         publish(trainer, self.prefix, LOGGED)
         tell_if_short(self, trainer, self.rule.horizon + 1 + self.patience, "the first decision")
 
+    def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.average.begin_round(self.rates, self.clock.rounds)
+
     def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._needs_baseline:
             self.baseline_loss.batch_begins(batch)
+        if self._averages(trainer):
+            self.average.batches.add(pl_module, batch, batch_idx)
 
     def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         with self.guard("measuring the baseline loss"):
             self.baseline_loss.batch_ends(trainer, pl_module, batch_idx)
+
+    def _averages(self, trainer: pl.Trainer) -> bool:
+        """Whether it is for this callback to leave an average behind."""
+        others = [each for each in trainer.callbacks if is_kind(each, "KoopmanWeightAveraging", *AVERAGING)]  # type: ignore[attr-defined]
+        return self.mode == "stop" and self.restore == "average" and not others
 
     @property
     def _needs_baseline(self) -> bool:
@@ -206,15 +233,21 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         with self.guard("reading the observed metric"):
             value = self.recording.value(trainer)
         judged = self.on_zero(trainer, "judging convergence", lambda: self._judge(trainer, epoch, value, recorded))
-        met, logged = judged or (False, {})
+        reason, logged = judged or (StoppingReason.NOT_STOPPED, {})
         known = {name: value for name, value in logged.items() if not math.isnan(value)}
         publish(trainer, self.prefix, {name: value for name, value in LOGGED.items() if name not in known})
         self.log_values(trainer, pl_module, known)
-        if trainer.strategy.reduce_boolean_decision(met, all=False):
-            self._conclude(trainer, epoch)
+        self.average.step = steps_done(trainer)
+        if reason is not StoppingReason.NOT_STOPPED:  # the first process's in all of them
+            self._conclude(trainer, epoch, reason)
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.probe.pause()
+        if self.stopped_epoch is not None and self._averages(trainer):
+            self.average.choose(trainer, pl_module)
+            self.average.put_in(trainer, pl_module)
+            self.average.let_go()
+            self._tell(trainer, f"{self.message} The weights are the average of {self.average.length} snapshots.")
         values = {row["epoch"]: row["value"] for row in self.history}
         met = self.would_stop_epoch
         if self.mode == "report" and met is not None and met in values:
@@ -227,66 +260,40 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         if self.stopping_reason is StoppingReason.NOT_STOPPED and met is None:
             why = why_not(row["hold"] for row in self.history)
             text = f"{type(self).__name__}: not stopped in {self.clock.span(self.clock.rounds)}, held back by: {why}."
-            self.message = trainer.strategy.broadcast(text)
-            rank_zero_info(self.message)
+            self._tell(trainer, text)
+
+    def _tell(self, trainer: pl.Trainer, text: str) -> None:
+        self.message = trainer.strategy.broadcast(text)
+        rank_zero_info(self.message)
 
     def segment_begins(self) -> None:
-        self._segment, self._agreed = len(self.history), 0
+        self.judge.start()
+        self.average.start_at(self.clock.rounds)
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _judge(
         self, trainer: pl.Trainer, epoch: int, value: float | None, recorded: bool
-    ) -> tuple[bool, dict[str, float]]:
-        """Add the epoch's row to the history; returns whether the rule is met, and what to log."""
+    ) -> tuple[StoppingReason, dict[str, float]]:
+        """Add the epoch's row to the history; returns why to stop, and what to log."""
         if value is None:
-            return False, {}
-        horizon, trajectory = self.rule.horizon, self.recorder.trajectory
-        values = [*(row["value"] for row in self.history[self._segment :]), value]
-        agreed, self._agreed = self._agreed, 0
-        factor = trajectory.factor(last=horizon + 1) if recorded and trajectory is not None else None
-        verdict = self.rule.judge(values, factor, self.baseline_loss.value)
-        reading = self.recording.read(epoch, self.baseline_loss.value)
-        hold = verdict.hold
-        if hold in (Hold.MOVING, Hold.SWINGING) and reading.phase is Phase.HOVERING:
-            hold = Hold.HOVERING  # a noisy loss that goes nowhere
-        if hold is None and not verdict.at_floor and self._rate_will_matter(trainer, values, verdict):
-            hold = Hold.SCHEDULE
-        if hold is None:
-            self._agreed = agreed + 1
-            hold = Hold.PATIENCE if self._agreed < self.patience else None
-        then = self.history[-horizon] if len(values) > horizon else None
-        self.history.append(
-            {
-                "epoch": epoch,
-                "step": steps_done(trainer),
-                "value": value,
-                "phase": reading.phase.value,
-                "predicted_change": verdict.forecast.change,
-                "actual_change": math.nan if then is None else value - then["value"],
-                "predicted_then": math.nan if then is None else then["predicted_change"],
-                "unit_fraction": verdict.unit_fraction,
-                "bound": verdict.forecast.bound,
-                "swing": verdict.forecast.swing,
-                "scale": verdict.scale,
-                "learning_rate": max(self.rates, default=math.nan),
-                "hold": "" if hold is None else hold.value,
-            }
-        )
-        self._rates.append(self.rates)
+            return StoppingReason.NOT_STOPPED, {}
+        trajectory, baseline = self.recorder.trajectory, self.baseline_loss.value
+        factor = trajectory.factor(last=self.rule.horizon + 1) if recorded and trajectory is not None else None
+        phase = self.recording.read(epoch, baseline).phase
+        plan, hovers = (lambda: self._planned(trainer)), phase is Phase.HOVERING
+        found, reason = self.judge.judge(value, factor, baseline, hovers=hovers, rates=self.rates, planned=plan)
+        self.history.append({"epoch": epoch, "step": steps_done(trainer), "phase": phase.value, **found})
         self.write_history()
-        return hold is None, {name: self.history[-1][name] for name in LOGGED}
+        return reason, {name: self.history[-1][name] for name in LOGGED}
 
-    def _rate_will_matter(self, trainer: pl.Trainer, values: list[float], verdict: Verdict) -> bool:
-        """Whether the schedule speaks against stopping; one that cannot be read ahead does not."""
-        planned: list[list[float]] = []
+    def _planned(self, trainer: pl.Trainer) -> list[list[float]]:
+        """The learning rates to come, none where they cannot be read ahead."""
         with self.guard("reading the learning rates ahead"):
-            planned = planned_rates(trainer, self.settings.every_n_steps)
-        tolerance = self.rule.tolerance * verdict.scale
-        past = [*self._rates[self._segment :], self.rates]
-        return rate_will_matter(past, planned, values, span=self.rule.horizon, tolerance=tolerance)
+            return planned_rates(trainer, self.settings.every_n_steps)
+        return []
 
-    def _conclude(self, trainer: pl.Trainer, epoch: int) -> None:
+    def _conclude(self, trainer: pl.Trainer, epoch: int, reason: StoppingReason) -> None:
         trained = trainer.current_epoch if self.clock.by_steps else epoch
         too_early = epoch < self.min_epochs or trained < (trainer.min_epochs or 0)
         if too_early or trainer.global_step < (trainer.min_steps or 0):
@@ -295,31 +302,26 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         if stops or self.would_stop_epoch is None:
             self.would_stop_epoch = epoch
             if self.guard.zero:
-                row = self.history[-1]
-                self.message = (
-                    f"{type(self).__name__}: {'stopped' if stops else 'would have stopped'} after "
-                    f"{self.clock.when(epoch)}: "
-                    f"{row['unit_fraction']:.0%} of the weights' importance lies within {self.rule.radius:g} "
-                    f"of eigenvalue 1, and {self.observable} = {row['value']:.3g} is predicted to change by "
-                    f"{row['predicted_change']:+.1g} over the next {self.clock.span(self.rule.horizon)}, at most "
-                    f"{row['bound']:.1g}: less than {self.rule.tolerance:g} of {row['scale']:.3g}, "
-                    f"{'its range so far' if self.chance is None else 'the baseline loss'}. "
-                    f"The training is {row['phase']}: {Phase(row['phase']).meaning}."
-                )
-                self.message += collapse(row["learning_rate"], self._rates)
-            self.message = trainer.strategy.broadcast(self.message)
-            rank_zero_info(self.message)
+                row, done = self.history[-1], "stopped" if stops else "would have stopped"
+                self.message = f"{type(self).__name__}: {done} after {self.clock.when(epoch)}: "
+                if reason is StoppingReason.CONVERGED:
+                    base = "its range so far" if self.chance is None else "the baseline loss"
+                    self.message += why_converged(
+                        row, self.rule, self.observable, self.clock.span(self.rule.horizon), base
+                    )
+                self.message += f"The training is {row['phase']}: {Phase(row['phase']).meaning}."
+                self.message += collapse([each["learning_rate"] for each in self.history])
+            self._tell(trainer, self.message)
         if stops:
-            self.stopping_reason, self.stopped_epoch = StoppingReason.CONVERGED, epoch
+            self.stopping_reason, self.stopped_epoch = reason, epoch
             trainer.should_stop = True
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def own_state(self) -> dict[str, Any]:
         return {
-            "rates": [list(rates) for rates in self._rates],
-            "segment": self._segment,
-            "agreed": self._agreed,
+            "judge": self.judge.state_dict(),
+            "average": self.average.state_dict(),
             "would_stop_epoch": self.would_stop_epoch,
             "message": self.message,
             "baseline": self.baseline_loss.state_dict(),
@@ -328,21 +330,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     def restore_own(self, state: dict[str, Any]) -> None:
         self.forget()
         self.baseline_loss.load_state_dict(state["baseline"])
-        self._rates = [[float(rate) for rate in rates] for rates in state["rates"]]
-        self._segment, self._agreed = int(state["segment"]), int(state["agreed"])
+        self.judge.load_state_dict(state["judge"])
+        self.average.load_state_dict(state["average"])
         met = state["would_stop_epoch"]
         self.would_stop_epoch, self.message = None if met is None else int(met), str(state["message"])
-
-
-def why_not(holds: Iterable[str]) -> str:
-    """What held a stop back, in one line, the most frequent first."""
-    counts = Counter(hold for hold in holds if hold).most_common(3)
-    return "; ".join(f"{hold} ({count} times)" for hold, count in counts) or "nothing was judged"
-
-
-def collapse(rate: float, before: Sequence[Sequence[float]]) -> str:
-    """A sentence where the learning rate has fallen so far that the weights stand still in any case, or nothing."""
-    highest = max((each for rates in before for each in rates), default=0.0)
-    if not rate < COLLAPSED * highest:
-        return ""
-    return f" But the learning rate has fallen from {highest:.2g} to {rate:.2g}: nothing can move at that."

@@ -16,6 +16,7 @@ from lightning_koopman.stopping.trend import line_through
 LEAST_HORIZON = 6  # fewer steps are too often mistaken for no random walk
 SWING = 3.0  # fluctuations allowed about a level that stands still, in tolerances
 CLEAR = 2.0  # standard errors of the loss's slope beyond which it moves, and does not merely fluctuate
+HOVERED = 5  # rounds running for which weights must hover, once that is beyond doubt
 FLOOR = 5.0  # tolerances left above 0, where no hidden drop can be large
 
 
@@ -30,6 +31,7 @@ class StoppingReason(Enum):
 
     NOT_STOPPED = "not stopped"
     CONVERGED = "converged"
+    HOVERING = "hovering at the noise floor"
     BAD_START = "bad start"
 
 
@@ -41,12 +43,40 @@ class Hold(Enum):
     BASELINE = "the loss is no better than that of a network which ignores its input"
     MOVING = "the loss is predicted to move on"
     SWINGING = "the loss fluctuates too much to tell"
-    HOVERING = "the weights hover at the noise floor of this learning rate, and the loss fluctuates: lower the rate"
+    HOVERING = "the weights hover at the noise floor of this learning rate: average them, or lower the rate"
     SPREAD = "the eigenvalues of the weights do not cluster at 1"
     WALK = "the weights' steps cannot be told from a random walk"
     DRIFT = "the weights move along a direction that does not fade"
     SCHEDULE = "the learning rate is about to change more than it has without effect"
     PATIENCE = "all criteria are met, but not yet for long enough"
+
+
+NOISY = (Hold.MOVING, Hold.SWINGING, Hold.SPREAD, Hold.WALK, Hold.DRIFT)  # what may be noise about a point
+
+
+@dataclass
+class Patience:
+    """For how many rounds running a stop was not blocked, or only by noise about a point.
+
+    Attributes:
+        least: Rounds running for which it must not be blocked, ≥ 1.
+        hovering_counts: Whether weights that hover may end a training: where their average is kept.
+    """
+
+    least: int
+    hovering_counts: bool
+    met: int = 0
+    hovering: int = 0
+
+    def hear(self, hold: Hold | None) -> tuple[Hold | None, StoppingReason]:
+        """Take in what blocks a stop in this round; returns what does so now, and why it is time to stop."""
+        self.met = self.met + 1 if hold is None else 0
+        self.hovering = self.hovering + 1 if hold in (None, Hold.HOVERING) else 0
+        if self.met >= self.least:
+            return None, StoppingReason.CONVERGED
+        if self.hovering_counts and hold is Hold.HOVERING and self.hovering >= HOVERED:
+            return None, StoppingReason.HOVERING
+        return Hold.PATIENCE if hold is None else hold, StoppingReason.NOT_STOPPED
 
 
 @dataclass(frozen=True)
