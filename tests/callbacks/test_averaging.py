@@ -13,7 +13,14 @@ import torch
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
-from lightning_koopman import KoopmanPruner, KoopmanSpectrumMonitor, KoopmanWarning, KoopmanWeightAveraging
+from lightning_koopman import (
+    EarlyStopOnUnitEigenvalues,
+    KoopmanPruner,
+    KoopmanSpectrumMonitor,
+    KoopmanWarning,
+    KoopmanWeightAveraging,
+    StoppingReason,
+)
 from lightning_koopman.averaging.profiles import safe_length
 from lightning_koopman.callbacks.averaged_checkpoints import TRAINED
 from lightning_koopman.reading.steps import step_statistics
@@ -24,14 +31,16 @@ N, BATCH = 96, 16
 class Net(pl.LightningModule):
     """A small regression with noise, so that its weights come to hover."""
 
-    def __init__(self, *, norm: bool = False, dropout: float = 0.0, lr: float = 0.1, gamma: float = 1.0) -> None:
+    def __init__(
+        self, *, norm: bool = False, dropout: float = 0.0, lr: float = 0.1, gamma: float = 1.0, shuffle: bool = False
+    ) -> None:
         super().__init__()
         torch.manual_seed(0)
         middle = [nn.BatchNorm1d(12)] if norm else []
         self.net = nn.Sequential(nn.Linear(6, 12), *middle, nn.Tanh(), nn.Dropout(dropout), nn.Linear(12, 1))
         self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
-        self.lr, self.gamma = lr, gamma
+        self.lr, self.gamma, self.shuffle = lr, gamma, shuffle
         drawn = torch.Generator().manual_seed(1)
         self.x = torch.randn(N, 6, generator=drawn)
         self.y = self.x[:, :1].sin() + torch.randn(N, 1, generator=drawn)
@@ -54,7 +63,7 @@ class Net(pl.LightningModule):
 
     def train_dataloader(self) -> Any:
         data = torch.utils.data.TensorDataset(self.x, self.y)
-        return torch.utils.data.DataLoader(data, batch_size=BATCH)
+        return torch.utils.data.DataLoader(data, batch_size=BATCH, shuffle=self.shuffle)
 
     def val_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(self.x, self.y), batch_size=N)
@@ -369,3 +378,42 @@ def test_losses_are_compared_on_equal_terms(fit):
             nn.functional.mse_loss(twin.net(x), y) for x, y in zip(module.x.split(16), module.y.split(16), strict=True)
         ]
     assert averaging.history[-1]["last_loss"] == pytest.approx(float(np.mean(losses[:4])), rel=1e-5)
+
+
+def test_weights_that_hover_end_a_training_with_their_average(fit, tmp_path):
+    module, trained = Net(lr=0.3, shuffle=True), Trained()
+    stop = EarlyStopOnUnitEigenvalues(dirpath=tmp_path)
+    fit(module, stop, trained, epochs=120)
+    assert stop.stopping_reason is StoppingReason.HOVERING
+    assert stop.stopped_epoch < 80
+    assert stop.history[-1]["phase"] == "hovering"
+    length = stop.average.length
+    assert f"average of {length} snapshots" in stop.message
+    assert length > 1
+    for name in TRAINABLE:
+        expected = mean(trained.after[-length:], name)
+        torch.testing.assert_close(module.state_dict()[name], expected, rtol=1e-5, atol=1e-6)
+    # the last weights, without an average, would hover on
+    alone = EarlyStopOnUnitEigenvalues(dirpath=tmp_path, restore="last")
+    fit(Net(lr=0.3, shuffle=True), alone, epochs=stop.stopped_epoch)
+    assert alone.stopping_reason is StoppingReason.NOT_STOPPED
+    assert "the weights hover" in alone.history[-1]["hold"]
+
+
+def test_a_schedule_that_will_lower_the_rate_keeps_weights_that_hover(fit, tmp_path):
+    class Falling(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.net.parameters(), lr=self.lr)
+            return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, [70], 0.1)]
+
+    stop = EarlyStopOnUnitEigenvalues(dirpath=tmp_path)
+    fit(Falling(lr=0.3, shuffle=True), stop, epochs=75)
+    assert stop.stopped_epoch is None or stop.stopped_epoch > 70
+    assert any("the learning rate is about to change" in row["hold"] for row in stop.history)
+
+
+def test_a_stop_beside_an_averaging_callback_leaves_the_average_to_it(fit, tmp_path):
+    module, trained = Net(lr=0.3, shuffle=True), Trained()
+    averaging = KoopmanWeightAveraging("tail", length=7, dirpath=tmp_path)
+    fit(module, EarlyStopOnUnitEigenvalues(dirpath=tmp_path), averaging, trained, epochs=120)
+    torch.testing.assert_close(module.net[0].weight.detach(), mean(trained.after[-7:], "net.0.weight"))
