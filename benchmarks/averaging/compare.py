@@ -1,0 +1,124 @@
+"""Judges averages of the recorded weights at every tenth of a training, and where the stop would end it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from benchmarks.averaging.judge import N_TEST, Judge
+from benchmarks.averaging.record import DECAYS, tenths
+from benchmarks.reading import problems
+from benchmarks.reading.problems import Setting
+from benchmarks.reading.record import COSTS
+from benchmarks.reading.report import BASELINES
+from lightning_koopman import EarlyStopOnUnitEigenvalues, Phase, StoppingReason, Trajectory, read_training
+from lightning_koopman.averaging.average import averaged_weights
+from lightning_koopman.callbacks.training_batches import SCORED
+from lightning_koopman.demo.experiments.cache import read, save
+from lightning_koopman.demo.experiments.runner import Progress, Task
+from lightning_koopman.stopping.evidence import Baseline
+from lightning_koopman.stopping.judge import StopJudge
+
+WINDOW = 30  # snapshots that KoopmanWeightAveraging keeps
+LAST_FEW, QUARTER, FIFTH = 5, 0.25, 0.2  # the newest five; where torch's example and Lightning's SWA begin
+MEANS = "mean of the last 5", "torch swa_utils (from 75 %)", "Lightning SWA (from 80 %)"
+VARIANTS = (
+    "last weights", "last, new statistics", "**KoopmanWeightAveraging**", "best length by validation",
+    *MEANS, *(f"EMA {decay:g}" for decay in DECAYS), "best length in hindsight",
+)  # fmt: skip
+POINTS, LOSS = 3, 2  # columns of what is judged
+
+
+def compare(setting: Setting, root: Path | None, recorded: Path, folder: Path, reached: Progress) -> None:
+    """Judge one training."""
+    stored = read(recorded / f"{setting.name}.npz")
+    judge = Judge(setting, problems.parts_of(setting.problem, root, n_scored=N_TEST))
+    snapshots, rows = torch.from_numpy(stored["snapshots"]), stored["rows"]
+    found: list[list[list[float]]] = []
+    lengths: list[int] = []
+    times = [epoch for epoch in tenths(setting) if epoch < len(snapshots)]
+    for index, epoch in enumerate(times):
+        judged: dict[str, list[float]] = {"last weights": list(rows[epoch - 1, 2:6])}
+        auto, others = average_at(setting, judge, snapshots, epoch)
+        lengths.append(auto)
+        judged |= {"last, new statistics": others[1], "**KoopmanWeightAveraging**": others[auto]}
+        judged["best length by validation"] = min(others.values(), key=lambda each: each[0])
+        judged["best length in hindsight"] = min(others.values(), key=lambda each: each[LOSS])
+        newest = LAST_FEW, max(1, round(QUARTER * epoch)), max(1, round(FIFTH * epoch))
+        for name, count in zip(MEANS, newest, strict=True):
+            judged[name] = judge.of(mean(snapshots, epoch, min(count, epoch)))
+        for decay, weights in zip(DECAYS, torch.from_numpy(stored["emas"][index]), strict=True):
+            judged[f"EMA {decay:g}"] = judge.of(weights)
+        found.append([judged[name] for name in VARIANTS])
+        reached(epoch)
+    stopped, reason = stop_of(setting, snapshots, rows)
+    at_stop = next(iter(average_at(setting, judge, snapshots, stopped, only=True)[1].values()))
+    arrays: dict[str, Any] = {"times": times, "judged": np.array(found), "lengths": lengths, "rows": rows}
+    save(folder / f"{setting.name}.npz", stopped=stopped, reason=reason.value, at_stop=at_stop, **arrays)
+
+
+def mean(snapshots: Tensor, epoch: int, count: int) -> Tensor:
+    """Mean of the newest snapshots after an epoch."""
+    return snapshots[epoch + 1 - count : epoch + 1].double().mean(0).float()
+
+
+def average_at(
+    setting: Setting, judge: Judge, snapshots: Tensor, epoch: int, *, only: bool = False
+) -> tuple[int, dict[int, list[float]]]:
+    """The length that the library chooses after an epoch, and how good each length tried is, or only that one."""
+    trajectory = Trajectory(snapshots.shape[1])
+    since = jumped(setting, epoch)
+    for weights in snapshots[max(since, epoch + 1 - WINDOW) : epoch + 1]:
+        trajectory.append(weights)
+    scale = BASELINES[setting.problem]
+    chosen = averaged_weights(trajectory, loss=lambda weights: judge.on_batches(weights, SCORED), scale=scale)
+    if only:
+        return chosen.length, {chosen.length: judge.of(chosen.values)}
+    return chosen.length, {each: judge.of(mean(snapshots, epoch, each)) for each in chosen.tried}
+
+
+def jumped(setting: Setting, epoch: int) -> int:
+    """Epochs before the newest jump of the learning rate."""
+    if setting.schedule != "step":
+        return 0
+    factors = [problems.factor(setting, each) for each in range(epoch)]
+    return next((each for each in range(epoch - 1, 0, -1) if factors[each] != factors[each - 1]), 0)
+
+
+def stop_of(
+    setting: Setting, snapshots: Tensor, rows: npt.NDArray[np.float64], **options: Any
+) -> tuple[int, StoppingReason]:
+    """The epoch after which the stop ends a training, and why; else its last."""
+    stop = EarlyStopOnUnitEigenvalues(**options)
+    judge = StopJudge(stop.rule, stop.patience, hovering_counts=stop.restore == "average")
+    trajectory, reading = Trajectory(snapshots.shape[1], capacity=WINDOW), None
+    trajectory.append(snapshots[0])
+    baseline = Baseline(BASELINES[setting.problem])
+    for epoch in range(1, len(snapshots)):
+        trajectory.append(snapshots[epoch])
+        losses = rows[:epoch, 0]
+        reading = read_training(trajectory, losses, baseline_loss=baseline.loss, before=reading)
+        ahead = [[problems.factor(setting, each)] for each in range(epoch, setting.epochs)]
+        _, reason = judge.judge(
+            float(losses[-1]),
+            trajectory.factor(last=stop.rule.horizon + 1),
+            baseline,
+            hovers=reading.phase is Phase.HOVERING,
+            rates=[float(rows[epoch - 1, 1])],
+            planned=lambda ahead=ahead: ahead,
+        )
+        if reason is not StoppingReason.NOT_STOPPED:
+            return epoch, reason
+    return len(snapshots) - 1, StoppingReason.NOT_STOPPED
+
+
+def tasks(chosen: list[Setting], root: Path | None, recorded: Path) -> list[Task]:
+    """All comparisons of what was recorded."""
+    known = [each for each in chosen if (recorded / f"{each.name}.npz").exists()]
+    given = root, recorded, recorded / "compared"
+    return [Task(each.name, compare, (each, *given), each.epochs, COSTS[each.problem]) for each in known]
