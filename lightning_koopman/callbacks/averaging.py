@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
-from lightning_koopman._checks import check_choice, check_count
+from lightning_koopman._checks import check_choice, check_count, check_function
 from lightning_koopman.averaging.average import check_average
 from lightning_koopman.callbacks.averaged_checkpoints import AveragedCheckpoints, check_collects_whole_states
 from lightning_koopman.callbacks.averages import averaging_callbacks
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 COLUMNS = ("epoch", "step", "average_length", "last_loss", "average_loss")
+SEARCHED = 1, 2, 5, 12, 30
 UNKNOWN = {"average_length": 1.0}
 FIT = "fit"  # not a validation of its own
 
@@ -144,6 +146,38 @@ class KoopmanWeightAveraging(TrajectoryCallback):
             ValueError: If no average was chosen yet, or a parameter is missing.
         """
         self.average.copy_to(module)
+
+    def search(
+        self,
+        pl_module: pl.LightningModule,
+        loss: Callable[[pl.LightningModule], float],
+        lengths: Sequence[int] = SEARCHED,
+    ) -> dict[int, float]:
+        """Choose the length after training, by a loss of your own such as that on validation data.
+
+        Only a few coefficients change between lengths, so that no weights besides the snapshots are kept.  The module
+        is left with the average whose loss is least.  That loss is the least of several, and so a little too good:
+        judge the result on other data.
+
+        Args:
+            pl_module: The module that was trained.
+            loss: Gives the loss of the module as it is, for instance by ``trainer.validate(module)``.
+            lengths: Snapshots to average, ≥ 1 each.
+
+        Returns:
+            The loss of each length that was tried.
+
+        Raises:
+            ValueError: If no training has ended yet, or a length is out of its range.
+        """
+        check_function("loss", loss, "a function of the module that returns its loss")
+        self.average.search(pl_module.trainer, pl_module, lengths, lambda: loss(pl_module))
+        found = dict(zip(self.average.tried, self.average.losses[:, 0].tolist(), strict=True))
+        rank_zero_info(
+            f"{type(self).__name__}: the average of {self.average.length} snapshots has the least loss, "
+            f"{found[self.average.length]:.4g}, of {len(found)} lengths that were tried."
+        )
+        return found
 
     # -- when ---------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_koopman._checks import check_count
 from lightning_koopman._types import Array
-from lightning_koopman.averaging.average import choose, lengths_to_try
+from lightning_koopman.averaging.average import choose, coefficients, lengths_to_try
 from lightning_koopman.averaging.profiles import place
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.guard import Guard
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 JUMP = 0.25  # change of a learning rate that starts a new average, relative to the highest since the last start
+UNCHOSEN = "no average has been chosen yet: train first."
 NO_LOSSES: Array = np.zeros((0, 0))
 
 
@@ -139,6 +141,28 @@ class WeightAverage:
         self.parts, self.length, self.tried, self.losses = chosen, lengths[int(index)], tuple(lengths), losses
         self._statistics = statistics
 
+    def search(
+        self, trainer: pl.Trainer, module: pl.LightningModule, lengths: Sequence[int], loss: Callable[[], float]
+    ) -> None:
+        """Leave the best of several lengths in the module, by a loss of the module as it is."""
+        trajectory = self._recording.recorder.trajectory
+        if trajectory is None or self.chosen_after is None:
+            raise ValueError(UNCHOSEN)
+        profile, _, power = self._asked
+        tried = sorted({min(check_count("lengths", each, 1), len(trajectory)) for each in lengths})
+        trial = self.batches.trial(trainer, module, self._recording.weights.processes) if self.batches.norms else None
+        found: list[tuple[float, int, Array, dict[str, Tensor]]] = []
+        for length in tried:
+            self.parts = np.trim_zeros(coefficients(trajectory, profile, length, power), "f")
+            if trial is not None:
+                trial.set(self._values(trajectory, self.parts))
+                self._statistics = trial.statistics(shown=self._guard.zero)
+            self.copy_to(module)
+            found.append((float(loss()), length, self.parts, self._statistics))
+        _, self.length, self.parts, self._statistics = min(found, key=lambda each: each[:2])
+        self.tried, self.losses = tuple(tried), np.array([[each[0]] for each in found])
+        self.copy_to(module)
+
     def _loss(self, trial: Trial, trajectory: Trajectory) -> Callable[[Array], Array]:
         def loss(parts: Array) -> Array:
             trial.set(self._values(trajectory, parts))
@@ -230,7 +254,7 @@ class WeightAverage:
         """Copy the average that was chosen last into a module with parameters of the same names."""
         trajectory = self._recording.recorder.trajectory
         if trajectory is None or self.chosen_after is None:
-            raise ValueError("no average has been chosen yet: train first.")
+            raise ValueError(UNCHOSEN)
         chunks, buffers = local_chunks(module), named_buffers(module)
         for name, value in {**self._values(trajectory, self.parts), **self._statistics}.items():
             if name not in chunks and name not in buffers:

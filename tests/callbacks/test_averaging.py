@@ -417,3 +417,23 @@ def test_a_stop_beside_an_averaging_callback_leaves_the_average_to_it(fit, tmp_p
     averaging = KoopmanWeightAveraging("tail", length=7, dirpath=tmp_path)
     fit(module, EarlyStopOnUnitEigenvalues(dirpath=tmp_path), averaging, trained, epochs=120)
     torch.testing.assert_close(module.net[0].weight.detach(), mean(trained.after[-7:], "net.0.weight"))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_search_leaves_the_best_of_the_lengths_tried(fit, norm):
+    module, trained = Net(lr=0.3, shuffle=True, norm=norm), Trained()
+    averaging = KoopmanWeightAveraging()
+    fit(module, averaging, trained, epochs=20)
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def loss(given: pl.LightningModule) -> float:
+        seen.append(weights(given))
+        return abs(len(seen) - 2.2)  # the second is best
+
+    assert averaging.search(module, loss, [7, 1, 3, 3]) == pytest.approx({1: 1.2, 3: 0.2, 7: 0.8})
+    name = "net.4.weight" if norm else "net.3.weight"
+    for state, length in zip(seen, (1, 3, 7), strict=True):
+        torch.testing.assert_close(state[name], mean(trained.after[-length:], name), rtol=1e-4, atol=1e-6)
+    assert all(torch.equal(value, seen[1][key]) for key, value in module.state_dict().items())
+    if norm:
+        assert not torch.equal(seen[0]["net.1.running_mean"], seen[1]["net.1.running_mean"])
