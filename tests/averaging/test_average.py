@@ -48,7 +48,7 @@ def test_an_average_is_the_sum_of_its_shares(seed, count, length, profile):
 
 
 def test_a_fixed_point_of_a_linear_system_is_found_and_noise_is_averaged():
-    rates, drawn = np.array([0.9, 0.6, -0.5]), np.random.default_rng(0)
+    rates, drawn = np.array([0.9, 0.6, 0.3]), np.random.default_rng(0)
     point, modes = drawn.normal(size=30), drawn.normal(size=(3, 30))
     snapshots = point + (rates ** np.arange(12)[:, None]) @ modes
     found = averaged_weights(trajectory_of(snapshots), "fixed_point", length=8).values.numpy()
