@@ -11,7 +11,7 @@ import argparse
 import os
 from pathlib import Path
 
-from benchmarks.averaging import compare, record
+from benchmarks.averaging import compare, prune, record
 from benchmarks.averaging.record import KNOWN, SETTINGS, UNSEEN
 from benchmarks.averaging.report import report
 from benchmarks.reading.problems import PROBLEMS
@@ -32,7 +32,8 @@ def main() -> None:
     chosen = [each for each in SETTINGS if each.problem in options.problems and each.seed in options.seeds]
     run_all(missing(record.tasks(chosen, root, folder), folder), options.jobs)
     run_all(missing(compare.tasks(chosen, root, folder), folder / "compared"), options.jobs)
-    text = report(folder / "compared", tuple(options.seeds), options.figure or folder / "averages.png")
+    run_all(missing(prune.tasks(options.seeds, root, folder), folder / "pruned"), options.jobs)
+    text = report(folder, tuple(options.seeds), options.figure or folder / "averages.png")
     print(text)
     (folder / "report.md").write_text(f"{text}\n")
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks.averaging import prune
 from benchmarks.averaging.compare import LOSS, POINTS, VARIANTS
 from benchmarks.averaging.record import SETTINGS
 from benchmarks.reading.problems import PROBLEMS, Setting
@@ -175,7 +176,7 @@ def figure(runs: list[Compared], path: Path) -> None:
 
 def report(folder: Path, seeds: tuple[int, ...], path: Path) -> str:
     """All tables; the figure is written to a path."""
-    runs = load(folder, seeds)
+    runs = load(folder / "compared", seeds)
     figure(runs, path)
     head = ("points / loss beside the last weights", *PROBLEMS, "mean")
     columns = ("end", "epochs saved", "points", "least", "loss")
@@ -189,4 +190,8 @@ def report(folder: Path, seeds: tuple[int, ...], path: Path) -> str:
         if some:
             told.append(f"{name} trainings, beside the best single epoch on test data. {stops(some)}")
             told.append("\n".join(markdown(columns, ends(some))))
+    pruned = list(prune.rows(folder / "pruned", seeds))
+    if pruned:
+        told.append("Pruned at the end: test points of magnitude pruning, and what others are ahead of it.")
+        told.append("\n".join(markdown(("sparsity", *prune.WAYS), pruned)))
     return "\n\n".join(told)
