@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_koopman.averaging.profiles import PROFILES
 from lightning_koopman.reading.steps import step_statistics
 from lightning_koopman.trajectory.trajectory import Trajectory
 
+AT_ONCE = 2**26  # numbers of several averages that are held at a time
 LOSS = "a function of a tensor (n,) of weights that returns their loss, or an array of losses on several batches"
 
 
@@ -111,7 +112,7 @@ def averaged_weights(
         raise ValueError("a trajectory of sketches holds no weights to average: record with storage='ram' or 'disk'.")
     count, compared = len(trajectory), loss is not None
     lengths = lengths_to_try(trajectory, profile, length, held=count, compared=compared)
-    given = None if loss is None else lambda parts: _losses(loss(trajectory.combine(parts)))
+    given = None if loss is None else lambda rows: [_losses(loss(values)) for values in combined(trajectory, rows)]
     parts, index, losses = choose(trajectory, profile, lengths, power=power, loss=given, scale=scale)
     return AveragedWeights(trajectory.combine(parts), parts, lengths[index], tuple(lengths), losses)
 
@@ -158,10 +159,10 @@ def choose(
     lengths: Sequence[int],
     *,
     power: float = 1.0,
-    loss: Callable[[Array], Array] | None = None,
+    loss: Callable[[Array], Sequence[Array]] | None = None,
     scale: float | None = None,
 ) -> tuple[Array, int, Array]:
-    """The best of several lengths, by a function of the coefficients; see :func:`averaged_weights`.
+    """The best of several lengths, by a function of the coefficients (lengths, time); see :func:`averaged_weights`.
 
     Returns:
         Coefficients (time,), index of the length, and the losses (lengths, batches).
@@ -169,9 +170,16 @@ def choose(
     given = [coefficients(trajectory, profile, each, power) for each in lengths]
     if loss is None:
         return given[-1], len(lengths) - 1, np.zeros((0, 0))
-    losses = np.stack([loss(each) for each in given])
+    losses = np.stack(loss(np.stack(given)))
     index = profiles.longest_good(losses, lengths, scale)
     return given[index], index, losses
+
+
+def combined(trajectory: Trajectory, rows: Array) -> Iterator[Tensor]:
+    """Averages by their coefficients (lengths, time), one at a time: in one pass where they fit into memory."""
+    step = len(rows) if trajectory.n * len(rows) <= AT_ONCE else 1
+    for start in range(0, len(rows), step):
+        yield from trajectory.combine(rows[start : start + step])
 
 
 def coefficients(trajectory: Trajectory, profile: str, length: int, power: float = 1.0) -> Array:

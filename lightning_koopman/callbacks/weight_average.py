@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_koopman._checks import check_count
 from lightning_koopman._types import Array
-from lightning_koopman.averaging.average import choose, coefficients, lengths_to_try
+from lightning_koopman.averaging.average import choose, coefficients, combined, lengths_to_try
 from lightning_koopman.averaging.profiles import place
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.guard import Guard
@@ -163,19 +163,25 @@ class WeightAverage:
         self.tried, self.losses = tuple(tried), np.array([[each[0]] for each in found])
         self.copy_to(module)
 
-    def _loss(self, trial: Trial, trajectory: Trajectory) -> Callable[[Array], Array]:
-        def loss(parts: Array) -> Array:
-            trial.set(self._values(trajectory, parts))
-            return trial.losses()
+    def _loss(self, trial: Trial, trajectory: Trajectory) -> Callable[[Array], list[Array]]:
+        def loss(rows: Array) -> list[Array]:
+            found = []
+            for own in combined(trajectory, rows):
+                trial.set(self._completed(own))
+                found.append(trial.losses())
+            return found
 
         return loss
 
     def _values(self, trajectory: Trajectory, parts: Array) -> dict[str, Tensor]:
         """What this process holds of an average, by parameter."""
+        return self._completed(trajectory.combine(place(parts, len(trajectory))))
+
+    def _completed(self, own: Tensor) -> dict[str, Tensor]:
+        """What this process holds of weights, by parameter, from all processes' own parts."""
         shards = self._recording.weights.shards
         assert shards is not None
-        own = shards.split(trajectory.combine(place(parts, len(trajectory))))
-        return {name: shards.complete(name, value) for name, value in own.items()}
+        return {name: shards.complete(name, value) for name, value in shards.split(own).items()}
 
     def loss_of(self, length: int) -> float:
         """Mean loss of a length that was compared, else NaN."""
