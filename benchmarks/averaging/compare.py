@@ -39,6 +39,9 @@ def compare(setting: Setting, root: Path | None, recorded: Path, folder: Path, r
     stored = read(recorded / f"{setting.name}.npz")
     judge = Judge(setting, problems.parts_of(setting.problem, root, n_scored=N_TEST))
     snapshots, rows = torch.from_numpy(stored["snapshots"]), stored["rows"]
+    if not len(rows):  # its first epoch ended in NaN
+        save(folder / f"{setting.name}.npz", rows=rows)
+        return
     found: list[list[list[float]]] = []
     lengths: list[int] = []
     times = [epoch for epoch in tenths(setting) if epoch < len(snapshots)]
@@ -51,7 +54,7 @@ def compare(setting: Setting, root: Path | None, recorded: Path, folder: Path, r
         judged["best length in hindsight"] = min(others.values(), key=lambda each: each[LOSS])
         newest = LAST_FEW, max(1, round(QUARTER * epoch)), max(1, round(FIFTH * epoch))
         for name, count in zip(MEANS, newest, strict=True):
-            judged[name] = judge.of(mean(snapshots, epoch, min(count, epoch)))
+            judged[name] = others.get(count) or judge.of(mean(snapshots, epoch, min(count, epoch)))
         for decay, weights in zip(DECAYS, torch.from_numpy(stored["emas"][index]), strict=True):
             judged[f"EMA {decay:g}"] = judge.of(weights)
         found.append([judged[name] for name in VARIANTS])
