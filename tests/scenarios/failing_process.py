@@ -23,6 +23,7 @@ from lightning_koopman import (
     EarlyStopOnUnitEigenvalues,
     KoopmanPruner,
     KoopmanSpectrumMonitor,
+    KoopmanWeightAveraging,
     RestartOnBadInitialization,
 )
 
@@ -34,6 +35,7 @@ def train(folder: Path, failure: Any, epochs: int, checkpoint: str | None) -> di
         KoopmanSpectrumMonitor(window=6, dirpath=folder, prefix="sketch", storage="sketch", sketch=61),
         EarlyStopOnUnitEigenvalues(mode="report", horizon=6, dirpath=folder),
         RestartOnBadInitialization(4, dirpath=folder),
+        KoopmanWeightAveraging(window=6, dirpath=folder),
         KoopmanPruner(0.5, epoch=5, window=6, dirpath=folder),
     ]
     save = pl.callbacks.ModelCheckpoint(folder / "c", save_last=True)

@@ -37,6 +37,7 @@ from lightning_koopman import (
     EarlyStopOnUnitEigenvalues,
     KoopmanPruner,
     KoopmanSpectrumMonitor,
+    KoopmanWeightAveraging,
     RestartOnBadInitialization,
 )
 from lightning_koopman.trajectory import sidecar
@@ -110,6 +111,7 @@ def callbacks(variant: str) -> list[Any]:
         KoopmanSpectrumMonitor("train_loss", window=12, prefix="loss", **every),
         RestartOnBadInitialization(4, **every),
         EarlyStopOnUnitEigenvalues(mode="report", horizon=6, tolerance=0.2, fraction=0.3, **every),
+        KoopmanWeightAveraging("tail", length=4, **every),
         KoopmanPruner(0.6, epoch=7, rounds=3, round_epochs=4, window=9, survivors=survivors, **every),
     ]
 
