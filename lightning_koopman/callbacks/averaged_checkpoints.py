@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -30,10 +31,11 @@ class AveragedCheckpoints:
     def __init__(self, average: WeightAverage) -> None:
         self._average = average
         self._strategy: Any = None
+        self._average_loaded: dict[str, Any] = {}  # from a checkpoint, until training starts
         self._collect: Callable[[], dict[str, Any]] | None = None  # the strategy's own method
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_strategy": None, "_collect": None}
+        return {**vars(self), "_strategy": None, "_collect": None, "_average_loaded": {}}
 
     def watch(self, trainer: pl.Trainer, module: pl.LightningModule, choose: Callable[[], None]) -> None:
         """Collect averages, each after it was chosen, until :meth:`release`."""
@@ -67,13 +69,33 @@ class AveragedCheckpoints:
     @torch.no_grad()
     def restore_trained(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go on from the weights in training."""
-        chunks, buffers = local_chunks(outermost(trainer, module)), named_buffers(module)
-        for name, value in checkpoint.get(TRAINED, {}).items():
+        trained = checkpoint.get(TRAINED, {})
+        average = checkpoint.get("state_dict", {})
+        self._average_loaded = {name: average[name] for name in trained if name in average}
+        self._load(trainer, module, trained)
+
+    def training_starts(self) -> None:
+        """There will be a new average."""
+        self._average_loaded = {}
+
+    def fit_ends(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Leave the checkpoint's average in the module where there was nothing left to train."""
+        loaded, self._average_loaded = self._average_loaded, {}
+        self._load(trainer, module, loaded)
+
+    @torch.no_grad()
+    def _load(self, trainer: pl.Trainer, module: pl.LightningModule, state: dict[str, Any]) -> None:
+        chunks = local_chunks(outermost(trainer, module))
+        if all(chunk.whole for chunk in chunks.values()):
+            module.load_state_dict(state, strict=False)  # the module may have names of its own for them
+            return
+        buffers = named_buffers(module)
+        for name, value in state.items():
             clean = clean_name(name)
             if clean in chunks:
                 tensor = chunks[clean].tensor.detach()
                 tensor.copy_(chunks[clean].take(value).reshape(tensor.shape))
-            else:
+            elif clean in buffers:
                 buffers[clean].copy_(value)
 
 
@@ -90,7 +112,10 @@ def check_collects_whole_states(trainer: pl.Trainer) -> None:
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
+    """A copy in which tensors that share memory still do."""
+    return copy.deepcopy(
+        {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
+    )
 
 
 def _equal(value: Any, other: Any) -> bool:

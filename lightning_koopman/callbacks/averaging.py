@@ -189,6 +189,17 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         publish(trainer, self.prefix, UNKNOWN)
+        self.checkpoints.training_starts()
+        self.average.step = steps_done(trainer)
+        if self.average.kept and self.resumed:
+            self.guard.warn(
+                "kept",
+                "the checkpoint was written after `fit`, which leaves the average in the module: training goes on from "
+                "it. Checkpoints written during training hold the weights in training as well.",
+            )
+            self.average.start_at(self.clock.rounds)
+            self.recording.start_segment(trainer, pl_module, due=self.is_due(self.clock.rounds))
+        self.average.kept = False
         self.checkpoints.watch(trainer, pl_module, lambda: self._choose(trainer, pl_module))
 
     def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -210,7 +221,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         self.average.step = steps_done(trainer)
-        if self.average.chosen_after == epoch:
+        if self.average.chosen_after is not None:
             self.log_values(trainer, pl_module, {"average_length": float(self.average.length)})
 
     def segment_begins(self) -> None:
@@ -226,7 +237,10 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.checkpoints.release()
-        self.average.let_go()
+        self.average.keep()
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.checkpoints.fit_ends(trainer, pl_module)
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
@@ -249,8 +263,11 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         if average.chosen_after in (None, before):
             return
         row = {"epoch": average.chosen_after, "step": average.step, "average_length": average.length}
-        self.history.append({**row, "last_loss": average.loss_of(1), "average_loss": average.loss_of(average.length)})
-        self.write_history()
+        publish(trainer, self.prefix, {"average_length": float(average.length)})
+        if self.guard.zero:
+            losses = {"last_loss": average.loss_of(1), "average_loss": average.loss_of(average.length)}
+            self.history.append({**row, **losses})
+            self.write_history()
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

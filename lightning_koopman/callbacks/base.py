@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # never at run time: the user may use the other import root
     import pytorch_lightning as pl
 
 T = TypeVar("T")
-VERSION = 3  # of the state in checkpoints
+VERSION = 4  # of the state in checkpoints
 
 
 class TrajectoryCallback(LightningCallback):

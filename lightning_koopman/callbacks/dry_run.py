@@ -25,6 +25,10 @@ CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # to other processes: they cannot 
 LARGE = 2**26  # bytes of a tensor on the module above which copies share it
 
 
+class NoLossError(ValueError):
+    """A step returned no loss, as it may for some batches."""
+
+
 def can_dry_run(module: pl.LightningModule) -> bool:
     """Whether ``training_step`` only computes a loss from a batch."""
     return module.automatic_optimization and "dataloader_iter" not in _parameters(module)
@@ -44,9 +48,10 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
             known[id(value)] = value
     for part in module.modules():
         for value in vars(part).values():
-            if isinstance(value, Tensor) and value.grad_fn is not None:  # left by a forward pass, with its graph
-                known[id(value)] = value.detach()
-            elif is_kind(value, *CONNECTIONS):
+            for left in _tensors_in(value):
+                if left.grad_fn is not None:  # left by a forward pass, with its graph
+                    known[id(left)] = left.detach()
+            if is_kind(value, *CONNECTIONS):
                 known[id(value)] = value
     known[id(module.trainer)] = module.trainer
     _copy_without_fsdp(module, known)
@@ -103,7 +108,9 @@ def dry_run(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
 ) -> Iterator[Callable[[pl.LightningModule], Tensor]]:
     """Context in which copies of a module can be given a batch; the function it gives returns the loss."""
-    arguments = (batch, batch_idx) if len(_parameters(module)) > 2 else (batch,)
+    parameters = _parameters(module)
+    several = len(parameters) > 2 or any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    arguments = (batch, batch_idx) if several else (batch,)
     originals = {id(part) for part in module.modules()}
 
     def refuse(part: nn.Module, _: Any) -> None:
@@ -117,7 +124,7 @@ def dry_run(
             given = arguments
         value = batch_loss(network.training_step(*given))
         if value is None:
-            raise ValueError("training_step returned no loss")
+            raise NoLossError("training_step returned no loss")
         return value
 
     hook = register_module_forward_pre_hook(refuse)
@@ -130,6 +137,15 @@ def dry_run(
 
 def _parameters(module: pl.LightningModule) -> Any:
     return inspect.signature(type(module).training_step).parameters
+
+
+def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """Tensors in nested lists and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, (list, tuple, dict)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors_in(each, depth - 1)
 
 
 class _Still:

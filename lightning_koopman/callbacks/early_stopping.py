@@ -201,6 +201,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.start(resumed=self.resumed)
+        if self.stopped_epoch is not None:  # in an earlier fit
+            self.stopping_reason, self.stopped_epoch, self.would_stop_epoch = StoppingReason.NOT_STOPPED, None, None
         publish(trainer, self.prefix, LOGGED)
         tell_if_short(self, trainer, self.rule.horizon + 1 + self.patience, "the first decision")
 
@@ -246,8 +248,10 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         if self.stopped_epoch is not None and self._averages(trainer):
             self.average.choose(trainer, pl_module)
             self.average.put_in(trainer, pl_module)
-            self.average.let_go()
-            self._tell(trainer, f"{self.message} The weights are the average of {self.average.length} snapshots.")
+            self.average.keep()
+            told = f"The module holds the average of {self.average.length} snapshots, which no checkpoint has yet."
+            self._tell(trainer, f"{self.message} {told}")
+        self.average.batches.clear()
         values = {row["epoch"]: row["value"] for row in self.history}
         met = self.would_stop_epoch
         if self.mode == "report" and met is not None and met in values:

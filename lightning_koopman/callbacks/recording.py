@@ -141,7 +141,10 @@ class Recording:
             snapshot = self._read(trainer, pl_module)
             recorder = self.recorder
             # a resumed epoch may have begun, so its weights differ; otherwise this is a further fit from other weights
-            if recorder.holds(self._clock.rounds) and not resumed and not recorder.repeats(snapshot):
+            newest = -1 if recorder.newest is None else recorder.newest
+            again = newest > self._clock.rounds  # an exception ended the round whose end was recorded already
+            held = newest == self._clock.rounds
+            if not resumed and (again or (held and not recorder.repeats(snapshot))):
                 recorder.interrupt()
             self._take(snapshot)
 

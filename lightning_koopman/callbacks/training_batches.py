@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lightning_koopman._types import Array
-from lightning_koopman.callbacks.dry_run import can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.dry_run import NoLossError, can_dry_run, dry_run, quiet_copy
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, local_chunks
@@ -58,10 +59,10 @@ class TrainingBatches:
         if self._next == 0:
             self.norms = tuple(name for name, layer in module.named_modules() if _has_statistics(layer))
             self._bytes = 0
-        if not can_dry_run(module):
+        if not can_dry_run(module) or self._next >= (self.count if self.norms else SCORED):
             self._next = self.count
             return
-        copied = apply_to_collection(batch, Tensor, lambda each: each.detach().to("cpu", copy=True))
+        copied = apply_to_collection(batch, Tensor, lambda each: each.detach().to("cpu", copy=True), allow_frozen=True)
         sizes: list[int] = []
         apply_to_collection(copied, Tensor, lambda each: sizes.append(each.numel() * each.element_size()))
         self._bytes += sum(sizes)
@@ -104,6 +105,7 @@ class Trial:
         for layer in self._norms.values():
             layer.train()
             layer.momentum = None  # the mean of all batches, not of the newest
+        self._graph = False  # the step takes gradients itself
 
     @torch.no_grad()
     def set(self, weights: Mapping[str, Tensor]) -> None:
@@ -127,6 +129,8 @@ class Trial:
             self._loss(batch, index)
         found: dict[str, Tensor] = {}
         for name, layer in self._norms.items():
+            if not layer.num_batches_tracked:  # not in `training_step`
+                continue
             for part in STATISTICS:
                 value = getattr(layer, part).detach().cpu()
                 if value.is_floating_point():
@@ -137,8 +141,16 @@ class Trial:
     def _loss(self, batch: Any, index: int) -> float:
         trainer, module = self._trainer, self._module
         given = move_data_to_device(batch, module.device)  # without the module's hooks, which have been there
-        with dry_run(trainer, module, given, index) as loss, torch.no_grad():
-            return float(loss(self._copy).detach())
+        try:
+            with dry_run(trainer, module, given, index) as loss, torch.set_grad_enabled(self._graph):
+                return float(loss(self._copy).detach())
+        except NoLossError:
+            return math.nan
+        except RuntimeError as error:
+            if self._graph or "grad" not in str(error):
+                raise
+        self._graph = True
+        return self._loss(batch, index)
 
 
 def named_buffers(module: nn.Module) -> dict[str, Tensor]:

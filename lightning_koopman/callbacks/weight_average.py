@@ -16,6 +16,7 @@ from lightning_koopman._types import Array
 from lightning_koopman.averaging.average import choose, coefficients, combined, lengths_to_try
 from lightning_koopman.averaging.profiles import place
 from lightning_koopman.callbacks.clock import steps_done
+from lightning_koopman.callbacks.exchange import Exchange
 from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.recording import Recording
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 JUMP = 0.25  # change of a learning rate that starts a new average, relative to the highest since the last start
-UNCHOSEN = "no average has been chosen yet: train first."
 NO_LOSSES: Array = np.zeros((0, 0))
 
 
@@ -66,14 +66,11 @@ class WeightAverage:
         self.batches = TrainingBatches(n_batches)
         self.forget()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_exchanged": None, "inside": False}
-
     def forget(self) -> None:
         """Begin as for a first fit."""
         self.batches.clear()
-        self._exchanged: dict[str, Tensor] | None = None  # what the module does not hold now: average, or what trains
-        self.inside = False  # the module holds the average
+        self.exchange = Exchange()
+        self.kept = False  # the module was left with the average
         self._rates: list[float] = []
         self.step = -1
         self.start_at(0)
@@ -87,6 +84,7 @@ class WeightAverage:
         self.parts, self.length, self.losses = np.ones(1), 1, NO_LOSSES
         self.tried: tuple[int, ...] = (1,)
         self._statistics: dict[str, Tensor] = {}
+        self._of: Trajectory | None = None  # whose snapshots it was chosen from
         self.chosen_after = after
 
     def begin_round(self, rates: Sequence[float], completed: int) -> None:
@@ -105,20 +103,37 @@ class WeightAverage:
     def choose(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Choose the average of the snapshots held, once a snapshot; all processes together."""
         newest, weights = self._recording.recorder.newest, self._recording.weights
+        if newest is None or not self._is_current:
+            self._choose_last(None)  # other weights, or ones that are not finite
         if newest is None or newest == self.chosen_after:
             return
         self._choose_last(newest)  # what remains where the rest fails
-        with self._guard.together("averaging the weights", weights.processes):
-            self._choose(trainer, module)
+        self._of = self._recording.recorder.trajectory
+        for compare in (True, False):  # where lengths cannot be compared the steps decide
+            done = False
+            doing = "comparing averages" if compare else "averaging the weights"
+            with self._guard.together(doing, weights.processes):
+                trial = self.batches.trial(trainer, module, weights.processes) if compare else None
+                self._choose(trial)
+                done = True
+            if done:
+                return
 
-    def _choose(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    @property
+    def _is_current(self) -> bool:
+        """Whether what was chosen is of the present trajectory."""
+        trajectory = self._recording.recorder.trajectory
+        if self._of is None and trajectory is not None and len(self.parts) <= len(trajectory):
+            self._of = trajectory  # restored along with it
+        return self._of is trajectory
+
+    def _choose(self, trial: Trial | None) -> None:
         recorder, processes = self._recording.recorder, self._recording.weights.processes
         trajectory, window = recorder.trajectory, self._recording.settings.window
         assert trajectory is not None
         held = sum(epoch >= self._since for epoch in recorder.epochs)
         held = max(1, min(held, len(trajectory), window or held))
         profile, length, power = self._asked
-        trial = self.batches.trial(trainer, module, processes)
         if trial is None and self.batches.norms:
             self._guard.warn(
                 "statistics",
@@ -133,35 +148,46 @@ class WeightAverage:
         parts, index, losses = choose(trajectory, profile, lengths, power=power, loss=loss, scale=scale)
         decided = np.append(parts, index) * (processes.rank == 0)  # others' arithmetic may round otherwise
         *shared, index = processes.all_sum(decided).tolist()
-        statistics: dict[str, Tensor] = {}
         chosen = np.trim_zeros(np.array(shared), "f")
-        if trial is not None and self.batches.norms:
-            trial.set(self._values(trajectory, chosen))
-            statistics = trial.statistics(shown=self._guard.zero)
+        statistics = self._statistics_of(self._values(trajectory, chosen), trial) if self.batches.norms else {}
         self.parts, self.length, self.tried, self.losses = chosen, lengths[int(index)], tuple(lengths), losses
         self._statistics = statistics
+
+    def _statistics_of(self, values: Mapping[str, Tensor], trial: Trial | None) -> dict[str, Tensor]:
+        """Batch statistics of weights."""
+        if trial is None:
+            return {}
+        trial.set(values)
+        return trial.statistics(shown=self._guard.zero)
 
     def search(
         self, trainer: pl.Trainer, module: pl.LightningModule, lengths: Sequence[int], loss: Callable[[], float]
     ) -> None:
         """Leave the best of several lengths in the module, by a loss of the module as it is."""
-        trajectory = self._recording.recorder.trajectory
-        if trajectory is None or self.chosen_after is None:
-            raise ValueError(UNCHOSEN)
+        trajectory = self._trajectory_chosen_from()
         profile, _, power = self._asked
         tried = sorted({min(check_count("lengths", each, 1), len(trajectory)) for each in lengths})
         trial = self.batches.trial(trainer, module, self._recording.weights.processes) if self.batches.norms else None
+        before = self.length, self.parts, self._statistics
         found: list[tuple[float, int, Array, dict[str, Tensor]]] = []
-        for length in tried:
-            self.parts = np.trim_zeros(coefficients(trajectory, profile, length, power), "f")
-            if trial is not None:
-                trial.set(self._values(trajectory, self.parts))
-                self._statistics = trial.statistics(shown=self._guard.zero)
+        try:
+            for length in tried:
+                self.parts = np.trim_zeros(coefficients(trajectory, profile, length, power), "f")
+                self._statistics = self._statistics_of(self._values(trajectory, self.parts), trial)
+                self.copy_to(module)
+                value = float(loss())
+                found.append((math.inf if math.isnan(value) else value, length, self.parts, self._statistics))
+            before = min(found, key=lambda each: each[:2])[1:]
+            self.tried, self.losses = tuple(tried), np.array([[each[0]] for each in found])
+        finally:
+            self.length, self.parts, self._statistics = before
             self.copy_to(module)
-            found.append((float(loss()), length, self.parts, self._statistics))
-        _, self.length, self.parts, self._statistics = min(found, key=lambda each: each[:2])
-        self.tried, self.losses = tuple(tried), np.array([[each[0]] for each in found])
-        self.copy_to(module)
+
+    def _trajectory_chosen_from(self) -> Trajectory:
+        trajectory = self._recording.recorder.trajectory
+        if trajectory is None or self.chosen_after is None or self._recording.weights.shards is None:
+            raise ValueError("no average has been chosen yet: train first.")
+        return trajectory
 
     def _loss(self, trial: Trial, trajectory: Trajectory) -> Callable[[Array], list[Array]]:
         def loss(rows: Array) -> list[Array]:
@@ -185,82 +211,68 @@ class WeightAverage:
 
     def loss_of(self, length: int) -> float:
         """Mean loss of a length that was compared, else NaN."""
-        compared = self.losses.size and length in self.tried
-        return float(np.nanmean(self.losses[self.tried.index(length)])) if compared else math.nan
+        if not self.losses.size or length not in self.tried:
+            return math.nan
+        row = self.losses[self.tried.index(length)]
+        return float(row[~np.isnan(row)].mean()) if not np.isnan(row).all() else math.nan
 
     # -- in and out ---------------------------------------------------------------------------------------------------
 
     def put_in(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Put the average in the place of the weights that are trained; all processes together."""
-        if self._exchanged is not None:
-            return
-        values: dict[str, Tensor] = {}
-        with self._guard.together("averaging the weights", self._recording.weights.processes):
-            values = self._average(trainer, module)
-        self._exchanged = values
-        self._exchange(trainer, module)
+        if not self.exchange.ready:
+            with self._guard.together("averaging the weights", self._recording.weights.processes):
+                values = self._average(trainer, module)
+                self.exchange.put_in(outermost(trainer, module), module, values)
 
     def take_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Put the weights that are trained back in their place, to the last bit."""
-        if self.inside:
-            self._exchange(trainer, module)
-            self._exchanged = None
+        self.exchange.take_out(outermost(trainer, module), module)
 
-    def let_go(self) -> None:
+    def keep(self) -> None:
         """Leave in the module what it holds, once a fit has ended."""
-        self._exchanged, self.inside = None, False
+        self.kept = self.kept or (self.exchange.inside and self.exchange.differs)
+        self.exchange.keep()
 
     @contextlib.contextmanager
     def held(self, trainer: pl.Trainer, module: pl.LightningModule, *, average: bool) -> Iterator[None]:
         """Context in which the module holds the average, or else the weights that are trained."""
-        before, known = self.inside, self._exchanged is not None
-        if average and not known:
+        before = self.exchange.inside
+        if average and not before:
             self.put_in(trainer, module)
-        elif average != before:
-            self._exchange(trainer, module)
+        elif before and not average:
+            self.exchange.swap(outermost(trainer, module), module)
         try:
             yield
         finally:
-            if self.inside != before:
-                self._exchange(trainer, module)
-            if not known:
-                self._exchanged = None
+            if not before:
+                self.take_out(trainer, module)
+            elif not average:
+                self.exchange.swap(outermost(trainer, module), module)
 
     def _average(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
         """Weights and buffers of the average, but for those that are the trained ones."""
-        trajectory = self._recording.recorder.trajectory
-        if trajectory is None or self.chosen_after is None:
+        trajectory, parts = self._recording.recorder.trajectory, self.parts
+        if trajectory is None or self.chosen_after is None or not self._is_current:
             return {}
-        parts, now = self.parts, steps_done(trainer) != self.step
+        if steps_done(trainer) == self.step:
+            values = {} if len(parts) == 1 else self._values(trajectory, parts)
+            return {**values, **self._statistics}
         if len(parts) == 1:
-            return dict(self._statistics)
-        if not now:
-            return {**self._values(trajectory, parts), **self._statistics}
+            return {}  # the last weights, with the statistics that they were trained with
         # within a round the weights as they are stand for its snapshot, which is still to come
-        older = self._values(trajectory, parts[:-1])
-        chunks = local_chunks(outermost(trainer, module))
+        older, chunks = self._values(trajectory, parts[:-1]), local_chunks(outermost(trainer, module))
         newest = {name: float(parts[-1]) * chunks[name].tensor.detach().cpu() for name in older}
-        return {**{name: value + newest[name] for name, value in older.items()}, **self._statistics}
-
-    @torch.no_grad()
-    def _exchange(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Exchange what the module holds with what it does not."""
-        assert self._exchanged is not None
-        tensors = {name: chunk.tensor for name, chunk in local_chunks(outermost(trainer, module)).items()}
-        tensors |= named_buffers(module)
-        for name, value in self._exchanged.items():
-            tensor = tensors[name].detach()
-            held = tensor.clone()
-            tensor.copy_(value.reshape(tensor.shape))
-            self._exchanged[name] = held
-        self.inside = not self.inside
+        values = {name: value + newest[name] for name, value in older.items()}
+        if not self.batches.norms:
+            return values
+        trial = self.batches.trial(trainer, module, self._recording.weights.processes)
+        return {} if trial is None else {**values, **self._statistics_of(values, trial)}
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
         """Copy the average that was chosen last into a module with parameters of the same names."""
-        trajectory = self._recording.recorder.trajectory
-        if trajectory is None or self.chosen_after is None:
-            raise ValueError(UNCHOSEN)
+        trajectory = self._trajectory_chosen_from()
         chunks, buffers = local_chunks(module), named_buffers(module)
         for name, value in {**self._values(trajectory, self.parts), **self._statistics}.items():
             if name not in chunks and name not in buffers:
@@ -283,6 +295,7 @@ class WeightAverage:
             "statistics": dict(self._statistics),
             "after": self.chosen_after,
             "step": self.step,
+            "kept": self.kept,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -297,3 +310,4 @@ class WeightAverage:
         self.length, self.tried = int(state["length"]), tuple(int(each) for each in state["tried"])
         self._statistics = dict(state["statistics"])
         self.chosen_after = None if state["after"] is None else int(state["after"])
+        self.kept = bool(state["kept"])

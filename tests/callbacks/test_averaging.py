@@ -23,6 +23,7 @@ from lightning_koopman import (
 )
 from lightning_koopman.averaging.profiles import safe_length
 from lightning_koopman.callbacks.averaged_checkpoints import TRAINED
+from lightning_koopman.callbacks.exchange import Exchange
 from lightning_koopman.reading.steps import step_statistics
 
 N, BATCH = 96, 16
@@ -354,17 +355,19 @@ def test_what_cannot_be_is_refused_before_training(fit):
         fit(Net(), KoopmanWeightAveraging(), pl.callbacks.StochasticWeightAveraging(1e-2))
 
 
-def test_a_trial_that_fails_leaves_the_last_weights_and_warns_once(fit):
+def test_where_a_trial_fails_the_steps_decide_with_one_warning(fit):
     class Odd(Net):
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             if not self.training:
                 raise RuntimeError("not in evaluation mode")
             return super().training_step(batch, batch_idx)
 
-    module, trained = Odd(), Trained()
-    with pytest.warns(KoopmanWarning, match="averaging the weights failed"):
-        fit(module, KoopmanWeightAveraging(), trained)
-    assert all(torch.equal(module.state_dict()[name], trained.after[-1][name]) for name in TRAINABLE)
+    averaging = KoopmanWeightAveraging()
+    with pytest.warns(KoopmanWarning, match="comparing averages failed") as told:
+        fit(Odd(lr=0.3, shuffle=True), averaging, epochs=20)
+    assert sum(each.category is KoopmanWarning for each in told) == 1
+    steps = step_statistics(averaging.recorder.trajectory.step_gram())
+    assert averaging.history[-1]["average_length"] == safe_length(steps, 21)
 
 
 def test_losses_are_compared_on_equal_terms(fit):
@@ -437,3 +440,124 @@ def test_a_search_leaves_the_best_of_the_lengths_tried(fit, norm):
     assert all(torch.equal(value, seen[1][key]) for key, value in module.state_dict().items())
     if norm:
         assert not torch.equal(seen[0]["net.1.running_mean"], seen[1]["net.1.running_mean"])
+
+
+def test_statistics_within_a_round_fit_the_weights(fit):
+    module = Net(norm=True)
+    fit(module, KoopmanWeightAveraging("tail", length=1), val_check_interval=0.5, epochs=3)
+    alone = Net(norm=True)
+    fit(alone, val_check_interval=0.5, epochs=3)
+    for ours, theirs in zip(module.seen[::2], alone.seen[::2], strict=True):  # as they were trained, within an epoch
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_norms_that_no_step_uses_keep_their_statistics(fit):
+    class Teacher(Net):
+        def __init__(self) -> None:
+            super().__init__(norm=True)
+            self.teacher = nn.BatchNorm1d(3)
+            self.teacher.running_mean.fill_(5.0)
+
+    module = Teacher()
+    fit(module, KoopmanWeightAveraging("tail", length=3), epochs=4)
+    assert torch.equal(module.teacher.running_mean, torch.full((3,), 5.0))
+
+
+def test_a_failure_while_weights_are_exchanged_leaves_all_as_they_were():
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    before, exchange = weights(module), Exchange()
+    wrong = {"0.weight": torch.zeros(2, 2), "1.weight": torch.zeros(3, 3)}
+    with pytest.raises(RuntimeError):
+        exchange.put_in(module, module, wrong)
+    assert not exchange.inside
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_weights_that_are_not_finite_are_validated_as_they_are(fit):
+    class Diverging(Net):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 4:
+                with torch.no_grad():
+                    self.net[0].weight.fill_(float("nan"))
+
+    module = Diverging()
+    with pytest.warns(KoopmanWarning, match="NaN"):
+        fit(module, KoopmanWeightAveraging(), epochs=6)
+    assert [bool(seen["net.0.weight"].isnan().any()) for seen in module.seen] == [False] * 4 + [True] * 2
+
+
+def test_a_finished_run_that_is_resumed_leaves_its_average(fit, tmp_path):
+    save = ModelCheckpoint(tmp_path, save_last=True)
+    module = Net()
+    fit(module, KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), save, enable_checkpointing=True)
+    again, save = Net(), ModelCheckpoint(tmp_path, save_last=True)
+    fit(again, KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), save, enable_checkpointing=True,
+        ckpt_path=tmp_path / "last.ckpt")  # fmt: skip
+    assert torch.equal(again.net[0].weight, module.net[0].weight)
+
+
+def test_a_checkpoint_written_after_training_says_that_it_holds_the_average_alone(fit, tmp_path):
+    trainer = fit(Net(), KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path))
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    with pytest.warns(KoopmanWarning, match="written after `fit`"):
+        fit(Net(), KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), epochs=12,
+            ckpt_path=tmp_path / "after.ckpt")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["tied", "complex", "renamed"])
+def test_all_kinds_of_modules_resume(fit, tmp_path, kind):
+    class Odd(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            if kind == "complex":
+                self.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+            if kind == "tied":
+                self.other = self.net[0]
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            loss = super().training_step(batch, batch_idx)
+            return loss + (self.phase.abs().square().sum() if kind == "complex" else 0.0)
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
+
+        def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+            found = super().state_dict(*args, **kwargs)
+            return {f"own.{name}": value for name, value in found.items()} if kind == "renamed" else found
+
+        def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+            named = {name.removeprefix("own."): value for name, value in state_dict.items()}
+            return super().load_state_dict(named, strict=strict, assign=assign)
+
+    def parts() -> list[Any]:
+        return [KoopmanWeightAveraging(dirpath=tmp_path), Trained(), ModelCheckpoint(tmp_path, save_top_k=-1)]
+
+    _, trained, _ = first = parts()
+    fit(Odd(), *first, enable_checkpointing=True)
+    _, later, _ = second = parts()
+    fit(Odd(), *second, enable_checkpointing=True, ckpt_path=tmp_path / "epoch=4-step=30.ckpt")
+    assert all(torch.equal(value, trained.after[5][name]) for name, value in later.after[0].items())
+    assert all(torch.equal(value, trained.after[-1][name]) for name, value in later.after[-1].items())
+
+
+def test_steps_that_keep_losses_return_none_or_take_gradients_are_compared(fit):
+    class Keeps(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept: list[Any] = []
+
+        def training_step(self, *given: Any) -> Any:
+            batch, batch_idx = given
+            loss = super().training_step(batch, batch_idx)
+            x = batch[0].clone().requires_grad_()
+            loss = loss + 0.01 * torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0].square().mean()
+            self.kept.append({"loss": loss})
+            return None if batch_idx == 1 else loss
+
+    averaging = KoopmanWeightAveraging()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", KoopmanWarning)
+        warnings.filterwarnings("ignore", ".*returned `None`.*")
+        fit(Keeps(), averaging, epochs=5)
+    assert np.isfinite(averaging.history[-1]["last_loss"])
+    assert len(averaging.average.tried) > 1
