@@ -163,7 +163,7 @@ def figure(runs: list[Compared], path: Path) -> None:
             axis.axvline(run.stopped, color=ORANGE, linestyle=":", linewidth=1.2)
         top = max(run.rows[:, 5].max(), run.judged(OURS)[:, POINTS].max())
         middle = np.median(run.rows[len(run.rows) // 2 :, 5])
-        axis.set_ylim(middle - 4 * (top - middle) - 0.5, top + 0.4 * (top - middle) + 0.1)
+        axis.set_ylim(middle - max(4 * (top - middle), 2.0), top + 0.4 * (top - middle) + 0.1)
         axis.set_title(f"{problem}, {run.setting.optimizer} at {run.setting.rate:g}", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -171,7 +171,7 @@ def figure(runs: list[Compared], path: Path) -> None:
         axis.set_xlabel("epoch", fontsize=9)
     for axis in axes[::3]:
         axis.set_ylabel("test accuracy or R², %", fontsize=9)
-    axes[0].legend(fontsize=8, frameon=False, loc="lower right")
+    axes[-1].legend(fontsize=8, frameon=False, loc="lower right")
     save_figure(picture, path)
 
 
