@@ -105,7 +105,7 @@ ARGUMENTS = {
         point=0.5),
     **each(FLAG, refine=True, clip=True, taper=False, literal=False, allow_empty=True, structured=False),
     **each(CHOICE, profile="ramp", rule="paper", storage="disk", method="fft", scope="global", mode="report",
-        survivors="reinit", dtype="float32"),
+        survivors="reinit", dtype="float32", restore="last"),
     **each(SCHEME, scheme="he", kind="geometric"), **each(but(TEXT, "nothing"), title="a"), **each(TEXT,
         name="0.weight"),
     **each([*THING, *refuse(half=torch.half, numpy=np.float32, word="float32")], Trajectory__dtype=torch.float32),

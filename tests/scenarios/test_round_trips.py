@@ -39,6 +39,7 @@ VALUES = {
     "threshold": [0.1], "epoch": [3, "settled"], "survivors": ["reinit", "keep"], "structured": [True],
     "scope": ["tensor", "global"], "rounds": [2], "round_epochs": [4], "rule": ["paper"], "settled_change": [0.1],
     "allow_empty": [True], "profile": ["ramp"], "length": [4, [1, 5]], "power": [2.0], "n_batches": [8],
+    "restore": ["last"],
 }  # fmt: skip
 BUT = {(KoopmanWeightAveraging, "storage"): ["disk"], (KoopmanWeightAveraging, "window"): [12]}
 NEEDS = {"sketch": {"storage": "sketch"}, "scheme": {"survivors": "reinit"}}  # where the callback has it
