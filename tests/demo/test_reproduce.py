@@ -164,6 +164,9 @@ def made_up(folder: Path, loss: float, test: float, near: float, walk: float) ->
             training_eigenvalues=np.array([1.0, 0.5], dtype=complex),
             training_unit_fraction=share,
             walk_unit_fraction=walk,
+            training_newest=share,
+            walk_newest=walk,
+            slowing=1 - test,
         )
         save(
             folder / f"loss-he-{epochs}.npz",
@@ -178,9 +181,9 @@ def made_up(folder: Path, loss: float, test: float, near: float, walk: float) ->
 @pytest.mark.parametrize(
     ("loss", "test", "near", "walk", "verdicts"),
     [
-        (1e-3, 0.9, 0.8, 0.1, [HOLDS, HOLDS, HOLDS, PART]),  # nothing to compare the test loss with
-        (1.9, 0.3, 0.8, 0.9, [FAILS, PART, HOLDS, FAILS]),
-        (1e-3, 0.9, 0.05, 0.5, [HOLDS, FAILS, HOLDS, PART]),
+        (1e-3, 0.9, 0.8, 0.1, [HOLDS, HOLDS, PART, HOLDS, PART]),  # nothing to compare the test loss with
+        (1.9, 0.3, 0.8, 0.9, [FAILS, PART, PART, HOLDS, FAILS]),
+        (1e-3, 0.9, 0.05, 0.5, [HOLDS, FAILS, FAILS, HOLDS, PART]),
     ],
 )
 def test_verdicts_follow_their_rules(tmp_path, loss, test, near, walk, verdicts):
