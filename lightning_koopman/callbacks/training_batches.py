@@ -78,7 +78,10 @@ class TrainingBatches:
     def trial(self, trainer: pl.Trainer, module: pl.LightningModule, processes: Processes) -> Trial | None:
         """Get ready to try weights, if all processes can; all of them together."""
         cannot = not self._held or not can_dry_run(module) or _is_sharded(outermost(trainer, module))
-        return None if processes.any(cannot) else Trial(trainer, module, processes, self._held, self.norms)
+        if processes.any(cannot):
+            return None
+        least = int(processes.table(np.array([float(len(self._held))])).min())  # layers may talk to other processes
+        return Trial(trainer, module, processes, self._held[:least], self.norms)
 
 
 class Trial:

@@ -128,11 +128,8 @@ class WeightAverage:
         return self._of is trajectory
 
     def _choose(self, trial: Trial | None) -> None:
-        recorder, processes = self._recording.recorder, self._recording.weights.processes
-        trajectory, window = recorder.trajectory, self._recording.settings.window
+        trajectory, processes = self._recording.recorder.trajectory, self._recording.weights.processes
         assert trajectory is not None
-        held = sum(epoch >= self._since for epoch in recorder.epochs)
-        held = max(1, min(held, len(trajectory), window or held))
         profile, length, power = self._asked
         if trial is None and self.batches.norms:
             self._guard.warn(
@@ -141,7 +138,7 @@ class WeightAverage:
                 "average, as `training_step` cannot be run on a copy of this module: the last weights are used.",
             )
             return
-        lengths = lengths_to_try(trajectory, profile, length, held=held, compared=trial is not None)
+        lengths = lengths_to_try(trajectory, profile, length, held=self._count, compared=trial is not None)
         reading = self._recording.reader.reading
         scale = None if reading is None or not math.isfinite(reading.scale) else reading.scale
         loss = None if trial is None or len(lengths) == 1 else self._loss(trial, trajectory)
@@ -152,6 +149,12 @@ class WeightAverage:
         statistics = self._statistics_of(self._values(trajectory, chosen), trial) if self.batches.norms else {}
         self.parts, self.length, self.tried, self.losses = chosen, lengths[int(index)], tuple(lengths), losses
         self._statistics = statistics
+
+    @property
+    def _count(self) -> int:
+        """Snapshots that may be averaged."""
+        since = sum(epoch >= self._since for epoch in self._recording.recorder.epochs)
+        return max(1, min(since, self._recording.settings.window or since))
 
     def _statistics_of(self, values: Mapping[str, Tensor], trial: Trial | None) -> dict[str, Tensor]:
         """Batch statistics of weights."""
@@ -166,7 +169,7 @@ class WeightAverage:
         """Leave the best of several lengths in the module, by a loss of the module as it is."""
         trajectory = self._trajectory_chosen_from()
         profile, _, power = self._asked
-        tried = sorted({min(check_count("lengths", each, 1), len(trajectory)) for each in lengths})
+        tried = sorted({min(check_count("lengths", each, 1), self._count) for each in lengths})
         trial = self.batches.trial(trainer, module, self._recording.weights.processes) if self.batches.norms else None
         before = self.length, self.parts, self._statistics
         found: list[tuple[float, int, Array, dict[str, Tensor]]] = []
