@@ -14,6 +14,7 @@ from pathlib import Path
 from benchmarks.averaging import compare, prune, record
 from benchmarks.averaging.record import KNOWN, SETTINGS, UNSEEN
 from benchmarks.averaging.report import report
+from benchmarks.averaging.times import times
 from benchmarks.reading.problems import PROBLEMS
 from lightning_koopman.demo.experiments.cache import missing
 from lightning_koopman.demo.experiments.runner import cores, run_all
@@ -27,7 +28,11 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="where curves are drawn (default: in the output folder)")
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
     parser.add_argument("--seeds", nargs="+", type=int, choices=(*KNOWN, *UNSEEN), default=UNSEEN)
+    parser.add_argument("--times", action="store_true", help="only measure what averaging takes of an epoch")
     options = parser.parse_args()
+    if options.times:
+        print(times())
+        return
     folder, root = options.output, options.data_root
     chosen = [each for each in SETTINGS if each.problem in options.problems and each.seed in options.seeds]
     run_all(missing(record.tasks(chosen, root, folder), folder), options.jobs)
