@@ -209,6 +209,8 @@ def main() -> None:
         found[kind] = own
         found.setdefault("all", []).append(own)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
+    if torch.distributed.is_initialized():  # threads of connections that are left open may abort the process at its end
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

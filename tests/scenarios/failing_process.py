@@ -95,6 +95,7 @@ def main() -> None:
         folder = Path(options["folder"]) / f"loading-{number}"
         found.append(train(folder, failure, 10, saved))
     (Path(options["folder"]) / f"rank{rank}.json").write_text(json.dumps(found))
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
