@@ -10,6 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from tqdm import tqdm
 
+from lightning_koopman import Trajectory
 from lightning_koopman.demo.cnn import PaperCNN
 
 
@@ -34,6 +35,26 @@ def linear_system(eigenvalues: list[complex], n: int, time: int, seed: int = 0, 
     mixing = np.linalg.qr(rng.standard_normal((n, size)))[0] + 0.3 * rng.standard_normal((n, size)) / np.sqrt(n)
     snapshots = np.stack(states) @ mixing.T
     return snapshots + noise * rng.standard_normal(snapshots.shape)
+
+
+def linear(rates: list[complex], n: int = 40, count: int = 16, seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Snapshots Σ_j Re(λ_j^t v_j) with known parts."""
+    drawn = np.random.default_rng(seed)
+    t = np.arange(count)[:, None]
+    sizes = [1.0, *[0.5] * (len(rates) - 1)]  # the first weighs most, so none is ranked above it
+    parts = [
+        size * (np.asarray(rate) ** t * (drawn.normal(size=n) + 1j * drawn.normal(size=n))).real
+        for rate, size in zip(rates, sizes, strict=True)
+    ]
+    return sum(parts), parts
+
+
+def trajectory_of(snapshots: np.ndarray, **options: Any) -> Trajectory:
+    """Snapshots (time, n) recorded, in float64 unless said."""
+    trajectory = Trajectory(snapshots.shape[1], **{"dtype": torch.float64, **options})
+    for snapshot in snapshots:
+        trajectory.append(torch.from_numpy(snapshot))
+    return trajectory
 
 
 def full_spectrum(eigenvalues: list[complex]) -> np.ndarray:

@@ -15,7 +15,6 @@ from benchmarks.averaging.record import DECAYS, tenths
 from benchmarks.reading import problems
 from benchmarks.reading.problems import Setting
 from benchmarks.reading.record import COSTS
-from benchmarks.reading.report import BASELINES
 from lightning_koopman import EarlyStopOnUnitEigenvalues, Phase, StoppingReason, Trajectory, read_training
 from lightning_koopman.averaging.average import averaged_weights
 from lightning_koopman.callbacks.training_batches import SCORED
@@ -78,7 +77,7 @@ def average_at(
     since = jumped(setting, epoch)
     for weights in snapshots[max(since, epoch + 1 - WINDOW) : epoch + 1]:
         trajectory.append(weights)
-    scale = BASELINES[setting.problem]
+    scale = setting.baseline
     chosen = averaged_weights(trajectory, loss=lambda weights: judge.on_batches(weights, SCORED), scale=scale)
     if only:
         return chosen.length, {chosen.length: judge.of(chosen.values)}
@@ -101,7 +100,7 @@ def stop_of(
     judge = StopJudge(stop.rule, stop.patience, hovering_counts=stop.restore == "average")
     trajectory, reading = Trajectory(snapshots.shape[1], capacity=WINDOW), None
     trajectory.append(snapshots[0])
-    baseline = Baseline(BASELINES[setting.problem])
+    baseline = Baseline(setting.baseline)
     for epoch in range(1, len(snapshots)):
         trajectory.append(snapshots[epoch])
         losses = rows[:epoch, 0]

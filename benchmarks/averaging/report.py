@@ -15,7 +15,6 @@ from benchmarks.averaging import prune
 from benchmarks.averaging.compare import LOSS, POINTS, VARIANTS
 from benchmarks.averaging.record import SETTINGS
 from benchmarks.reading.problems import PROBLEMS, Setting
-from benchmarks.reading.report import BASELINES
 from lightning_koopman.demo.experiments.cache import read
 from lightning_koopman.demo.experiments.figures import BLUE, GREEN, GREY, ORANGE, blank, save_figure
 from lightning_koopman.demo.experiments.tables import markdown
@@ -36,10 +35,6 @@ class Compared:
     arrays: dict[str, npt.NDArray[Any]]
 
     @property
-    def baseline(self) -> float:
-        return BASELINES[self.setting.problem]
-
-    @property
     def rows(self) -> Array:
         return self.arrays["rows"]
 
@@ -47,13 +42,13 @@ class Compared:
     def learned(self) -> bool:
         """Whether its loss ever came below half of the baseline loss, for characters of text below two thirds."""
         share = 2 / 3 if self.setting.problem == "transformer" else 0.5
-        return len(self.rows) > 0 and bool(self.rows[:, 4].min() < share * self.baseline)
+        return len(self.rows) > 0 and bool(self.rows[:, 4].min() < share * self.setting.baseline)
 
     @cached_property
     def noisy(self) -> bool:
         """Whether the validation loss of the last weights still fluctuates in the second half."""
         late = self.rows[len(self.rows) // 2 :, 2]
-        return bool(np.median(np.abs(np.diff(late))) > NOISY * self.baseline)
+        return bool(np.median(np.abs(np.diff(late))) > NOISY * self.setting.baseline)
 
     def judged(self, variant: str) -> Array:
         """The numbers of an average at every tenth, (tenths, 4)."""
@@ -90,7 +85,7 @@ def over_time(runs: list[Compared]) -> Iterator[list[str]]:
                 cells.append("–")
                 continue
             changes = np.array([(run.judged(variant) - run.judged("last weights")).mean(0) for run in chosen])
-            means.append((changes[:, POINTS].mean(), 100 * changes[:, LOSS].mean() / chosen[0].baseline))
+            means.append((changes[:, POINTS].mean(), 100 * changes[:, LOSS].mean() / chosen[0].setting.baseline))
             cells.append(f"{means[-1][0]:+.2f} / {means[-1][1]:+.2f}")
         points, loss = np.mean(means, axis=0)
         yield [variant, *cells, f"{points:+.2f} / {loss:+.2f}"]
@@ -118,7 +113,7 @@ def ends(runs: list[Compared]) -> Iterator[list[str]]:
             epochs, judged = way(run)
             saved.append(100 * (1 - epochs / len(run.rows)))
             points.append(judged[POINTS] - run.rows[:, 5].max())
-            losses.append(100 * (judged[LOSS] - run.rows[:, 4].min()) / run.baseline)
+            losses.append(100 * (judged[LOSS] - run.rows[:, 4].min()) / run.setting.baseline)
         error = np.std(points, ddof=1) / np.sqrt(len(points)) if len(points) > 1 else np.nan
         yield [
             name,

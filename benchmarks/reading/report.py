@@ -27,8 +27,6 @@ from lightning_koopman.reading.reading import TrainingReading, read_gram
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.trend import HORIZON, loss_trend
 
-# losses of networks that ignore their input: entropies of the classes, variance, entropy of single characters
-BASELINES = {"digits": 2.303, "friedman": 1.0, "mnist": 2.301, "augmented": 2.301, "resnet": 2.301, "transformer": 3.25}
 MATERIAL = 1.5e-3  # of the baseline: a fall that counts, as for the stop
 FIRST = 6  # epoch from which a reading is asked for more than patience
 SEEN = 12  # losses that the rules look at
@@ -46,10 +44,6 @@ class Run:
     arrays: dict[str, npt.NDArray[Any]]
 
     @property
-    def baseline(self) -> float:
-        return BASELINES[self.setting.problem]
-
-    @property
     def epochs(self) -> int:
         return len(self.arrays["rows"])
 
@@ -60,7 +54,7 @@ class Run:
         found: list[TrainingReading] = []
         for epoch in range(1, self.epochs + 1):
             before = found[-1] if found else None
-            given = {"baseline": Baseline(self.baseline), "before": before}
+            given = {"baseline": Baseline(self.setting.baseline), "before": before}
             found.append(read_gram(gram[:epoch, :epoch], losses[:epoch], **given))
         return found
 
@@ -69,18 +63,19 @@ class Run:
         changes = self.arrays["falls"][:, 2 * label : 2 * label + 2]
         known = {epoch: change for epoch, change in enumerate(changes) if epoch >= FIRST and np.isfinite(change[0])}
         return {
-            epoch: bool(change < -max(2 * error, MATERIAL * self.baseline)) for epoch, (change, error) in known.items()
+            epoch: bool(change < -max(2 * error, MATERIAL * self.setting.baseline))
+            for epoch, (change, error) in known.items()
         }
 
     def slope(self, column: int, epoch: int) -> float:
         """Predicted change over the horizon by the slope of the newest values."""
         values = self.arrays["rows"][max(0, epoch - SEEN) : epoch, column]
-        scale = self.baseline if column != 1 else float(values.mean()) or 1.0
+        scale = self.setting.baseline if column != 1 else float(values.mean()) or 1.0
         return float(np.polyfit(np.arange(values.size), values, 1)[0]) * HORIZON / scale
 
     def forecast(self, epoch: int) -> float:
         """Predicted change of the training loss by the library's own forecast, without the weights."""
-        return loss_trend(self.arrays["rows"][:epoch, 0]).change / self.baseline
+        return loss_trend(self.arrays["rows"][:epoch, 0]).change / self.setting.baseline
 
 
 RULES: dict[str, Callable[[Run, int], float]] = {

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_koopman.callbacks.observables import outermost
-from lightning_koopman.callbacks.training_batches import named_buffers
 from lightning_koopman.callbacks.weight_average import WeightAverage
-from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, local_chunks
+from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, is_sharded, local_chunks, named_tensors
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -85,18 +84,16 @@ class AveragedCheckpoints:
 
     @torch.no_grad()
     def _load(self, trainer: pl.Trainer, module: pl.LightningModule, state: dict[str, Any]) -> None:
-        chunks = local_chunks(outermost(trainer, module))
-        if all(chunk.whole for chunk in chunks.values()):
+        root = outermost(trainer, module)
+        if not is_sharded(root):
             module.load_state_dict(state, strict=False)  # the module may have names of its own for them
             return
-        buffers = named_buffers(module)
+        chunks, known = local_chunks(root), named_tensors(root, module)
         for name, value in state.items():
             clean = clean_name(name)
-            if clean in chunks:
-                tensor = chunks[clean].tensor.detach()
-                tensor.copy_(chunks[clean].take(value).reshape(tensor.shape))
-            elif clean in buffers:
-                buffers[clean].copy_(value)
+            if clean in known:
+                tensor = known[clean].detach()
+                tensor.copy_((chunks[clean].take(value) if clean in chunks else value).reshape(tensor.shape))
 
 
 def check_collects_whole_states(trainer: pl.Trainer) -> None:

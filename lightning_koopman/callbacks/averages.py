@@ -11,13 +11,20 @@ from lightning_koopman.parameters.sharded_modules import is_kind
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")
+AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")  # Lightning's
+OURS = "KoopmanWeightAveraging"
 
 
 def averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
     """The callbacks that average the weights, under either import root."""
     found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [each for each in found if is_kind(each, *AVERAGING)]
+
+
+def replacing_callbacks(trainer: pl.Trainer) -> list[Any]:
+    """The callbacks that put an average in the place of the weights: Lightning's and ours."""
+    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in found if is_kind(each, OURS, *AVERAGING)]
 
 
 def averages(trainer: pl.Trainer) -> list[nn.Module]:

@@ -12,8 +12,8 @@ from torch import nn
 from lightning_koopman._checks import check_choice, check_count, check_function
 from lightning_koopman.averaging.average import check_average
 from lightning_koopman.callbacks.averaged_checkpoints import AveragedCheckpoints, check_collects_whole_states
-from lightning_koopman.callbacks.averages import averaging_callbacks
-from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks
+from lightning_koopman.callbacks.averages import replacing_callbacks
+from lightning_koopman.callbacks.base import TrajectoryCallback
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.callbacks.training_batches import SCORED
@@ -33,9 +33,9 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     Weights that hover about a point at the noise floor of their learning rate are better where they are averaged:
     often better than after any single epoch.  Weights that still go somewhere are worse.  So the number of snapshots to
-    average is found out anew each time that somebody looks: a few lengths are compared by their loss on four *training*
-    batches, forward only, and the longest is taken that no other is better than by more than 0.025 % of the baseline
-    loss (or of the range of the losses so far); the last weights are always among them.  Neither validation data nor a
+    average is chosen again for each validation and checkpoint.  A few lengths, the last weights among them, are
+    compared by their loss on four *training* batches, forward only.  The longest is taken whose loss is within 0.025 %
+    of the least, relative to the baseline loss (or the range of the losses so far).  Neither validation data nor a
     constant is needed.
 
     The average is in the module for validation, and at the end of ``fit``; training notices nothing of it.  Checkpoints
@@ -249,11 +249,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         completed = trainer.current_epoch + 1
         if self.clock.by_steps or not trainer.is_last_batch or not self.is_due(completed):
             return
-        before, self.clock.rounds = self.clock.rounds, completed
-        try:
-            self.recording.take(trainer, pl_module)
-        finally:
-            self.clock.rounds = before
+        self.recording.take(trainer, pl_module, completed)
         self.average.step = steps_done(trainer)
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -291,8 +287,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
 def check_alone(callback: TrajectoryCallback, trainer: pl.Trainer) -> None:
     """Raise ValueError if another callback of the run averages the weights."""
-    ours = [each for each in koopman_callbacks(trainer) if isinstance(each, KoopmanWeightAveraging)]
-    others = [each for each in [*ours, *averaging_callbacks(trainer)] if each is not callback]
+    others = [each for each in replacing_callbacks(trainer) if each is not callback]
     if others:
         raise ValueError(
             f"{type(callback).__name__} and {type(others[0]).__name__} both put averages in the place of the weights: "

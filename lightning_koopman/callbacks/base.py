@@ -215,7 +215,7 @@ class TrajectoryCallback(LightningCallback):
         with self.guard("reading the learning rates"):
             self.rates = self.rates or current_rates(trainer)  # a resumed epoch does not begin
         if self.is_due(epoch):
-            recorded = self.recording.take(trainer, pl_module)
+            recorded = self.recording.take(trainer, pl_module, epoch)
             with self.guard("working on a snapshot"):
                 self.snapshot_taken(trainer, pl_module, epoch, recorded)
         with self.guard("working at the end of a round"):

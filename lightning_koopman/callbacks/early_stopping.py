@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
-from lightning_koopman.callbacks.averages import AVERAGING
+from lightning_koopman.callbacks.averages import replacing_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
 from lightning_koopman.callbacks.clock import steps_done
@@ -19,15 +19,10 @@ from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
 from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.callbacks.weight_average import WeightAverage
-from lightning_koopman.parameters.sharded_modules import is_kind
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.judge import StopJudge
-from lightning_koopman.stopping.rule import (
-    LEAST_HORIZON,
-    ConvergenceRule,
-    StoppingReason,
-)
+from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, StoppingReason
 from lightning_koopman.stopping.words import collapse, why_converged, why_not
 from lightning_koopman.trajectory.recorder import WEIGHTS
 
@@ -163,6 +158,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.average = WeightAverage(self.recording, self.guard)
         self.min_epochs = check_count("min_epochs", min_epochs, 0)
         self.mode = check_choice("mode", mode, MODES)
+        self._averages = False  # it is for this callback to leave an average behind
         self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
         self.observable, self.folder = observable, f"{self.prefix}_stop"
         self.recording.metric = Metric(observable)
@@ -203,6 +199,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.baseline_loss.start(resumed=self.resumed)
         if self.stopped_epoch is not None:  # in an earlier fit
             self.stopping_reason, self.stopped_epoch, self.would_stop_epoch = StoppingReason.NOT_STOPPED, None, None
+        self._averages = self.mode == "stop" and self.restore == "average" and not replacing_callbacks(trainer)
         publish(trainer, self.prefix, LOGGED)
         tell_if_short(self, trainer, self.rule.horizon + 1 + self.patience, "the first decision")
 
@@ -212,17 +209,12 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         if self._needs_baseline:
             self.baseline_loss.batch_begins(batch)
-        if self._averages(trainer):
+        if self._averages:
             self.average.batches.add(pl_module, batch, batch_idx)
 
     def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         with self.guard("measuring the baseline loss"):
             self.baseline_loss.batch_ends(trainer, pl_module, batch_idx)
-
-    def _averages(self, trainer: pl.Trainer) -> bool:
-        """Whether it is for this callback to leave an average behind."""
-        others = [each for each in trainer.callbacks if is_kind(each, "KoopmanWeightAveraging", *AVERAGING)]  # type: ignore[attr-defined]
-        return self.mode == "stop" and self.restore == "average" and not others
 
     @property
     def _needs_baseline(self) -> bool:
@@ -245,7 +237,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.probe.pause()
-        if self.stopped_epoch is not None and self._averages(trainer):
+        if self.stopped_epoch is not None and self._averages:
             self.average.choose(trainer, pl_module)
             self.average.put_in(trainer, pl_module)
             self.average.keep()

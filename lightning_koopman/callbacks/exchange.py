@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman.callbacks.training_batches import named_buffers
-from lightning_koopman.parameters.sharded_modules import local_chunks
+from lightning_koopman.parameters.sharded_modules import named_tensors
 
 
 class Exchange:
@@ -64,7 +63,7 @@ class Exchange:
     def swap(self, root: nn.Module, module: nn.Module) -> None:
         """Exchange what the module holds with what it does not: all of it or, whatever is raised, nothing."""
         assert self._held is not None
-        known = {name: chunk.tensor for name, chunk in local_chunks(root).items()} | named_buffers(module)
+        known = named_tensors(root, module)
         tensors = {name: known[name].detach() for name in self._held}
         others = {name: value.reshape(tensors[name].shape) for name, value in self._held.items()}
         own = {name: tensor.clone() for name, tensor in tensors.items()}

@@ -138,7 +138,7 @@ class Recording:
         if not self.of_weights or self._clock.within(trainer):
             return
         with self._guard.together("recording the initial weights", self.weights.processes):
-            snapshot = self._read(trainer, pl_module)
+            snapshot = self._read(trainer, pl_module, self._clock.rounds)
             recorder = self.recorder
             # a resumed epoch may have begun, so its weights differ; otherwise this is a further fit from other weights
             newest = -1 if recorder.newest is None else recorder.newest
@@ -146,30 +146,31 @@ class Recording:
             held = newest == self._clock.rounds
             if not resumed and (again or (held and not recorder.repeats(snapshot))):
                 recorder.interrupt()
-            self._take(snapshot)
+            self._take(snapshot, self._clock.rounds)
 
-    def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Record the observable after a round; returns whether the recorder holds its snapshot."""
+    def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> bool:
+        """Record the observable after so many rounds; returns whether the recorder holds its snapshot."""
         started = time.perf_counter()
         if self.of_weights:
             with self._guard.together("recording a snapshot", self.weights.processes):
-                self._take(self._read(trainer, pl_module))
+                self._take(self._read(trainer, pl_module, epoch), epoch)
         elif self._guard.zero:
             with self._guard("recording a snapshot"):
                 value = self.value(trainer)
                 if value is not None:
-                    self._take(Snapshot.of_number(value))
+                    self._take(Snapshot.of_number(value), epoch)
         self.seconds = time.perf_counter() - started
-        return self.recorder.holds(self._clock.rounds)
+        return self.recorder.holds(epoch)
 
     def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, due: bool) -> None:
         """Begin a new trajectory from the present weights, which were not trained from those recorded last."""
+        epoch = self._clock.rounds
         self.recorder.interrupt()
         if due and self.of_weights:
             with self._guard.together("recording the weights after they were set", self.weights.processes):
-                self._take(self._read(trainer, pl_module))
+                self._take(self._read(trainer, pl_module, epoch), epoch)
 
-    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Snapshot:
+    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> Snapshot:
         before = self.weights.names
         shards = self.weights.read(outermost(trainer, pl_module))
         if before and self.weights.names != before:
@@ -178,15 +179,14 @@ class Recording:
             told = [f"{names[0]!r} is new" for names in (new,) if names]
             told += [f"{names[0]!r} is left out" for names in (gone,) if names]
             self._guard.warn(
-                f"weights {self._clock.rounds}",
-                f"after {self._clock.when(self._clock.rounds)} other parameters are trained than before "
+                f"weights {epoch}",
+                f"after {self._clock.when(epoch)} other parameters are trained than before "
                 f"({len(new)} more, {len(gone)} fewer: {', '.join(told)}): a new trajectory starts.",
             )
             self.recorder.interrupt()
         return Snapshot.of(shards)
 
-    def _take(self, snapshot: Snapshot) -> None:
-        epoch = self._clock.rounds
+    def _take(self, snapshot: Snapshot, epoch: int) -> None:
         self.finite = True
         self.finite = self.recorder.record(epoch, snapshot)
         if not self.finite:

@@ -17,7 +17,7 @@ from lightning_koopman._types import Array
 from lightning_koopman.callbacks.dry_run import NoLossError, can_dry_run, dry_run, quiet_copy
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.process_group import Processes
-from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, local_chunks
+from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, is_sharded, local_chunks
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -72,12 +72,9 @@ class TrainingBatches:
         self._held[self._next : self._next + 1] = [(copied, batch_idx)]
         self._next += 1
 
-    def __len__(self) -> int:
-        return len(self._held)
-
     def trial(self, trainer: pl.Trainer, module: pl.LightningModule, processes: Processes) -> Trial | None:
         """Get ready to try weights, if all processes can; all of them together."""
-        cannot = not self._held or not can_dry_run(module) or _is_sharded(outermost(trainer, module))
+        cannot = not self._held or not can_dry_run(module) or is_sharded(outermost(trainer, module))
         if processes.any(cannot):
             return None
         least = int(processes.table(np.array([float(len(self._held))])).min())  # layers may talk to other processes
@@ -156,17 +153,7 @@ class Trial:
         return self._loss(batch, index)
 
 
-def named_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Buffers by the names that they have without any wrapper."""
-    return {clean_name(name): buffer for name, buffer in module.named_buffers()}
-
-
 def _has_statistics(layer: nn.Module) -> bool:
     """Whether a layer keeps running statistics of the batches it is trained on."""
     kept = getattr(layer, "running_mean", None)
     return is_kind(layer, "_BatchNorm") and isinstance(kept, Tensor) and layer.training
-
-
-def _is_sharded(root: nn.Module) -> bool:
-    """Whether no process holds all of the weights, so that none can try others."""
-    return any(not chunk.whole for chunk in local_chunks(root).values())

@@ -20,8 +20,8 @@ from lightning_koopman.callbacks.exchange import Exchange
 from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.recording import Recording
-from lightning_koopman.callbacks.training_batches import TrainingBatches, Trial, named_buffers
-from lightning_koopman.parameters.sharded_modules import local_chunks
+from lightning_koopman.callbacks.training_batches import TrainingBatches, Trial
+from lightning_koopman.parameters.sharded_modules import local_chunks, named_tensors
 from lightning_koopman.trajectory.trajectory import Trajectory
 
 if TYPE_CHECKING:
@@ -276,11 +276,11 @@ class WeightAverage:
     def copy_to(self, module: torch.nn.Module) -> None:
         """Copy the average that was chosen last into a module with parameters of the same names."""
         trajectory = self._trajectory_chosen_from()
-        chunks, buffers = local_chunks(module), named_buffers(module)
+        known = named_tensors(module, module)
         for name, value in {**self._values(trajectory, self.parts), **self._statistics}.items():
-            if name not in chunks and name not in buffers:
+            if name not in known:
                 raise ValueError(f"module has no parameter {name!r}: give the module that was trained, or a copy.")
-            tensor = (chunks[name].tensor if name in chunks else buffers[name]).detach()
+            tensor = known[name].detach()
             tensor.copy_(value.reshape(tensor.shape))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -305,10 +305,8 @@ class WeightAverage:
         """Go on from a checkpoint."""
         self.forget()
         self._since, self.step = int(state["since"]), int(state["step"])
-        self._rates, self._highest = (
-            [float(each) for each in state["rates"]],
-            [float(each) for each in state["highest"]],
-        )
+        self._rates = [float(each) for each in state["rates"]]
+        self._highest = [float(each) for each in state["highest"]]
         self.parts, self.losses = state["parts"].numpy().copy(), state["losses"].numpy().copy()
         self.length, self.tried = int(state["length"]), tuple(int(each) for each in state["tried"])
         self._statistics = dict(state["statistics"])

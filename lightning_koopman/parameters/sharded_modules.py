@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from lightning_koopman.parameters.shards import Chunk, Indices, one_run
@@ -39,6 +39,22 @@ def local_chunks(module: nn.Module, *, remove_duplicate: bool = True) -> dict[st
     for place, (path, _) in enumerate(module.named_modules()):
         order.setdefault(clean_name(path), place)
     return dict(sorted(named.items(), key=lambda item: order[item[0].rpartition(".")[0]])) if inside else named
+
+
+def named_tensors(root: nn.Module, module: nn.Module) -> dict[str, Tensor]:
+    """What this process holds of a module's parameters, and its buffers, by the names that they have without wrappers.
+
+    Args:
+        root: The module, or FSDP's wrapper around it.
+        module: The module.
+    """
+    parameters = {name: chunk.tensor for name, chunk in local_chunks(root).items()}
+    return parameters | {clean_name(name): buffer for name, buffer in module.named_buffers()}
+
+
+def is_sharded(root: nn.Module) -> bool:
+    """Whether this process holds less than all of a parameter."""
+    return any(not chunk.whole for chunk in local_chunks(root).values())
 
 
 def _chunk(parameter: nn.Parameter) -> Chunk:

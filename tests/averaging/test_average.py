@@ -9,18 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import trajectory_of
 
 from lightning_koopman import Trajectory, averaged_weights
 from lightning_koopman.averaging import profiles
 
 LOSS = st.sampled_from([0.0, 0.5, 0.5001, 0.6, np.nan])
-
-
-def trajectory_of(snapshots: np.ndarray, **options) -> Trajectory:
-    trajectory = Trajectory(snapshots.shape[1], **{"dtype": torch.float64, **options})
-    for snapshot in snapshots:
-        trajectory.append(torch.from_numpy(snapshot))
-    return trajectory
 
 
 def hovering(count: int = 40, n: int = 2000, seed: int = 0) -> np.ndarray:

@@ -3,28 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from problems import linear, trajectory_of
 
 from lightning_koopman import Trajectory
 from lightning_koopman.stopping.forecast import relative_changes
-
-
-def trajectory_of(snapshots: np.ndarray, **options) -> Trajectory:
-    trajectory = Trajectory(snapshots.shape[1], dtype=torch.float64, **options)
-    for snapshot in snapshots:
-        trajectory.append(torch.from_numpy(snapshot))
-    return trajectory
-
-
-def linear(rates: list[complex], n: int = 40, count: int = 16, seed: int = 0) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Snapshots Σ_j Re(λ_j^t v_j) with known parts."""
-    drawn = np.random.default_rng(seed)
-    t = np.arange(count)[:, None]
-    sizes = [1.0, *[0.5] * (len(rates) - 1)]  # the first weighs most, so none is ranked above it
-    parts = [
-        size * (np.asarray(rate) ** t * (drawn.normal(size=n) + 1j * drawn.normal(size=n))).real
-        for rate, size in zip(rates, sizes, strict=True)
-    ]
-    return sum(parts), parts
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.9, 0.99])
