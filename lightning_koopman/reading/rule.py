@@ -12,6 +12,8 @@ from lightning_koopman.stopping.trend import HORIZON, LossTrend
 
 FALLS = 2.0  # standard errors of the loss's slope
 LEFT = 4e-3  # predicted change of the loss within the horizon that counts as one, relative to the scale
+FELL = 6e-3  # fall from the third to the last quarter of all rounds, relative to the scale, that goes on
+CLEARLY = 3.0  # standard errors of that fall
 LASTING = 1.4  # factor by which these two are lower for a phase to last than for it to begin
 EARLY = 10  # steps up to which doubt is put down to their small number
 CONFIRMED = 3  # rounds running for which another phase must be told before it takes over
@@ -68,6 +70,9 @@ def judge(
         return Phase.DESCENDING, f"the loss falls, and {distant} (a walk's is 0)"
     if still or moved.remaining_range[1] <= NEAR:
         return Phase.SETTLED, "the weights hardly move any more, and the loss stands still"
+    if (turned or not steps.directed) and loss.fell > max(FELL * scale, CLEARLY * loss.fell_error):
+        fallen = f"the mean loss fell by {loss.fell:.2g} from the third to the last quarter of all rounds"
+        return Phase.DESCENDING, f"{fallen}, though {successive} (a walk's is 0)"
     if turned:
         return Phase.HOVERING, f"{successive}: they turn back (a walk's is 0)"
     if steps.directed and math.isnan(loss.score):

@@ -25,6 +25,9 @@ class LossTrend:
         slope_error: Standard error of the slope, ≥ 0.
         change: Predicted change over the next 10 rounds.
         change_range: Where that change lies, for nine in ten trainings.
+        fell: By how much the mean over the last quarter of all rounds is below that over the quarter before: with as
+            many rounds again, as much may come again, however slow the fall from round to round.
+        fell_error: Its standard error, ≥ 0.
     """
 
     newest: float = float("nan")
@@ -33,6 +36,8 @@ class LossTrend:
     slope_error: float = float("nan")
     change: float = float("nan")
     change_range: tuple[float, float] = (float("nan"), float("nan"))
+    fell: float = float("nan")
+    fell_error: float = float("nan")
 
     @property
     def score(self) -> float:
@@ -60,4 +65,7 @@ def loss_trend(losses: Array) -> LossTrend:
         return line
     change = predicted_change(losses[-SEEN:], HORIZON)
     doubt = 2 * line.noise + 0.5 * abs(change)
-    return replace(line, change=change, change_range=(change - doubt, change + doubt))
+    quarter = losses.size // 4
+    fell = float(losses[-2 * quarter : -quarter].mean()) - float(losses[-quarter:].mean())
+    fell_error = float(np.sqrt(np.mean(np.diff(losses[-2 * quarter - 2 :], 2) ** 2) / 6 * 2 / quarter))
+    return replace(line, change=change, change_range=(change - doubt, change + doubt), fell=fell, fell_error=fell_error)

@@ -94,6 +94,18 @@ def test_a_noise_floor_is_left_when_the_rate_falls():
     assert Phase.DESCENDING in phases[85:100]
 
 
+@pytest.mark.parametrize("walks", [False, True], ids=["turning back", "walking"])
+def test_a_fall_too_slow_to_show_under_noise_is_still_a_descent(walks):
+    snapshots, rounds = noise(shape=(81, N)), np.arange(80)
+    snapshots = snapshots.cumsum(0) if walks else snapshots
+    fluctuation = 0.015 * np.random.default_rng(3).standard_normal(80)
+    falling, level = 1 / (1 + rounds / 8) + fluctuation, 0.1 + fluctuation
+    told = {"recent": falling[-12:], "level": level, "falling": falling}
+    phases = [read_training(recorded(snapshots), losses, baseline_loss=1.0).phase for losses in told.values()]
+    floor = Phase.UNKNOWN if walks else Phase.HOVERING
+    assert phases == [floor, floor, Phase.DESCENDING]
+
+
 def test_the_numbers_are_in_rounds():
     rate = 0.5 ** (1 / 8)
     decay, losses = rate**T * DIRECTION, 0.1 + rate ** (2 * T[:, 0])
