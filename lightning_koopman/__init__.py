@@ -1,11 +1,13 @@
 """Treat training as a dynamical system: the Koopman spectrum of a network's weights, for PyTorch Lightning."""
 
 from lightning_koopman.averaging.average import AveragedWeights, averaged_weights
+from lightning_koopman.callbacks.autopilot import koopman_autopilot
 from lightning_koopman.callbacks.averaging import KoopmanWeightAveraging
 from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalues
 from lightning_koopman.callbacks.guard import KoopmanWarning
 from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
+from lightning_koopman.callbacks.reduce_lr import ReduceLROnNoiseFloor
 from lightning_koopman.callbacks.restart import RestartOnBadInitialization
 from lightning_koopman.depth.estimate import DepthEstimate, estimate_depth
 from lightning_koopman.depth.hsvr import HSVR
@@ -45,6 +47,7 @@ __all__ = [
     "MLPSuggestion",
     "MaskSet",
     "Phase",
+    "ReduceLROnNoiseFloor",
     "RestartOnBadInitialization",
     "SobolevLoss",
     "Spectrum",
@@ -55,6 +58,7 @@ __all__ = [
     "dmd_rrr",
     "estimate_depth",
     "export_network",
+    "koopman_autopilot",
     "plot_depth",
     "plot_history",
     "plot_portrait",

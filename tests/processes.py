@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from lightning_koopman import (
     KoopmanPruner,
     KoopmanSpectrumMonitor,
     KoopmanWeightAveraging,
+    Phase,
+    ReduceLROnNoiseFloor,
     RestartOnBadInitialization,
 )
 from lightning_koopman.parameters.sharded_modules import local_chunks
@@ -35,6 +38,7 @@ KINDS = {
     "prune": KoopmanPruner,
     "restart": RestartOnBadInitialization,
     "average": KoopmanWeightAveraging,
+    "reduce": ReduceLROnNoiseFloor,
 }
 
 
@@ -163,6 +167,11 @@ def main() -> None:
                     self.spectra.append((list(recorder.epochs), spectrum.eigenvalues, spectrum.residuals))
 
     callbacks = [KINDS[kind](**given, dirpath=folder / "out") for kind, given in options["callbacks"]]
+    if options.get("hovers"):  # says the reading
+        for callback in callbacks:
+            callback.recording.read = lambda *given, read=callback.recording.read: replace(
+                read(*given), phase=Phase.HOVERING
+            )
     witness = Witness()
     save = pl.callbacks.ModelCheckpoint(folder / "checkpoints", filename="{epoch}", save_top_k=-1)
     trainer = pl.Trainer(
@@ -202,6 +211,8 @@ def main() -> None:
             own["masks"] = callback.masks.state_dict()
         if kind == "average":
             own["losses"] = callback.average.losses
+        if kind == "reduce":
+            own |= {"reductions": callback.reductions, "rates": callback.rates}
         if kind in ("stop", "restart"):
             own["message"] = callback.message
         if kind == "restart":

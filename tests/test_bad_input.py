@@ -75,7 +75,8 @@ BITS = {"names": {"none": None, "one": ["a"]}, "bits": {"fewer": torch.zeros(1, 
 HISTORY = [*THING, *refuse(gone=[{"epoch": 1}], words=[{**ROW, "train_loss": "x"}], nones=[{**ROW, "epoch": None}])]
 WIDTHS = [*but(refuse(ANY, minus=[-1], zeros=[0], flags=[True], words=["8"], deep=[[8]]), *LISTS),
           *made("equal", array=np.array, tuple=tuple), *made("survive", billion=[10**10])]
-MONITORS = ("KoopmanSpectrumMonitor", "EarlyStopOnUnitEigenvalues", "KoopmanPruner", "KoopmanWeightAveraging")
+MONITORS = ("KoopmanSpectrumMonitor", "EarlyStopOnUnitEigenvalues", "KoopmanPruner", "KoopmanWeightAveraging",
+            "ReduceLROnNoiseFloor")
 
 
 def each(kind: list[Case], /, **values: Any) -> dict[str, tuple[Any, list[Case]]]:
@@ -85,14 +86,16 @@ def each(kind: list[Case], /, **values: Any) -> dict[str, tuple[Any, list[Case]]
 
 ARGUMENTS = {
     **each(count(1), n=50, n_layers=3, delays=2, max_rank=2, steps=3, n_outputs=2, every_n_steps=2, every_n_epochs=2,
-        patience=2,
+        patience=2, rank=2,
            rounds=2, check_epoch=5, epoch=40, last=8, Trajectory__n=3, Trajectory__load__n=3),
     **each(but(count(1), "list", "tuple"), averaged_weights__length=2, KoopmanWeightAveraging__length=2),
     **each(count(0), seed=3, min_epochs=3, max_restarts=2, start=1), **each(count(2), capacity=4, sketch=7),
     **each(count(3), window=20, round_epochs=4), **each(count(4), n_batches=8), **each(count(6), horizon=8),
+    **each(but(WHOLE, "empty_list", "empty"), groups=[0, 1]),
+    **each([*but(count(0), "billion", "word", "astronomic"), *refuse(beyond=9)], first=0, second=1),
     **each(but(count(0), "true", "false", "np_true"), log_figure=4), **each(but(count(0), *BOOLS), verbose=0),
     **each(number(0), radius=0.25, max_residual=16.0, start_norm=8.0, tolerance=0.125, settled_change=0.25,
-        baseline_loss=1.5, power=1.0, scale=2.0,
+        baseline_loss=1.5, min_lr=0.125, power=1.0, scale=2.0,
            chance_loss=1.5, max_frequency=2.0, highest=64.0, C=4.0, cache_size=64.0, samples_per_scale=32.0,
            KoopmanPruner__threshold=0.25, MaskSet__from_scores__threshold=8.0),
     **each(but(number(0), "small"), HSVR__tol=2.0**-10, Spectrum__slowest_modulus__max_residual=16.0),
@@ -100,12 +103,13 @@ ARGUMENTS = {
     **each(number(0, 1, "["), tol=2.0**-10), **each(number(0, 1, "]"), fraction=0.5), **each(number(1), decay=2.0),
     **each(number(), exponent=-0.25), **each(number(0, INF, "["), epsilon=0.125), **each(number(0, 64, "]"),
         lowest=4.0),
-    **each(number(0, 1), sparsity=0.5, threshold=0.25), **each(but(number(1, INF, "["), "inf"), n_samples=128.0),
+    **each(number(0, 1), sparsity=0.5, threshold=0.25, factor=0.5, level=0.25),
+    **each(but(number(1, INF, "["), "inf"), n_samples=128.0),
     **each([*but(number(), "complex", "np_complex"), *made("equal", complex=complex, complex64=np.complex64)],
         point=0.5),
     **each(FLAG, refine=True, clip=True, taper=False, literal=False, allow_empty=True, structured=False),
     **each(CHOICE, profile="ramp", rule="paper", storage="disk", method="fft", scope="global", mode="report",
-        survivors="reinit", dtype="float32", restore="last"),
+        survivors="reinit", dtype="float32", restore="last", by="steps"),
     **each(SCHEME, scheme="he", kind="geometric"), **each(but(TEXT, "nothing"), title="a"), **each(TEXT,
         name="0.weight"),
     **each([*THING, *refuse(half=torch.half, numpy=np.float32, word="float32")], Trajectory__dtype=torch.float32),
@@ -165,6 +169,7 @@ APART: dict[str, list[dict[str, Any]]] = {  # arguments of further calls, which 
         "SobolevLoss.forward": [{"hidden": POINTS[:, None].repeat(1, 8)}],
     "sobolev_scales": [{"start": 1, "kind": "exponential", "n_layers": 4}],
         "KoopmanSpectrumMonitor": [{"every_n_epochs": 2}], "KoopmanWeightAveraging": [{"every_n_epochs": 2}],
+        "ReduceLROnNoiseFloor": [{"every_n_epochs": 2}],
     "export_network": [{"example": torch.ones(2, 4), "network": NETWORK, "path": "net.onnx"}],
         "KoopmanPruner": [{"threshold": 0.25}],
     "MaskSet.from_scores": [{"threshold": 8.0, "scores": SCORES, "allow_empty": True}],

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
 from lightning_koopman.callbacks.averages import replacing_callbacks
-from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
+from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free, koopman_callbacks
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.lr_schedule import planned_rates
@@ -277,7 +277,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         trajectory, baseline = self.recorder.trajectory, self.baseline_loss.value
         factor = trajectory.factor(last=self.rule.horizon + 1) if recorded and trajectory is not None else None
         phase = self.recording.read(epoch, baseline).phase
-        plan, hovers = (lambda: self._planned(trainer)), phase is Phase.HOVERING
+        lowered = any(getattr(each, "can_reduce", False) for each in koopman_callbacks(trainer))  # before it ends here
+        plan, hovers = (lambda: self._planned(trainer)), phase is Phase.HOVERING and not lowered
         found, reason = self.judge.judge(value, factor, baseline, hovers=hovers, rates=self.rates, planned=plan)
         self.history.append({"epoch": epoch, "step": steps_done(trainer), "phase": phase.value, **found})
         self.write_history()

@@ -56,6 +56,7 @@ COLUMNS = (
     "step",
     "n_snapshots",
     "train_loss",
+    "learning_rate",
     "phase",
     "step_correlation",
     "step_correlation_error",
@@ -104,7 +105,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     that they exchange.
 
     Everything written to disk lies in one folder: ``history.csv`` (one row an analysed epoch; empty cells where nothing
-    is known), the snapshots that checkpoints refer to, and figures if no logger takes them.
+    is known), the snapshots that checkpoints refer to, and figures if
+    no logger takes them.
 
     Args:
         observable: ``"weights"``; ``"train_loss"``, the epoch's mean of the loss that ``training_step`` returns; or the
@@ -121,14 +123,11 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         max_residual: Largest residual of a trusted eigenvalue, > 0.
         storage: ``"ram"``; ``"disk"`` for a mapped file without a name in the folder below, of which the system keeps
             in memory what there is room for; or ``"sketch"`` to keep a few thousand random combinations of each
-            snapshot, whatever its size, computed where the weights are: the history then has the standard error of the
-            eigenvalues.
-        dtype: ``"float32"``, or ``"bfloat16"`` to keep increments at half the size; that moves
-            eigenvalues by about 1e-4.
+            snapshot, whatever its size, computed where the weights are.
+        dtype: ``"float32"``, or ``"bfloat16"``: increments of half the size, which moves eigenvalues by about 1e-4.
         sketch: Numbers kept of a snapshot with ``storage="sketch"``, ≥ 2, best a prime; the error falls as 1/√sketch.
         log_figure: Draw the history, the phase portrait and the spectrum when training ends; with a number k, also
-            every k epochs.
-            Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
+            every k epochs.  Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
         dirpath: Local folder below which a folder named like ``prefix`` is made for everything written to disk; where
             that exists and is not empty, ``prefix-v1`` and so on, so that no run overwrites another or the run it is
             resumed from (default: the run's log folder).
@@ -312,6 +311,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
                 "step": steps_done(trainer),
                 "n_snapshots": len(self.recorder),
                 "train_loss": math.nan if loss is None else loss,
+                "learning_rate": max(self.rates, default=math.nan),
                 "phase": reading.phase.value,
                 "step_length": float(lengths[-1]) if lengths.size else math.nan,
                 "unit_fraction": self._unit_fraction(trajectory) if lengths.size > 1 else math.nan,

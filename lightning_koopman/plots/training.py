@@ -23,7 +23,8 @@ NEEDED = "epoch", "train_loss", "step_length", "step_correlation", "step_correla
 def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
     """Training loss over epochs or steps below a strip of the phases, and the numbers that tell them.
 
-    Where a new trajectory begins (pruned, restarted, other weights) there is a dotted line.
+    Where a new trajectory begins (another learning rate, pruned, restarted, other weights) there is a dotted line, with
+    the new learning rate where that has changed.
 
     Args:
         history: Rows such as :attr:`KoopmanSpectrumMonitor.history`, with ``epoch``, ``train_loss``, ``phase``,
@@ -70,11 +71,13 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
     )
     bottom.set(ylim=(-0.6, 1.05))
     begins = _begins(history, at)
-    for where in begins:
+    for where, told in begins.items():
         for axis in (top, bottom):
             axis.axvline(where, color=INK, linewidth=1, linestyle=":")
+        place = {"xytext": (3, 3), "textcoords": "offset points", "rotation": 90, "fontsize": 8, "color": INK}
+        top.annotate(told, (where, 0), xycoords=top.get_xaxis_transform(), **place)
     if begins:
-        bottom.plot([], [], ":", color=INK, label="a new trajectory: pruned, restarted or other weights")
+        bottom.plot([], [], ":", color=INK, label="a new trajectory: another rate, pruned, restarted or other weights")
     bottom.set_xlabel(name, fontsize=9, color=INK)
     bottom.legend(fontsize=8, frameon=False, loc="lower right", ncols=2)
     plain(bottom)
@@ -169,7 +172,11 @@ def _draw_losses(axis: Axes, history: Rows, at: np.ndarray[Any, np.dtype[np.floa
     plain(axis)
 
 
-def _begins(history: Rows, at: np.ndarray[Any, np.dtype[np.float64]]) -> list[float]:
-    """Where a new trajectory begins."""
-    counts = [row.get("n_snapshots", 0) for row in history]
-    return [where for where, before, now in zip(at[1:], counts, counts[1:], strict=False) if now < before]
+def _begins(history: Rows, at: np.ndarray[Any, np.dtype[np.float64]]) -> dict[float, str]:
+    """Where a new trajectory begins, and its learning rate if that is another one."""
+    found = {}
+    for before, now, where in zip(history, history[1:], at, strict=False):
+        if now.get("n_snapshots", 0) < before.get("n_snapshots", 0):
+            rates = [row.get("learning_rate", np.nan) for row in (before, now)]
+            found[float(where)] = f"rate {rates[1]:.2g}" if abs(rates[1] - rates[0]) > 0 else ""
+    return found

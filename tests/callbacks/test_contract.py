@@ -22,6 +22,7 @@ from lightning_koopman import (
     KoopmanSpectrumMonitor,
     KoopmanWarning,
     KoopmanWeightAveraging,
+    ReduceLROnNoiseFloor,
     RestartOnBadInitialization,
 )
 from lightning_koopman.callbacks import base, recording, run_folder
@@ -38,6 +39,7 @@ CALLBACKS: dict[str, Callable[..., TrajectoryCallback]] = {
     "stop": lambda **given: EarlyStopOnUnitEigenvalues(horizon=6, mode="report", **given),
     "restart": lambda **given: RestartOnBadInitialization(5, **given),
     "average": lambda **given: KoopmanWeightAveraging(window=6, **given),
+    "reduce": lambda **given: ReduceLROnNoiseFloor(**given),
     "masks": lambda **given: KoopmanPruner(0.5, epoch=4, rounds=2, round_epochs=3, window=6, **given),
     "channels": lambda **given: KoopmanPruner(0.5, epoch=4, structured=True, window=6, **given),
 }
@@ -114,7 +116,7 @@ def test_an_event_that_fails_costs_each_of_them_one_warning(together, event, tmp
         assert fit(together[0], None, *together[1:], save).current_epoch == EPOCHS
     told = [str(each.message) for each in caught if each.category is KoopmanWarning and "injected" in str(each.message)]
     if event not in ("weights_replaced", "segment_begins"):  # which come only with a pruning
-        assert len({each.split(":")[0] for each in told}) == 5  # kinds of callbacks
+        assert len({each.split(":")[0] for each in told}) == 6  # kinds of callbacks
     assert len(told) <= 2 * len(together)
     assert (tmp_path / "c" / "last.ckpt").is_file()
 

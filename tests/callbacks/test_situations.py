@@ -446,8 +446,11 @@ def test_the_history_is_drawn_over_steps_with_marks_where_it_begins_anew(trainer
     assert bottom.get_xlabel() == "optimizer steps"
     assert list(top.lines[0].get_xdata()) == [row["step"] for row in monitor.history]
     marked = [line.get_xdata()[0] for line in top.lines if line.get_linestyle() == ":"]
-    assert marked == [14]  # pruned after 12 steps
+    assert marked == [12]  # where it was pruned
     assert any("pruned" in text.get_text() for text in bottom.get_legend().get_texts())
+    lowered = [{**row, "learning_rate": 0.1 if row["step"] <= 12 else 0.03} for row in monitor.history]
+    assert {"rate 0.03"} == {text.get_text() for text in plot_history(lowered).axes[0].texts}
+    assert {""} == {text.get_text() for text in top.texts}
     plain = KoopmanSpectrumMonitor()
     trainer(callbacks=plain).fit(regression())
     assert plot_history(plain.history).axes[1].get_xlabel() == "epochs completed"

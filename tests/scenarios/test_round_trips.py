@@ -18,6 +18,7 @@ from lightning_koopman import (
     KoopmanPruner,
     KoopmanSpectrumMonitor,
     KoopmanWeightAveraging,
+    ReduceLROnNoiseFloor,
     RestartOnBadInitialization,
 )
 
@@ -27,6 +28,7 @@ CALLBACKS = (
     RestartOnBadInitialization,
     KoopmanPruner,
     KoopmanWeightAveraging,
+    ReduceLROnNoiseFloor,
 )
 # values that are not the defaults; a few arguments exclude one another
 VALUES = {
@@ -40,6 +42,7 @@ VALUES = {
     "scope": ["tensor", "global"], "rounds": [2], "round_epochs": [4], "rule": ["paper"], "settled_change": [0.1],
     "allow_empty": [True], "profile": ["ramp"], "length": [4, [1, 5]], "power": [2.0], "n_batches": [8],
     "restore": ["last"],
+    "factor": [0.5], "min_lr": [1e-4], "groups": [[0]],
 }  # fmt: skip
 BUT = {(KoopmanWeightAveraging, "storage"): ["disk"], (KoopmanWeightAveraging, "window"): [12]}
 NEEDS = {"sketch": {"storage": "sketch"}, "scheme": {"survivors": "reinit"}}  # where the callback has it

@@ -261,5 +261,13 @@ def test_processes_compare_averages_on_all_their_batches(train):
     np.testing.assert_array_equal(ranks[0]["final"], ranks[1]["final"])
 
 
+def test_the_rate_falls_in_all_processes(train):
+    ranks = train("run", "ddp", ("reduce", {"min_lr": 2e-3}), epochs=4, hovers=True)
+    for rank in ranks:
+        assert [row["epoch"] for row in rank["reduce"]["reductions"]] == [1, 2]
+        assert rank["reduce"]["rates"] == [2e-3]
+    np.testing.assert_array_equal(ranks[0]["final"], ranks[1]["final"])
+
+
 def test_sharded_checkpoints_have_no_place_for_two_sets_of_weights(train):
     train("run", "fsdp2", ("average", {}), epochs=2, fails=True)

@@ -20,6 +20,7 @@ from lightning_koopman import (
     KoopmanSpectrumMonitor,
     KoopmanWarning,
     KoopmanWeightAveraging,
+    ReduceLROnNoiseFloor,
     RestartOnBadInitialization,
 )
 
@@ -29,6 +30,7 @@ CALLBACKS: dict[str, Callable[..., Any]] = {
     "stop": lambda folder: EarlyStopOnUnitEigenvalues(horizon=6, dirpath=folder),
     "restart": lambda folder: RestartOnBadInitialization(9, dirpath=folder),
     "average": lambda folder: KoopmanWeightAveraging(window=6, dirpath=folder),
+    "reduce": lambda folder: ReduceLROnNoiseFloor(dirpath=folder),
     "prune": lambda folder: KoopmanPruner(0.5, epoch=3, window=6, dirpath=folder),
 }
 
@@ -71,9 +73,8 @@ def resume(make: Callable[..., Any], checkpoint: Any, folder: Path) -> list[str]
 
 
 def ours(checkpoint: Any) -> dict[str, Any]:
-    (state,) = (
-        state for name, state in checkpoint["callbacks"].items() if name.startswith(("Koopman", "Early", "Restart"))
-    )
+    names = "Koopman", "Early", "Reduce", "Restart"
+    (state,) = (state for name, state in checkpoint["callbacks"].items() if name.startswith(names))
     return state
 
 

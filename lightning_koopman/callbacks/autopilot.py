@@ -1,0 +1,50 @@
+"""All callbacks that act on a training, together."""
+
+from __future__ import annotations
+
+import os
+
+from lightning_koopman.callbacks.averaging import KoopmanWeightAveraging
+from lightning_koopman.callbacks.base import TrajectoryCallback
+from lightning_koopman.callbacks.early_stopping import EarlyStopOnUnitEigenvalues
+from lightning_koopman.callbacks.reduce_lr import ReduceLROnNoiseFloor
+from lightning_koopman.callbacks.restart import RestartOnBadInitialization
+
+
+def koopman_autopilot(
+    *,
+    factor: float = 0.3,
+    baseline_loss: float | None = None,
+    every_n_steps: int | None = None,
+    dirpath: str | os.PathLike[str] | None = None,
+) -> list[TrajectoryCallback]:
+    """Callbacks for a training that starts at a constant learning rate, without schedule, end, or validation data.
+
+    A bad start is drawn anew; the average of the newest weights is validated, saved and kept; the rate falls where the
+    weights hover at its noise floor; and training ends where they have converged, or hover at the least rate.  They
+    share one trajectory of 30 snapshots.  ``max_epochs`` of the Trainer is a ceiling.
+
+    Args:
+        factor: What the learning rate is multiplied by, in (0, 1).
+        baseline_loss: Loss of a network that ignores its input, > 0 (default: measured).
+        every_n_steps: Optimizer steps that take the place of an epoch, ≥ 1.
+        dirpath: Local folder below which all of them write (default: the run's log folder).
+
+    Returns:
+        :class:`RestartOnBadInitialization`, :class:`ReduceLROnNoiseFloor`, :class:`KoopmanWeightAveraging` and
+        :class:`EarlyStopOnUnitEigenvalues`.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> from lightning_koopman import koopman_autopilot
+        >>> [type(each).__name__ for each in koopman_autopilot()][1:3]
+        ['ReduceLROnNoiseFloor', 'KoopmanWeightAveraging']
+    """
+    return [
+        RestartOnBadInitialization(baseline_loss=baseline_loss, every_n_steps=every_n_steps, dirpath=dirpath),
+        ReduceLROnNoiseFloor(factor, every_n_steps=every_n_steps, dirpath=dirpath),
+        KoopmanWeightAveraging(every_n_steps=every_n_steps, dirpath=dirpath),
+        EarlyStopOnUnitEigenvalues(baseline_loss=baseline_loss, every_n_steps=every_n_steps, dirpath=dirpath),
+    ]

@@ -1,0 +1,207 @@
+"""Lower the learning rate where the weights hover at its noise floor."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_info
+
+from lightning_koopman._checks import check_choice, check_positive, check_share, whole_numbers
+from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free, start_segments
+from lightning_koopman.callbacks.baseline_loss import known_baseline
+from lightning_koopman.callbacks.clock import steps_done
+from lightning_koopman.callbacks.lr_schedule import current_rates
+from lightning_koopman.callbacks.outlook import tell_if_short
+from lightning_koopman.callbacks.rate_groups import check_rates, lower_rates, rate_groups
+from lightning_koopman.callbacks.scalars import publish
+from lightning_koopman.reading.phase import Phase
+
+if TYPE_CHECKING:
+    import pytorch_lightning as pl
+
+COLUMNS = ("epoch", "step", "phase", "step_correlation", "learning_rate", "reductions")
+LEAST = 0.01  # of a group's first rate: the least, by default
+SOONEST = 8  # rounds in which weights can be told to hover
+MODES = ("reduce", "report")
+MOST_GROUPS = 10**6
+
+
+class ReduceLROnNoiseFloor(TrajectoryCallback):
+    r"""Multiply the learning rate by ``factor`` where the weights hover at its noise floor.
+
+    At a constant rate training first descends, and then hovers: the steps turn back, and the loss falls no more except
+    at a lower rate.  :class:`TrainingReading` tells when that begins, from the weights and the training loss alone; its
+    phase lasts only once it was told three rounds running.  Then the rate falls, all Koopman callbacks begin a new
+    trajectory, and the same is asked of the new rate, until the least rate is reached.  So a training needs neither a
+    schedule nor the number of its epochs.
+
+    Rates that a scheduler sets are lowered together with what it goes on from: the schedule runs on, ``factor`` times
+    as high.  Schedulers for which that has no meaning (``OneCycleLR``, ``CyclicLR``, warm restarts, chains of several)
+    are refused by name before training.
+
+    Args:
+        factor: What the rates are multiplied by, in (0, 1).
+        min_lr: The least rate, > 0 (default: a hundredth of each group's first one).
+        groups: Indices of the parameter groups whose rates fall, counted over all optimizers (default: all).
+        every_n_epochs: Epochs between two snapshots, ≥ 1; or
+        every_n_steps: optimizer steps that take the place of an epoch, ≥ 1.
+        mode: ``"reduce"``, or ``"report"`` to only say when it would.
+        parameters: Name patterns of the weights to observe (default: all that require a gradient).
+        dirpath: Local folder below which ``koopman_reduce`` is made for the history and the snapshots that checkpoints
+            refer to (default: the run's log folder).
+        prefix: First part of the logged name, ``koopman/reductions``, and of that folder's.
+
+    Attributes:
+        reductions: List of dicts: after which epoch and step the rate fell, from what to what.
+        history: List of dicts, one a round, with the columns of ``history.csv``.
+
+    Raises:
+        ValueError: At construction or before training starts, for arguments out of range, or a scheduler that cannot be
+            lowered.
+
+    Example:
+        >>> import tempfile
+        >>> import pytorch_lightning as pl
+        >>> from pytorch_lightning.demos.boring_classes import BoringModel
+        >>> from lightning_koopman import ReduceLROnNoiseFloor
+        >>> reduce = ReduceLROnNoiseFloor(factor=0.5)
+        >>> trainer = pl.Trainer(
+        ...     max_epochs=3, callbacks=reduce, accelerator="cpu", logger=False, default_root_dir=tempfile.mkdtemp(),
+        ...     enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        ... )
+        >>> trainer.fit(BoringModel())
+        >>> reduce.reductions, reduce.history[-1]["phase"]
+        ([], 'warming up')
+    """
+
+    columns = COLUMNS
+    any_window = True
+
+    def __init__(
+        self,
+        factor: float = 0.3,
+        *,
+        min_lr: float | None = None,
+        groups: Sequence[int] | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        mode: str = "reduce",
+        parameters: str | Sequence[str] | None = None,
+        dirpath: str | os.PathLike[str] | None = None,
+        prefix: str = "koopman",
+    ) -> None:
+        super().__init__(
+            parameters=parameters,
+            every_n_epochs=every_n_epochs,
+            every_n_steps=every_n_steps,
+            window=30,
+            dirpath=dirpath,
+            prefix=prefix,
+        )
+        self.factor = check_share("factor", factor)
+        self.min_lr = None if min_lr is None else check_positive("min_lr", min_lr)
+        self.groups = (
+            None if groups is None else tuple(whole_numbers("groups", groups, 0, MOST_GROUPS).ravel().tolist())
+        )
+        if self.groups == ():
+            raise ValueError(f"groups must name at least one parameter group, got {groups!r}.")
+        self.mode, self.folder = check_choice("mode", mode, MODES), f"{self.prefix}_reduce"
+        self.forget()
+
+    def forget(self) -> None:
+        super().forget()
+        self.reductions: list[dict[str, Any]] = []
+        self._first: list[float] = []  # rates of the groups when training began
+        self._due = False  # the rates fall when the next round begins
+        self._lowest = False  # they can fall no more
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(every_n_steps=self.settings.every_n_steps, prefix=self.prefix)
+
+    @property
+    def can_reduce(self) -> bool:
+        """Whether the rates may still fall."""
+        return self.mode == "reduce" and not self._lowest
+
+    # -- when ---------------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            check_prefix_is_free(self, trainer)
+        super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        if self.active:
+            check_rates(trainer, self.groups)
+
+    def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._first:
+            self._first = [float(group.get("initial_lr", group.get("lr", 0.0))) for group in rate_groups(trainer)]
+        publish(trainer, self.prefix, {"reductions": float(len(self.reductions))})
+        tell_if_short(self, trainer, SOONEST, "telling whether the weights hover")
+
+    def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
+        baseline = known_baseline(trainer)
+        found = self.on_zero(
+            trainer, "reading the training", lambda: self.recording.read(epoch, baseline) if recorded else None
+        )
+        hovers = found is not None and found.phase is Phase.HOVERING
+        self._due = hovers and not self._lowest
+        self.history.append(
+            {
+                "epoch": epoch,
+                "step": steps_done(trainer),
+                "phase": Phase.UNKNOWN.value if found is None else found.phase.value,
+                "step_correlation": math.nan if found is None else found.step_correlation,
+                "learning_rate": max(self.rates, default=math.nan),
+                "reductions": len(self.reductions),
+            }
+        )
+        if self.guard.zero:
+            self.write_history()
+        self.log_values(trainer, pl_module, {"reductions": float(len(self.reductions))})
+
+    def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        due, self._due = self._due, False
+        if due:
+            self._reduce(trainer, pl_module)
+
+    # -- what ---------------------------------------------------------------------------------------------------------
+
+    def _reduce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        before, row = max(current_rates(trainer), default=0.0), self.history[-1]
+        when, name = self.clock.when(row["epoch"]), type(self).__name__
+        told = f"{name}: after {when} the weights hover at the noise floor of the learning rate"
+        told += f" (step correlation {row['step_correlation']:.2f})"
+        if self.mode == "report":
+            if not self.reductions:
+                self.reductions.append({"epoch": row["epoch"], "step": row["step"], "from": before, "to": before})
+                rank_zero_info(f"{told}: time to lower it.")
+            return
+        least = [LEAST * rate if self.min_lr is None else self.min_lr for rate in self._first]
+        self._lowest = not lower_rates(trainer, self.groups, self.factor, least)
+        now = max(current_rates(trainer))
+        self.reductions.append({"epoch": row["epoch"], "step": row["step"], "from": before, "to": now})
+        rank_zero_info(f"{told}: {before:.2g} to {now:.2g}{', the least' if self._lowest else ''}.")
+        start_segments(trainer, pl_module)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, Any]:
+        return {
+            "reductions": [dict(row) for row in self.reductions],
+            "first": list(self._first),
+            "due": self._due,
+            "lowest": self._lowest,
+        }
+
+    def restore_own(self, state: dict[str, Any]) -> None:
+        self.forget()
+        self.reductions = [dict(row) for row in state["reductions"]]
+        self._first = [float(rate) for rate in state["first"]]
+        self._due, self._lowest = bool(state["due"]), bool(state["lowest"])
