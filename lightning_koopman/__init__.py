@@ -9,6 +9,8 @@ from lightning_koopman.callbacks.monitor import KoopmanSpectrumMonitor
 from lightning_koopman.callbacks.pruning import KoopmanPruner
 from lightning_koopman.callbacks.reduce_lr import ReduceLROnNoiseFloor
 from lightning_koopman.callbacks.restart import RestartOnBadInitialization
+from lightning_koopman.compare.comparison import TrainingComparison, compare_trainings
+from lightning_koopman.compare.figure import plot_comparison
 from lightning_koopman.depth.estimate import DepthEstimate, estimate_depth
 from lightning_koopman.depth.hsvr import HSVR
 from lightning_koopman.depth.mlp import MLPSuggestion, suggest_mlp
@@ -52,13 +54,16 @@ __all__ = [
     "SobolevLoss",
     "Spectrum",
     "StoppingReason",
+    "TrainingComparison",
     "TrainingReading",
     "Trajectory",
     "averaged_weights",
+    "compare_trainings",
     "dmd_rrr",
     "estimate_depth",
     "export_network",
     "koopman_autopilot",
+    "plot_comparison",
     "plot_depth",
     "plot_history",
     "plot_portrait",

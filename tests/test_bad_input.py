@@ -58,11 +58,12 @@ for row in STATES:
     RECORDED.append(row)
 def run(network: Any) -> torch.Tensor:
     return network(torch.ones(2, 4))
-READING = lk.read_training(RECORDED)
+READING, COMPARED = lk.read_training(RECORDED), lk.compare_trainings(RECORDED, RECORDED)
 LOSSES = but(SIGNED_ROWS, *LISTS, *BAD_NUMBERS, "empty_list", "empty", "empty_rows", "no_columns")  # NaN, or none
 with TemporaryDirectory() as folder:
     SAVED = RECORDED.save(f"{folder}/rows")
-OWNERS = {"Spectrum": SPECTRUM, "Trajectory": RECORDED, "MaskSet": lk.MaskSet(KEPT), "HSVR": lk.HSVR(2).fit(X[:,
+OWNERS = {"Spectrum": SPECTRUM, "TrainingComparison": COMPARED,
+          "Trajectory": RECORDED, "MaskSet": lk.MaskSet(KEPT), "HSVR": lk.HSVR(2).fit(X[:,
     None], Y),
           "SobolevLoss": lk.SobolevLoss(4, domain=(0, 64), n_samples=128),
           "ChannelRemoval": lk.remove_channels(copy.deepcopy(NETWORK), run, sparsity=0.5)}
@@ -136,7 +137,8 @@ ARGUMENTS = {
                message=RECORDED.message(),
            Trajectory__stage__snapshot=[torch.ones(2), torch.ones(1)],
                MaskSet__pin__optimizers=torch.optim.SGD(NETWORK.parameters(), 0.1)),
-    **each(THING, reading=READING, before=READING, ax=Figure().subplots()),
+    **each(THING, reading=READING, before=READING, ax=Figure().subplots(), runs=RECORDED, comparison=COMPARED),
+    **each([*but(THING, "list"), *refuse(fewer=["a"])], names=["a", "b"]),
     **each(LOSSES, losses=np.arange(12.0, 0.0, -1.0)),
     **each([*but(count(0), "huge"), *refuse(beyond=9)], code=2),
     **each([*THING, *refuse(unlike=UNLIKE, short=SHORT)], other=lk.MaskSet(KEPT)),
@@ -159,6 +161,7 @@ ARGUMENTS = {
 EXCLUDED = {  # beside Lightning's hooks, and what only a run can tell: unmatched patterns, metrics that nobody logs
     "DepthEstimate": "made by estimate_depth", "MLPSuggestion": "made by suggest_mlp", "Spectrum": "made by dmd_rrr",
     "ChannelRemoval": "made by remove_channels", "AveragedWeights": "made by averaged_weights",
+    "TrainingComparison": "made by compare_trainings",
     "Phase": "an enumeration",
     "TrainingReading": "made by read_training", "KoopmanWarning": "a category", "StoppingReason": "an enumeration",
     "HSVR.set_score_request": "scikit-learn's own",
@@ -201,6 +204,7 @@ def staged(**given: Any) -> Any:
 HOW: dict[str, Callable[..., Any]] = {
     "HSVR": lambda **given: lk.HSVR(**given).fit(X[:, None], Y), "SobolevLoss": sobolev, "SobolevLoss.forward": forward,
     "HSVR.staged_predict": lambda X: list(OWNERS["HSVR"].staged_predict(X)), "Trajectory.stage": staged,  # noqa: N803
+    "compare_trainings": lambda runs, **given: lk.compare_trainings(RECORDED, runs, **given),
     "Trajectory.save": lambda path: list(RECORDED.save(path)),
     "MaskSet.pin": lambda module, optimizers, on_error: lk.MaskSet(KEPT).pin(module, optimizers,
         on_error=on_error).remove(),

@@ -14,7 +14,7 @@ ROOT = Path(lightning_koopman.__file__).parent
 # each may import what stands before it
 FLOORS = [
     "_types", "_checks", "dmd", "parameters", "fourier", "trajectory", "stopping", "reading", "averaging", "sobolev",
-    "pruning", "depth", "plots", "callbacks", "__init__", "demo",
+    "pruning", "depth", "plots", "compare", "callbacks", "__init__", "demo",
 ]  # fmt: skip
 MODULES = {path: path.relative_to(ROOT).with_suffix("").parts for path in sorted(ROOT.rglob("*.py"))}
 

@@ -19,6 +19,7 @@ from lightning_koopman.callbacks.figures import deliver
 from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.progress import hide, show
 from lightning_koopman.callbacks.scalars import publish
+from lightning_koopman.compare.signature import save_run
 from lightning_koopman.dmd.random_walk import random_walk_spectrum
 from lightning_koopman.dmd.rrr import check_options
 from lightning_koopman.dmd.spectrum import Spectrum
@@ -105,7 +106,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     that they exchange.
 
     Everything written to disk lies in one folder: ``history.csv`` (one row an analysed epoch; empty cells where nothing
-    is known), the snapshots that checkpoints refer to, and figures if
+    is known), ``trajectory.npz`` for :func:`compare_trainings`, the snapshots that checkpoints refer to, and figures if
     no logger takes them.
 
     Args:
@@ -283,12 +284,12 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             self._draw(trainer)
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        hide(trainer, self)
+        self._keep(trainer)
         if self.log_figure:
             self._draw(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        hide(trainer, self)
+        self._keep(trainer)
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
@@ -320,6 +321,12 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         )
         self.write_history()
         return reading, self._logged(self.history[-1])
+
+    def _keep(self, trainer: pl.Trainer) -> None:
+        """Write what :func:`compare_trainings` needs."""
+        hide(trainer, self)
+        with self.guard("writing the history"):
+            save_run(self.run_folder.path if self.guard.zero else None, self.recorder)
 
     def _logged(self, row: dict[str, Any]) -> dict[str, float]:
         """The scalars of a row that are known."""

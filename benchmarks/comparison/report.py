@@ -1,0 +1,73 @@
+"""What the spectra tell: conjugate methods, false alarms, and networks on digits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.comparison.runs import DIGITS, conjugate, digits, kept
+from lightning_koopman import TrainingComparison, Trajectory, compare_trainings, plot_comparison
+from lightning_koopman.demo.experiments.figures import save_figure
+from lightning_koopman.demo.experiments.tables import markdown
+
+METHODS = "mirror", "gradient on u", "gradient on w"
+SEEDS, GROUP, PAIRS, POOL = 10, 5, 200, 60  # of each kind; of each group, and pairs of them, in the false alarms
+HEAD = ("", "eigenvalues apart", "within", "p", "steps apart", "within", "p", "told apart")
+
+
+def row(name: str, found: TrainingComparison, first: int = 0, second: int = 1) -> list[str]:
+    """A row of a table: distances, p-values, verdict."""
+    tests = [test for test in found.tests if test.groups == (first, second)]
+    cells = [text for test in tests for text in (f"{test.between:.3g}", f"{test.within:.3g}", f"{test.p_value:.2g}")]
+    return [name, *cells, {True: "yes", False: "no", None: "–"}[found.different(first, second)]]
+
+
+def conjugacy() -> Iterator[list[str]]:
+    """Rows: online mirror descent beside itself, the gradient descent conjugate to it, and another one."""
+    groups = [[conjugate(kind, 100 * index + seed) for seed in range(SEEDS)] for index, kind in enumerate(METHODS)]
+    again = [conjugate(METHODS[0], 900 + seed) for seed in range(SEEDS)]
+    yield row("mirror descent again", compare_trainings(groups[0], again))
+    yield row("gradient descent on u, conjugate", compare_trainings(groups[0], groups[1]))
+    yield row("gradient descent on w", compare_trainings(groups[0], groups[2]))
+
+
+def false_alarms(folder: Path) -> Iterator[list[str]]:
+    """Rows: how often equal trainings are told apart, at two levels."""
+    random = np.random.default_rng(0)
+    pool = [_digits(folder, "40", seed) for seed in range(1000, 1000 + POOL)]
+    for name in ("mirror descent", "digits, 40 hidden units"):
+        values = []
+        for pair in range(PAIRS):
+            if name == "mirror descent":
+                runs = [conjugate("mirror", 10_000 + 2 * GROUP * pair + index) for index in range(2 * GROUP)]
+            else:
+                runs = [pool[index] for index in random.choice(POOL, 2 * GROUP, replace=False)]
+            found = compare_trainings(runs[:GROUP], runs[GROUP:])
+            values.append(min(test.adjusted for test in found.tests))
+        yield [name, *(f"{np.mean(np.array(values) <= level):.1%}" for level in (0.05, 0.1))]
+
+
+def networks(folder: Path, figure: Path) -> Iterator[list[str]]:
+    """Rows: networks on digits by pairs; the distances of all are drawn."""
+    groups: list[Sequence[Trajectory]] = [[_digits(folder, kind, seed) for seed in range(SEEDS)] for kind in DIGITS]
+    found, names = compare_trainings(*groups), list(DIGITS)
+    save_figure(plot_comparison(found, names=names), figure)
+    for first, second in itertools.combinations(range(len(names)), 2):
+        yield row(f"{names[first]} / {names[second]}", found, first, second)
+
+
+def _digits(folder: Path, kind: str, seed: int) -> Trajectory:
+    return kept(folder / f"digits-{kind}-{seed}.npz", lambda: digits(*DIGITS[kind], seed))
+
+
+def report(folder: Path, figure: Path) -> Iterator[str]:
+    """All tables, one after another; the figure is written to a path."""
+    yield "Online mirror descent beside:"
+    yield "\n".join(markdown(HEAD, conjugacy()))
+    yield f"Equal trainings, {PAIRS} pairs of {GROUP} and {GROUP}, told apart at a level of:"
+    yield "\n".join(markdown(("", "5 %", "10 %"), false_alarms(folder)))
+    yield f"Networks on digits, {SEEDS} seeds each:"
+    yield "\n".join(markdown(HEAD, networks(folder, figure)))

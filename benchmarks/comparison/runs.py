@@ -1,0 +1,97 @@
+"""The trainings that are compared: conjugate ones, and networks on digits."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.training import data_of
+from lightning_koopman import Trajectory
+from lightning_koopman.demo.experiments.cache import read, save
+
+UNKNOWNS, ROWS, DRAWN, RATE = 10, 40, 8, 0.02  # of the least-squares problem: weights, rows, rows a step, step length
+EVERY, TIME, SPREAD = 10, 60, 0.3  # steps between two snapshots, snapshots, spread of the starts
+EPOCHS, BATCH = 40, 64  # on digits
+
+DIGITS: dict[str, tuple[tuple[int, ...], str]] = {
+    "5": ((5,), "sgd"), "10": ((10,), "sgd"), "40": ((40,), "sgd"), "160": ((160,), "sgd"), "10-10": ((10, 10), "sgd"),
+    "40-40": ((40, 40), "sgd"), "40, momentum": ((40,), "momentum"), "40, Adam": ((40,), "adam"),
+}  # fmt: skip
+
+
+def conjugate(kind: str, seed: int) -> Trajectory:
+    """Online least squares with positive weights w, by one of three methods.
+
+    Mirror descent with the entropy as its potential moves along the flow of gradient descent on u, where w = u²/4: the
+    two are conjugate (Amid, Warmuth 2020).  Gradient descent on w is another flow.
+
+    Args:
+        kind: ``"mirror"``, ``"gradient on u"`` or ``"gradient on w"``.
+        seed: Of the start and of the rows drawn.
+    """
+    drawn = np.random.default_rng(0)
+    rows, solution = drawn.standard_normal((ROWS, UNKNOWNS)) / UNKNOWNS**0.5, drawn.uniform(0.5, 2.0, UNKNOWNS)
+    random = np.random.default_rng(seed)
+    weights = solution * np.exp(SPREAD * random.standard_normal(UNKNOWNS))
+    state = 2 * np.sqrt(weights) if kind == "gradient on u" else weights
+    trajectory = Trajectory(UNKNOWNS)
+    for step in range(TIME * EVERY):
+        if step % EVERY == 0:
+            trajectory.append(state)
+        seen = rows[random.integers(0, ROWS, DRAWN)]
+        present = state**2 / 4 if kind == "gradient on u" else state
+        gradient = seen.T @ (seen @ (present - solution)) / DRAWN
+        if kind == "mirror":
+            state = state * np.exp(-RATE * gradient)
+        else:
+            state = state - RATE * gradient * (state / 2 if kind == "gradient on u" else 1.0)
+    return trajectory
+
+
+def digits(widths: tuple[int, ...], optimizer: str, seed: int) -> Trajectory:
+    """A network on scikit-learn's digits, a snapshot an epoch."""
+    (inputs, targets), _, _ = data_of("digits", None)
+    torch.manual_seed(seed)
+    sizes = inputs[0].numel(), *widths, 10
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(sizes):
+        layers += [nn.Linear(before, after), nn.ReLU()]
+    network = nn.Sequential(nn.Flatten(), *layers[:-1])
+    if optimizer == "adam":
+        stepper: torch.optim.Optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+    else:
+        momentum = 0.9 if optimizer == "momentum" else 0.0
+        stepper = torch.optim.SGD(network.parameters(), lr=0.1 * (1 - momentum), momentum=momentum)
+    trajectory, drawn = Trajectory(_count(network)), torch.Generator().manual_seed(seed)
+    trajectory.append(_vector(network))
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(inputs), generator=drawn).split(BATCH):
+            stepper.zero_grad()
+            nn.functional.cross_entropy(network(inputs[chosen]), targets[chosen]).backward()
+            stepper.step()
+        trajectory.append(_vector(network))
+    return trajectory
+
+
+def kept(path: Path, train: Callable[[], Trajectory]) -> Trajectory:
+    """A trajectory with the spectrum of one that is trained once: its factor, as the snapshots of so many weights."""
+    if not path.exists():
+        save(path, factor=train().factor())
+    factor = read(path)["factor"]
+    trajectory = Trajectory(len(factor), dtype=torch.float64)
+    for column in factor.T:
+        trajectory.append(column)
+    return trajectory
+
+
+def _count(network: nn.Module) -> int:
+    return sum(each.numel() for each in network.parameters())
+
+
+def _vector(network: nn.Module) -> Tensor:
+    return torch.nn.utils.parameters_to_vector(network.parameters()).detach()

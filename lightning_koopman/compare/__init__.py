@@ -1,0 +1,1 @@
+"""Whether trainings behave alike, told by their Koopman spectra."""

@@ -1,0 +1,43 @@
+"""Compare finished runs: ``python -m lightning_koopman.compare RUN RUN … [--with RUN RUN …]``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from lightning_koopman.compare.comparison import compare_trainings
+from lightning_koopman.compare.figure import plot_comparison
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print distances and verdict; returns 2 where the runs cannot be compared."""
+    parser = argparse.ArgumentParser(
+        prog="python -m lightning_koopman.compare",
+        description="How far apart trainings are by their Koopman spectra: folders of KoopmanSpectrumMonitor, each "
+        "a group of its own, or the runs before --with beside those after it.",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
+    parser.add_argument("--with", dest="others", nargs="+", type=Path, metavar="RUN", default=[], help="second group")
+    parser.add_argument("--figure", type=Path, help="where to draw the distances")
+    options = parser.parse_args(arguments)
+    groups = [options.runs, options.others] if options.others else options.runs
+    try:
+        found = compare_trainings(*groups)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for index, run in enumerate([*options.runs, *options.others]):
+        print(f"{found.groups[index]}  {run}")
+    for by, matrix in found.distances.items():
+        print(f"\ndistances of the {by}:")
+        for row in matrix:
+            print("  ".join(f"{value:.4f}" for value in row))
+    print(f"\n{found}")
+    if options.figure is not None:
+        plot_comparison(found).savefig(options.figure, dpi=150)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,228 @@
+"""Whether trainings behave alike: distances of their spectra, and how often chance alone gives such ones."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.cluster.hierarchy import leaves_list, linkage
+from scipy.optimize import linear_sum_assignment
+from scipy.spatial.distance import squareform
+from scipy.stats import permutation_test, wasserstein_distance
+
+from lightning_koopman._checks import check_choice, check_count, check_share
+from lightning_koopman._types import Array
+from lightning_koopman.compare.signature import GRID, Run, Signature, signatures
+
+SHUFFLES = 9999  # of the runs between two groups, where there are more ways to split them
+
+
+@dataclass(frozen=True)
+class PairTest:
+    """Two groups of trainings compared by one of their spectra.
+
+    Attributes:
+        groups: Indices of the two groups.
+        by: ``"eigenvalues"``, or ``"steps"`` for the spectral measure of the steps.
+        between: Mean distance between runs of the two groups, ≥ 0.
+        within: Mean distance between runs of the same group, ≥ 0; NaN where neither has two.
+        p_value: How often runs that are split by chance are as far apart, in (0, 1]; NaN where that cannot be told.
+        adjusted: The same after Holm's correction for all tests of the comparison.
+    """
+
+    groups: tuple[int, int]
+    by: str
+    between: float
+    within: float
+    p_value: float
+    adjusted: float
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingComparison:
+    """How far apart trainings are, and whether chance explains it; ``print`` gives the verdict in words.
+
+    Attributes:
+        groups: Tuple: the group of each run.
+        distances: Dict: arrays (runs, runs) of the distances by ``"eigenvalues"``, and by ``"steps"`` where known.
+        tests: Tuple of :class:`PairTest`, one for each pair of groups and each kind of distance.
+        level: Share of false alarms that is accepted in all tests together.
+        rank: Number of eigenvalues that were compared.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import compare_trainings, dmd_rrr
+        >>> found = compare_trainings(*(dmd_rrr(1 + rate ** np.arange(12.0), delays=6) for rate in (0.5, 0.6)))
+        >>> round(float(found.distances["eigenvalues"][0, 1]), 3), found.different()  # 1 and 0.5, 1 and 0.6
+        (0.05, None)
+    """
+
+    groups: tuple[int, ...]
+    distances: dict[str, Array]
+    tests: tuple[PairTest, ...]
+    level: float
+    rank: int
+
+    def different(self, first: int = 0, second: int = 1) -> bool | None:
+        """Whether two groups behave differently, beyond chance; None where too few runs are there to tell."""
+        last = max(self.groups)
+        first, second = check_count("first", first, 0, most=last), check_count("second", second, 0, most=last)
+        if first == second:
+            raise ValueError(f"second must be another group than first={first}.")
+        chosen = [test for test in self.tests if set(test.groups) == {first, second}]
+        if any(test.adjusted <= self.level for test in chosen):
+            return True
+        reachable = self._least(first, second) * len(self.tests) <= self.level
+        return False if reachable else None
+
+    def order(self, by: str = "eigenvalues") -> list[int]:
+        """Groups in the order of an average-linkage clustering by their mean distance, like ones together."""
+        distances, member = self.distances[check_choice("by", by, tuple(self.distances))], np.array(self.groups)
+        shares = np.array([member == group for group in range(max(self.groups) + 1)], dtype=float)
+        shares /= shares.sum(axis=1, keepdims=True)
+        if len(shares) < 3:
+            return list(range(len(shares)))
+        apart = squareform(shares @ distances @ shares.T, checks=False)
+        return [int(each) for each in leaves_list(linkage(apart, "average", optimal_ordering=True))]
+
+    def _least(self, first: int, second: int) -> float:
+        """The least p-value that the numbers of runs allow."""
+        sizes = [self.groups.count(each) for each in (first, second)]
+        return (1 + (sizes[0] == sizes[1])) / math.comb(sum(sizes), sizes[0]) if min(sizes) > 1 else 1.0
+
+    def __str__(self) -> str:
+        lines = []
+        for first, second in itertools.combinations(sorted(set(self.groups)), 2):
+            found = self.different(first, second)
+            numbers = "; ".join(
+                f"{test.by} {test.between:.3g} apart"
+                + ("" if math.isnan(test.within) else f", {test.within:.3g} within")
+                + ("" if math.isnan(test.p_value) else f", p = {test.p_value:.2g}")
+                for test in self.tests
+                if test.groups == (first, second)
+            )
+            said = {
+                True: "behave differently",
+                False: "cannot be told apart, which does not prove them equal",
+                None: "are too few to be told apart: how much seeds alone differ takes several runs of each",
+            }[found]
+            lines.append(f"Groups {first} and {second} {said} ({numbers}).")
+        note = f" after Holm's correction for {len(self.tests)} tests" if len(self.tests) > 1 else ""
+        return "\n".join([*lines, f"{self.rank} eigenvalues; false alarms: at most {self.level:.0%}{note}."])
+
+
+def compare_trainings(
+    *runs: Run | Sequence[Run], rank: int = 10, level: float = 0.05, seed: int = 0
+) -> TrainingComparison:
+    r"""Compare trainings by the distances of their Koopman spectra.
+
+    Trainings whose dynamics are the same up to a change of coordinates (conjugate ones) have equal Koopman
+    eigenvalues (Redman, Bello-Rivas, Fonoberova, Mohr, Kevrekidis, Mezić, NeurIPS 2024).  Two distances are looked at,
+    both Wasserstein's: of the leading eigenvalues in the complex plane, and of the spectral measures of the unit steps
+    over frequency (:class:`TrainingReading`).  Neither depends on the number of weights.
+
+    Seeds differ as well.  So each argument may be a list of runs, and the null is chance: runs that are split into two
+    groups at random, in all ways or 9,999 of them.  A pair of single runs has a distance but no p-value.
+
+    Args:
+        *runs: Two or more trainings or lists of them: :class:`Trajectory`, :class:`Spectrum`, or folder of a finished
+            run with :class:`KoopmanSpectrumMonitor`.  Of folders the rounds in common are compared, of trajectories as
+            many of the newest snapshots as all have.
+        rank: Eigenvalues to compare, the most important ones, ≥ 1; fewer where a run has fewer.
+        level: Share of false alarms to accept in all tests together, in (0, 1).
+        seed: Seed of the random splits, ≥ 0.
+
+    Returns:
+        The distances, tests and verdict.
+
+    Raises:
+        TypeError: If a run is of another kind.
+        ValueError: If there are fewer than two groups, an empty one, fewer than six snapshots in common, snapshots at
+            other distances in time, or an option out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_koopman import Trajectory, compare_trainings
+        >>> def train(rate, seed):
+        ...     random, weights, run = torch.Generator().manual_seed(seed), torch.ones(100), Trajectory(100)
+        ...     for _ in range(20):
+        ...         run.append(weights)
+        ...         weights = weights * (1 - rate) + 0.01 * torch.randn(100, generator=random)
+        ...     return run
+        >>> slow, fast = ([train(rate, seed) for seed in range(5)] for rate in (0.1, 0.3))
+        >>> compare_trainings(slow, fast).different()
+        True
+    """
+    rank, seed = check_count("rank", rank, 1), check_count("seed", seed, 0)
+    level = check_share("level", level)
+    groups: list[list[Run]] = [list(each) if isinstance(each, (list, tuple)) else [each] for each in runs]  # type: ignore[list-item]
+    if len(groups) < 2 or not all(groups):
+        raise ValueError(f"runs must be two or more trainings or lists of them, got {[len(each) for each in groups]}.")
+    found = signatures([run for group in groups for run in group], rank)
+    member = tuple(index for index, group in enumerate(groups) for _ in group)
+    distances = {name: _matrix(found, distance) for name, distance in _distances(found)}
+    random = np.random.default_rng(seed)
+    tests = [
+        _test(distances[name], np.array(member), pair, name, random)
+        for pair in itertools.combinations(range(len(groups)), 2)
+        for name in distances
+    ]
+    return TrainingComparison(member, distances, tuple(_holm(tests)), level, found[0].eigenvalues.size)
+
+
+def eigenvalue_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+    """Wasserstein-1 distance of two sets of equally many eigenvalues in the complex plane."""
+    apart = np.abs(np.asarray(first)[:, None] - np.asarray(second))
+    return float(apart[linear_sum_assignment(apart)].mean())
+
+
+def _distances(found: list[Signature]) -> Iterator[tuple[str, Callable[[Signature, Signature], float]]]:
+    yield "eigenvalues", lambda a, b: eigenvalue_distance(a.eigenvalues, b.eigenvalues)
+    if all(each.measure is not None for each in found):
+        at = np.linspace(0.0, 0.5, GRID)
+        yield "steps", lambda a, b: float(wasserstein_distance(at, at, a.measure, b.measure))
+
+
+def _matrix(found: list[Signature], distance: Callable[[Signature, Signature], float]) -> Array:
+    """Distances (runs, runs)."""
+    matrix = np.zeros((len(found), len(found)))
+    for i, j in itertools.combinations(range(len(found)), 2):
+        matrix[i, j] = matrix[j, i] = distance(found[i], found[j])
+    return matrix
+
+
+def _test(
+    distances: Array, member: npt.NDArray[Any], pair: tuple[int, int], name: str, random: np.random.Generator
+) -> PairTest:
+    """Are two groups further apart than the same runs, split by chance?"""
+    first, second = (np.flatnonzero(member == each) for each in pair)
+
+    def apart(some: npt.NDArray[Any], others: npt.NDArray[Any]) -> float:
+        return float(np.subtract(*_means(distances, some, others)))
+
+    value = math.nan
+    if min(first.size, second.size) > 1:
+        given: dict[str, Any] = {"alternative": "greater", "n_resamples": SHUFFLES, "random_state": random}
+        value = float(permutation_test((first, second), apart, **given).pvalue)
+    return PairTest(pair, name, *_means(distances, first, second), value, math.nan)
+
+
+def _means(distances: Array, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> tuple[float, float]:
+    """Mean distances between two groups, and within them: of each group with two runs, then of both."""
+    inner = [distances[np.ix_(g, g)].sum() / (g.size * (g.size - 1)) for g in (first, second) if g.size > 1]
+    return float(distances[np.ix_(first, second)].mean()), float(np.mean(inner)) if inner else math.nan
+
+
+def _holm(tests: list[PairTest]) -> list[PairTest]:
+    """Adjust the p-values of all tests together."""
+    known = sorted((test.p_value, index) for index, test in enumerate(tests) if not math.isnan(test.p_value))
+    highest = 0.0
+    for place, (value, index) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - place) * value))
+        tests[index] = replace(tests[index], adjusted=highest)
+    return tests

@@ -1,0 +1,64 @@
+"""Figure of compared trainings: the distances of their spectra, like ones together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lightning_koopman._checks import check_choice, check_instance
+from lightning_koopman.compare.comparison import TrainingComparison
+from lightning_koopman.plots.style import INK, axes_of, check_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+def plot_comparison(
+    comparison: TrainingComparison, *, by: str = "eigenvalues", names: list[str] | None = None, ax: Axes | None = None
+) -> Figure:
+    """Matrix of the distances between runs, the groups ordered by an average-linkage clustering.
+
+    Args:
+        comparison: What :func:`compare_trainings` returned.
+        by: ``"eigenvalues"``, or ``"steps"`` for the spectral measures of the steps.
+        names: Names of the groups (default: their numbers).
+        ax: Axes to draw into (default: a new figure).
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: If these distances are not known, or there are not as many names as groups.
+
+    Example:
+        >>> import numpy as np
+        >>> from lightning_koopman import compare_trainings, dmd_rrr, plot_comparison
+        >>> runs = [dmd_rrr(1 + rate ** np.arange(12.0), delays=6) for rate in (0.5, 0.6, 0.9)]
+        >>> len(plot_comparison(compare_trainings(*runs)).axes)
+        2
+    """
+    check_matplotlib()
+    check_instance("comparison", comparison, TrainingComparison, "what compare_trainings returned")
+    check_choice("by", by, tuple(comparison.distances))
+    groups = max(comparison.groups) + 1
+    names = [str(index) for index in range(groups)] if names is None else names
+    if not isinstance(names, (list, tuple)) or [isinstance(each, str) for each in names] != [True] * groups:
+        raise ValueError(f"names must be one text for each of the {groups} groups, got {names!s:.60}.")
+    figure, axis = axes_of(ax, (6.6, 5.0))
+    order = comparison.order(by)
+    runs = [index for group in order for index, member in enumerate(comparison.groups) if member == group]
+    shown = axis.imshow(comparison.distances[by][runs][:, runs], cmap="cividis")
+    ends = np.cumsum([comparison.groups.count(group) for group in order])
+    middles = ends - [comparison.groups.count(group) / 2 + 0.5 for group in order]
+    labels = [names[group] for group in order]
+    axis.set_xticks(middles, labels, rotation=90, fontsize=8, color=INK)
+    axis.set_yticks(middles, labels, fontsize=8, color=INK)
+    for end in ends[:-1] - 0.5:
+        axis.axhline(end, color="white", linewidth=0.8)
+        axis.axvline(end, color="white", linewidth=0.8)
+    axis.tick_params(length=0)
+    bar = figure.colorbar(shown, ax=axis)
+    bar.set_label(f"distance of the {by if by == 'eigenvalues' else 'spectral measures of the steps'}", fontsize=9)
+    return figure
