@@ -58,8 +58,9 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     training loss falls on is not.
 
     Weights that hover at the noise floor of their learning rate, by :class:`TrainingReading`, have converged as far as
-    they can at it, however much the loss fluctuates: after five such epochs running training ends too.  It ends with
-    their average (:class:`KoopmanWeightAveraging`), which is what makes the noise harmless.
+    they can at it, however much the loss fluctuates: after five such epochs running training ends too, unless a
+    schedule or :class:`ReduceLROnNoiseFloor` will still lower the rate.  It ends with their average
+    (:class:`KoopmanWeightAveraging`), which is what makes the noise harmless.
 
     Each epoch is a row of ``history.csv``, with what still blocks a stop; logged are
     ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
