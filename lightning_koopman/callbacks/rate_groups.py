@@ -24,6 +24,12 @@ def rate_groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
 
+def chosen_rates(trainer: pl.Trainer, groups: Sequence[int] | None) -> list[float]:
+    """Rates of groups of these indices, or of all; 0 for those that set none."""
+    rates = [float(group.get("lr", 0.0)) for group in rate_groups(trainer)]
+    return rates if groups is None else [rates[index] for index in groups]
+
+
 def check_rates(trainer: pl.Trainer, groups: Sequence[int] | None) -> None:
     """Raise ValueError if a group is not there, or a scheduler sets rates that cannot be lowered by a factor.
 

@@ -13,9 +13,8 @@ from lightning_koopman._checks import check_choice, check_positive, check_share,
 from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free, start_segments
 from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import steps_done
-from lightning_koopman.callbacks.lr_schedule import current_rates
 from lightning_koopman.callbacks.outlook import tell_if_short
-from lightning_koopman.callbacks.rate_groups import check_rates, lower_rates, rate_groups
+from lightning_koopman.callbacks.rate_groups import check_rates, chosen_rates, lower_rates, rate_groups
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.reading.phase import Phase
 
@@ -174,21 +173,26 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _reduce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        before, row = max(current_rates(trainer), default=0.0), self.history[-1]
+        before, row = chosen_rates(trainer, self.groups), self.history[-1]
         when, name = self.clock.when(row["epoch"]), type(self).__name__
         told = f"{name}: after {when} the weights hover at the noise floor of the learning rate"
         told += f" (step correlation {row['step_correlation']:.2f})"
         if self.mode == "report":
             if not self.reductions:
-                self.reductions.append({"epoch": row["epoch"], "step": row["step"], "from": before, "to": before})
+                self._note(row, before, before)
                 rank_zero_info(f"{told}: time to lower it.")
             return
         least = [LEAST * rate if self.min_lr is None else self.min_lr for rate in self._first]
         self._lowest = not lower_rates(trainer, self.groups, self.factor, least)
-        now = max(current_rates(trainer))
-        self.reductions.append({"epoch": row["epoch"], "step": row["step"], "from": before, "to": now})
-        rank_zero_info(f"{told}: {before:.2g} to {now:.2g}{', the least' if self._lowest else ''}.")
+        now = chosen_rates(trainer, self.groups)
+        if now == before:  # at their least from the beginning
+            return
+        self._note(row, before, now)
+        rank_zero_info(f"{told}: {max(before):.2g} to {max(now):.2g}{', the least' if self._lowest else ''}.")
         start_segments(trainer, pl_module)
+
+    def _note(self, row: dict[str, Any], before: list[float], now: list[float]) -> None:
+        self.reductions.append({"epoch": row["epoch"], "step": row["step"], "from": max(before), "to": max(now)})
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 

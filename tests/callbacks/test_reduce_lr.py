@@ -173,6 +173,23 @@ def test_all_rates_fall_however_the_steps_are_taken(fit, tmp_path, kind, options
     assert [row["learning_rate"] for row in reduce.history][2:4] == pytest.approx([rates[-1] / 0.3, rates[-1]])
 
 
+def test_rates_of_chosen_groups_are_told_and_the_least_rate_is_left_alone(fit, tmp_path):
+    class Two(Noisy):
+        def configure_optimizers(self) -> Any:
+            fast, slow = self.net[0].parameters(), self.net[-1].parameters()
+            return torch.optim.SGD([{"params": fast, "lr": 0.3}, {"params": slow, "lr": 0.1}], lr=0.1)
+
+    for least, expected in ((None, [(0.1, 0.03)]), (0.1, [])):
+        reduce = ReduceLROnNoiseFloor(groups=[1], min_lr=least, dirpath=tmp_path)
+        read = reduce.recording.read
+        reduce.recording.read = lambda epoch, *given, read=read: (
+            replace(read(epoch, *given), phase=Phase.HOVERING) if epoch == 3 else read(epoch, *given)
+        )
+        trainer = fit(Two(), reduce, epochs=5)
+        assert [(row["from"], pytest.approx(row["to"])) for row in reduce.reductions] == expected
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0.3
+
+
 def test_what_cannot_be_lowered_is_refused_by_name(fit, tmp_path):
     one = lambda o: schedules.OneCycleLR(o, 0.3, total_steps=100)  # noqa: E731
     with pytest.raises(ValueError, match="OneCycleLR sets rates"):
