@@ -69,13 +69,13 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
     bottom.plot(
         at, values["slowing"], color=MUTED, linewidth=1.4, label="slowing: share of the greatest pace that is gone"
     )
-    bottom.set(ylim=(-0.6, 1.05))
+    bottom.set(ylim=(-0.85, 1.05))
     begins = _begins(history, at)
     for where, told in begins.items():
         for axis in (top, bottom):
             axis.axvline(where, color=INK, linewidth=1, linestyle=":")
-        place = {"xytext": (3, 3), "textcoords": "offset points", "rotation": 90, "fontsize": 8, "color": INK}
-        top.annotate(told, (where, 0), xycoords=top.get_xaxis_transform(), **place)
+        place = {"xytext": (3, 0), "textcoords": "offset points", "rotation": 90, "fontsize": 8, "color": INK}
+        top.annotate(told, (where, 0.35), xycoords=top.get_xaxis_transform(), **place)
     if begins:
         bottom.plot([], [], ":", color=INK, label="a new trajectory: another rate, pruned, restarted or other weights")
     bottom.set_xlabel(name, fontsize=9, color=INK)
