@@ -72,6 +72,15 @@ class Trained(Callback):
         self.after.append(weights(pl_module))
 
 
+def step_by_hand(module: pl.LightningModule, loss: torch.Tensor) -> None:
+    """A step of several optimizers, under manual optimization."""
+    for optimizer in module.optimizers():
+        optimizer.zero_grad()
+    module.manual_backward(loss)
+    for optimizer in module.optimizers():
+        optimizer.step()
+
+
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 

@@ -40,9 +40,8 @@ class Compared:
 
     @property
     def learned(self) -> bool:
-        """Whether its loss ever came below half of the baseline loss, for characters of text below two thirds."""
-        share = 2 / 3 if self.setting.problem == "transformer" else 0.5
-        return len(self.rows) > 0 and bool(self.rows[:, 4].min() < share * self.setting.baseline)
+        """Whether its least test loss is that of a network that has learned."""
+        return len(self.rows) > 0 and self.setting.learned(float(self.rows[:, 4].min()))
 
     @cached_property
     def noisy(self) -> bool:

@@ -45,6 +45,10 @@ class Setting:
     def baseline(self) -> float:
         return BASELINES[self.problem]
 
+    def learned(self, loss: float) -> bool:
+        """Whether a loss is below half of the baseline loss, for characters of text below two thirds."""
+        return loss < (2 / 3 if self.problem == "transformer" else 0.5) * self.baseline
+
     @property
     def epochs(self) -> int:
         return {"digits": 80, "friedman": 80, "mnist": 50, "augmented": 50}.get(self.problem, 36)

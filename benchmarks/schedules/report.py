@@ -30,7 +30,6 @@ from lightning_koopman.plots.style import PHASES
 
 EPOCH, VALIDATION, TEST_LOSS, POINTS = 0, 3, 5, 6  # columns of the rows of a training
 LOSS, END = 2, 3  # of its final numbers
-HALF = 0.5  # of the baseline loss: what a training must fall below to count; two thirds for characters of text
 LABELS = {
     CONSTANT: "constant rate, last weights", "cosine whole": "cosine over all epochs",
     AVERAGE: "average and stop, the rate stays", AUTOPILOT: "koopman_autopilot (dotted: the rate falls)",
@@ -131,8 +130,7 @@ class Table:
 
 def _learned(case: Setting, found: Case) -> bool:
     rows = found[CONSTANT]["rows"]
-    most = HALF if case.problem != "transformer" else 2 / 3
-    return len(rows) > 0 and bool(np.nanmin(rows[:, TEST_LOSS]) < most * case.baseline)
+    return len(rows) > 0 and case.learned(float(np.nanmin(rows[:, TEST_LOSS])))
 
 
 def _times(case: Setting) -> float:

@@ -20,7 +20,7 @@ def koopman_autopilot(
 ) -> list[TrajectoryCallback]:
     """Callbacks for a training that starts at a constant learning rate, without schedule, end, or validation data.
 
-    A bad start is drawn anew; the average of the newest weights is validated, saved and kept; the rate falls where the
+    A bad start is drawn again; the average of the newest weights is validated, saved and kept; the rate falls where the
     weights hover at its noise floor; and training ends where they have converged, or hover at the least rate.  They
     share one trajectory of 30 snapshots.  ``max_epochs`` of the Trainer is a ceiling.
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from lightning_koopman.callbacks.rate_groups import rate_groups
+
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
@@ -22,7 +24,7 @@ WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is
 
 def current_rates(trainer: pl.Trainer) -> list[float]:
     """Learning rates of all parameter groups of all optimizers; those that set none themselves are left out."""
-    given = (group.get("lr") for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    given = (group.get("lr") for group in rate_groups(trainer))
     return [float(rate) for rate in given if isinstance(rate, (Real, torch.Tensor))]
 
 

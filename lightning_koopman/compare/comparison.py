@@ -17,7 +17,8 @@ from scipy.stats import permutation_test, wasserstein_distance
 
 from lightning_koopman._checks import check_choice, check_count, check_share
 from lightning_koopman._types import Array
-from lightning_koopman.compare.signature import GRID, Run, Signature, signatures
+from lightning_koopman.compare.signature import Run, Signature, signatures
+from lightning_koopman.reading.steps import FREQUENCIES
 
 SHUFFLES = 9999  # of the runs between two groups, where there are more ways to split them
 
@@ -184,8 +185,7 @@ def eigenvalue_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
 def _distances(found: list[Signature]) -> Iterator[tuple[str, Callable[[Signature, Signature], float]]]:
     yield "eigenvalues", lambda a, b: eigenvalue_distance(a.eigenvalues, b.eigenvalues)
     if all(each.measure is not None for each in found):
-        at = np.linspace(0.0, 0.5, GRID)
-        yield "steps", lambda a, b: float(wasserstein_distance(at, at, a.measure, b.measure))
+        yield "steps", lambda a, b: float(wasserstein_distance(FREQUENCIES, FREQUENCIES, a.measure, b.measure))
 
 
 def _matrix(found: list[Signature], distance: Callable[[Signature, Signature], float]) -> Array:

@@ -14,11 +14,11 @@ import numpy as np
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Complex, Spectrum
+from lightning_koopman.reading.steps import FREQUENCIES, step_density
 from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder
 from lightning_koopman.trajectory.trajectory import Trajectory
 
 FILE = "trajectory.npz"  # in a monitor's folder
-GRID = 65  # frequencies of the spectral measure, from 0 to half a turn a round
 LEAST = 6  # snapshots; fewer have no spectrum worth comparing
 
 Run = Trajectory | Spectrum | str | os.PathLike[str]
@@ -62,10 +62,14 @@ def signatures(runs: Sequence[Run], rank: int) -> list[Signature]:
     if spectra:
         return _of_spectra(spectra, len(runs), rank)
     factors = _aligned([_recorded(run) for run in runs])
-    least = min(rank, *(decompose(each, refine=False).rank for each in factors))
+    found = [decompose(each, max_rank=rank, refine=False) for each in factors]
+    least = min(each.rank for each in found)
     return [
-        Signature(decompose(each, max_rank=least, refine=False).eigenvalues, step_measure(np.diff(each)))
-        for each in factors
+        Signature(
+            (known if known.rank == least else decompose(factor, max_rank=least, refine=False)).eigenvalues,
+            step_measure(np.diff(factor)),
+        )
+        for known, factor in zip(found, factors, strict=True)
     ]
 
 
@@ -145,11 +149,9 @@ def step_measure(steps: Array) -> Array:
     units = steps[:, lengths > 0] / lengths[lengths > 0]
     count = units.shape[1]
     if not count:
-        return np.full(GRID, 1.0 / GRID)
+        return np.full(FREQUENCIES.size, 1.0 / FREQUENCIES.size)
     first, second = np.triu_indices(count, 1)
     sums = np.bincount(second - first, (units.T @ units)[first, second], minlength=count)[1:]
-    frequencies = np.linspace(0.0, 0.5, GRID)
-    density = 1 + 2 / count * np.cos(2 * np.pi * np.outer(frequencies, np.arange(1, count))) @ sums
-    density = np.maximum(density, 0.0)
+    density = step_density(sums, count)
     shares: Array = density / density.sum()
     return shares

@@ -9,8 +9,10 @@ Mezić 2020).  Nothing but inner products of the steps enters, however many weig
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from lightning_koopman._types import Array
 
@@ -19,7 +21,8 @@ NEWEST = 24  # steps that are read: older ones are of another time
 APART = 3  # rounds between steps that momentum does not link
 SURE = 4.0  # standard errors beyond the walk's
 ONWARD = 0.03  # mean cosine of distant steps from which the weights go somewhere
-GRID = 65  # frequencies of the density, from 0 to half a turn a round
+FREQUENCIES = np.linspace(0.0, 0.5, 65)  # of the density, in turns a round
+FREQUENCIES.setflags(write=False)  # shared by all readings
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +79,17 @@ class StepStatistics:
         return float(self.frequencies[at]), float(self.density[at])
 
 
+def step_density(sums: npt.NDArray[Any], count: int) -> Array:
+    """Spectral density (g,), ≥ 0, of unit steps at :data:`FREQUENCIES`: a Fejér sum.
+
+    Args:
+        sums: Array (count − 1,): their inner products, summed over all pairs so many rounds apart, from 1 on.
+        count: Number of steps, ≥ 1.
+    """
+    density: Array = 1 + 2 / count * np.cos(2 * np.pi * np.outer(FREQUENCIES, np.arange(1, count))) @ sums
+    return np.maximum(density, 0.0)
+
+
 def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatistics | None:
     """Statistics of the newest steps.
 
@@ -102,8 +116,6 @@ def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatisti
     spread = np.sqrt(np.sum((pairs - correlation[lags - 1]) ** 2) / max(pairs.size - (count - 1), 1))
     spread = float(np.hypot(spread, 0.0 if sketched is None else 1.0 / np.sqrt(sketched)))
     apart = lags >= max(APART, count // 3)
-    frequencies = np.linspace(0.0, 0.5, GRID)
-    density = 1 + 2 / count * np.cos(2 * np.pi * np.outer(frequencies, np.arange(1, count))) @ sums
     at = np.arange(count) - (count - 1) / 2
     logs = np.log(lengths)
     slope = float(at @ logs / (at @ at))
@@ -114,8 +126,8 @@ def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatisti
         errors=spread / np.sqrt(numbers),
         onward=float(pairs[apart].mean()),
         onward_error=spread / float(np.sqrt(np.count_nonzero(apart))),
-        frequencies=frequencies,
-        density=np.maximum(density, 0.0),
+        frequencies=FREQUENCIES,
+        density=step_density(sums, count),
         density_error=2 * spread * float(np.sqrt(pairs.size)) / count,
         growth=float(np.exp(slope)),
         growth_error=float(np.sqrt(rest @ rest / max(count - 2, 1) / (at @ at))),

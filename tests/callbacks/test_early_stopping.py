@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hovering import step_by_hand
 from torch import nn
 
 from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanSpectrumMonitor, KoopmanWarning, StoppingReason
@@ -360,11 +361,7 @@ def test_manual_optimization_with_two_optimizers(fit, classifier, tmp_path):
 
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
+            step_by_hand(self, loss)
             self.log("my_loss", loss.detach(), on_step=False, on_epoch=True)
             return loss if self.returns else None
 

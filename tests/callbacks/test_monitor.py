@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hovering import step_by_hand
 from problems import assert_recorded, distance
 from torch import nn
 
@@ -228,11 +229,7 @@ def test_manual_optimization_with_two_optimizers(trainer, regression):
 
         def training_step(self, batch, batch_idx):
             loss = nn.functional.mse_loss(self(batch[0]), batch[1])
-            for optimizer in self.optimizers():
-                optimizer.zero_grad()
-            self.manual_backward(loss)
-            for optimizer in self.optimizers():
-                optimizer.step()
+            step_by_hand(self, loss)
 
     monitor = KoopmanSpectrumMonitor()
     trainer(callbacks=monitor).fit(Manual())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from hovering import Net, Trained
+from hovering import Net, Trained, step_by_hand
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch.optim import lr_scheduler as schedules
 
@@ -132,6 +132,14 @@ def test_chosen_groups_tensors_and_plateaus():
     assert first.param_groups[0]["lr"] == pytest.approx(0.39)
 
 
+def say_hovering(reduce: ReduceLROnNoiseFloor, at: int) -> None:
+    """Let the reading after an epoch be that of weights that hover."""
+    read = reduce.recording.read
+    reduce.recording.read = lambda epoch, *given: (
+        replace(read(epoch, *given), phase=Phase.HOVERING) if epoch == at else read(epoch, *given)
+    )
+
+
 class Manual(Noisy):
     """Two optimizers, stepped by hand."""
 
@@ -144,11 +152,7 @@ class Manual(Noisy):
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         loss = super().training_step(batch, batch_idx)
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-        self.manual_backward(loss)
-        for optimizer in self.optimizers():
-            optimizer.step()
+        step_by_hand(self, loss)
         return loss
 
 
@@ -162,10 +166,7 @@ class Manual(Noisy):
 )
 def test_all_rates_fall_however_the_steps_are_taken(fit, tmp_path, kind, options, rates):
     reduce = ReduceLROnNoiseFloor(dirpath=tmp_path)
-    read = reduce.recording.read
-    reduce.recording.read = lambda epoch, *given: (
-        replace(read(epoch, *given), phase=Phase.HOVERING) if epoch == 3 else read(epoch, *given)
-    )
+    say_hovering(reduce, 3)
     trainer = fit(kind(), reduce, epochs=5, **options)
     assert [row["epoch"] for row in reduce.reductions] == [3]
     found = [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -181,10 +182,7 @@ def test_rates_of_chosen_groups_are_told_and_the_least_rate_is_left_alone(fit, t
 
     for least, expected in ((None, [(0.1, 0.03)]), (0.1, [])):
         reduce = ReduceLROnNoiseFloor(groups=[1], min_lr=least, dirpath=tmp_path)
-        read = reduce.recording.read
-        reduce.recording.read = lambda epoch, *given, read=read: (
-            replace(read(epoch, *given), phase=Phase.HOVERING) if epoch == 3 else read(epoch, *given)
-        )
+        say_hovering(reduce, 3)
         trainer = fit(Two(), reduce, epochs=5)
         assert [(row["from"], pytest.approx(row["to"])) for row in reduce.reductions] == expected
         assert trainer.optimizers[0].param_groups[0]["lr"] == 0.3

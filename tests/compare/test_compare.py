@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from lightning_koopman import KoopmanSpectrumMonitor, Trajectory, compare_trainings, dmd_rrr, plot_comparison
 from lightning_koopman.compare.__main__ import main
 from lightning_koopman.compare.comparison import eigenvalue_distance
-from lightning_koopman.compare.signature import GRID, step_measure
+from lightning_koopman.compare.signature import step_measure
+from lightning_koopman.reading.steps import FREQUENCIES
 
 N, TIME = 60, 14
 
@@ -47,8 +48,7 @@ def test_the_distance_of_eigenvalues_is_the_cheapest_assignment(count, seed):
 def test_the_measure_of_steps_is_a_sum_over_all_pairs():
     steps = np.random.default_rng(0).standard_normal((7, 9))
     units = steps / np.linalg.norm(steps, axis=0)
-    at = np.linspace(0, 0.5, GRID)
-    density = [np.linalg.norm(units @ np.exp(2j * np.pi * f * np.arange(9))) ** 2 for f in at]
+    density = [np.linalg.norm(units @ np.exp(2j * np.pi * f * np.arange(9))) ** 2 for f in FREQUENCIES]
     np.testing.assert_allclose(step_measure(steps), density / np.sum(density), rtol=1e-9)
     np.testing.assert_allclose(step_measure(np.zeros((3, 4))).sum(), 1)
 
