@@ -1,4 +1,4 @@
-"""Checks of arguments: the type first, then the range.  Each returns the value as a plain Python one."""
+"""Argument checks: the type first, then the range.  Each returns the value in a plain type."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ MOST = sys.float_info.max
 
 
 def is_number(value: object) -> bool:
-    """Whether it is a finite real number."""
-    if isinstance(value, int):  # which knows no bound
+    """Return whether a value is a finite real number."""
+    if isinstance(value, int):  # Python integers have no upper bound
         return not isinstance(value, bool) and -MOST <= value <= MOST
     return isinstance(value, Real) and -MOST <= float(value) <= MOST
 
 
 def is_count(value: object, least: int = 1) -> bool:
-    """Whether it is a whole number and large enough."""
+    """Return whether a value is a whole number of at least ``least``."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
 
 
 def check_count(name: str, value: object, least: int, advice: str = "", *, most: float = math.inf) -> int:
-    """A whole number from ``least`` to ``most``; raise ValueError if it is none."""
+    """Return a whole number from ``least`` to ``most``; raise ValueError for anything else."""
     if not is_count(value, least):
         raise ValueError(f"{name} must be at least {least} and whole, got {value!r}{_colon(advice)}.")
     if value > most:  # type: ignore[operator]
@@ -42,28 +42,28 @@ def check_count(name: str, value: object, least: int, advice: str = "", *, most:
 
 
 def check_positive(name: str, value: object, advice: str = "") -> float:
-    """A positive, finite number; raise ValueError if it is none."""
+    """Return a positive, finite number; raise ValueError for anything else."""
     if not is_number(value) or not float(value) > 0:  # type: ignore[arg-type]
         raise ValueError(f"{name} must be positive and finite, got {value!r}{_colon(advice)}.")
     return float(value)  # type: ignore[arg-type]
 
 
 def check_share(name: str, value: object, advice: str = "", *, closed: bool = False) -> float:
-    """A number in (0, 1), or with ``closed`` in (0, 1]; raise ValueError if it is none."""
+    """Return a number in (0, 1), or in (0, 1] if ``closed``; raise ValueError for anything else."""
     if not is_number(value) or not (0 < float(value) < 1 or (closed and value == 1)):  # type: ignore[arg-type]
         raise ValueError(f"{name} must lie in (0, 1{']' if closed else ')'}, got {value!r}{_colon(advice)}.")
     return float(value)  # type: ignore[arg-type]
 
 
 def check_choice(name: str, value: T, choices: Sequence[object], advice: str = "") -> T:
-    """One of some values; raise ValueError if it is none."""
+    """Return one of the given choices; raise ValueError for anything else."""
     if not isinstance(value, (str, type(None))) or value not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}{_colon(advice)}.")
     return str(value) if isinstance(value, str) else value  # type: ignore[return-value]
 
 
 def check_flag(name: str, value: object) -> bool:
-    """True or False; raise ValueError if it is neither."""
+    """Return True or False; raise ValueError for anything else."""
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(f"{name} must be True or False, got {value!r}.")
     return bool(value)
@@ -74,25 +74,25 @@ def _colon(advice: str) -> str:
 
 
 def check_fraction(name: str, value: object, advice: str = "") -> float:
-    """A number in [0, 1); raise ValueError if it is none."""
+    """Return a number in [0, 1); raise ValueError for anything else."""
     if not is_number(value) or not 0 <= float(value) < 1:  # type: ignore[arg-type]
         raise ValueError(f"{name} must lie in [0, 1), got {value!r}{_colon(advice)}.")
     return float(value)  # type: ignore[arg-type]
 
 
 def check_instance(name: str, value: T, kinds: type | tuple[type, ...], advice: str) -> T:
-    """An object of a kind; raise TypeError if it is none."""
+    """Return an instance of the given classes; raise TypeError for anything else."""
     if not isinstance(value, kinds):
         raise TypeError(f"{name} must be {advice}, got {type(value).__name__}: {_short(value)}.")
     return value
 
 
 def check_function(name: str, value: T, advice: str, arguments: int = 1) -> T:
-    """Something that can be called with so many arguments; raise TypeError if it is none."""
+    """Return a callable that takes the given number of arguments; raise TypeError for anything else."""
     try:
         if callable(value) and (isinstance(value, type) or signature(value).bind(*[None] * arguments)):
             return value
-    except ValueError:  # built in, without a signature
+    except ValueError:  # a built-in without a signature
         return value
     except TypeError:
         pass
@@ -100,7 +100,7 @@ def check_function(name: str, value: T, advice: str, arguments: int = 1) -> T:
 
 
 def check_path(name: str, value: object) -> Path:
-    """A path; raise TypeError or ValueError if it is none."""
+    """Return a path; raise TypeError or ValueError for anything else."""
     if not isinstance(value, (str, bytes, os.PathLike)):
         raise TypeError(f"{name} must be a path, got {type(value).__name__}: {_short(value)}.")
     text = os.fsdecode(value)
@@ -110,7 +110,7 @@ def check_path(name: str, value: object) -> Path:
 
 
 def hold_words(values: object) -> bool:
-    """Whether words, records, or nothing at all, stand among the numbers of something like an array."""
+    """Return whether an array-like has strings, records or None among its entries."""
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError):
@@ -122,12 +122,12 @@ def hold_words(values: object) -> bool:
 
 
 def real_array(name: str, value: object) -> npt.NDArray[Any]:
-    """Real numbers of any kind as a NumPy array, float32 where they are, else float64; raise TypeError else.
+    """Return real numbers as a NumPy array, float32 or else float64; raise TypeError for anything else.
 
-    Tensors that require a gradient, other byte orders, negative strides, tables of pandas and integers are such.
+    Accepts tensors that require a gradient, integers, pandas tables, negative strides and other byte orders.
     """
     if isinstance(value, np.ma.MaskedArray) and np.any(value.mask):
-        raise TypeError(f"{name} has masked entries: fill them, or leave them out.")
+        raise TypeError(f"{name} has masked entries: fill or remove them.")
     if isinstance(value, torch.Tensor):
         if value.is_complex() or value.is_sparse or value.device.type == "meta":
             raise TypeError(
@@ -149,12 +149,12 @@ def real_array(name: str, value: object) -> npt.NDArray[Any]:
 
 
 def whole_numbers(name: str, value: object, least: int, most: int) -> npt.NDArray[np.int64]:
-    """Whole numbers as an array (s,); raise ValueError or TypeError if they are none, or out of their range."""
+    """Return whole numbers as an array (s,); raise ValueError or TypeError if they are not, or out of range."""
     array = np.atleast_1d(real_array(name, value))
     listed = value if isinstance(value, (list, tuple)) else [value]
     flags = any(getattr(each, "dtype", type(each)) in (bool, np.bool_, torch.bool) for each in listed)
     if flags or array.ndim != 1 or not ((least <= array) & (array <= most)).all() or (array % 1).any():
-        raise ValueError(f"{name} must be whole numbers (s,) between {least} and {most}, got {_short(value)}.")
+        raise ValueError(f"{name} must be whole numbers of shape (s,) from {least} to {most}, got {_short(value)}.")
     return array.astype(np.int64)
 
 

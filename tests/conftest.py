@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from problems import record
+from problems import ACCELERATOR, record
 from sklearn.datasets import load_digits
 from torch import nn
 
@@ -50,7 +50,7 @@ def trainer(root: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     def build(**options: Any) -> Any:
         defaults = {
-            "accelerator": "cpu",
+            "accelerator": ACCELERATOR,
             "logger": False,
             "enable_checkpointing": False,
             "enable_progress_bar": False,

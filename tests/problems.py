@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,8 @@ from tqdm import tqdm
 
 from lightning_koopman import Trajectory
 from lightning_koopman.demo.cnn import PaperCNN
+
+ACCELERATOR = os.environ.get("LIGHTNING_KOOPMAN_ACCELERATOR", "cpu")  # where tests train: "gpu" for a machine with one
 
 
 def linear_system(eigenvalues: list[complex], n: int, time: int, seed: int = 0, noise: float = 0.0) -> np.ndarray:

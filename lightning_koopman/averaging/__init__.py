@@ -1,1 +1,1 @@
-"""Averages of the weights: which snapshots, how much of each, and which of several averages is best."""
+"""Averages of the weights: the share of each snapshot, and the choice between several averages."""

@@ -18,20 +18,20 @@ from lightning_koopman.averaging.profiles import PROFILES
 from lightning_koopman.reading.steps import step_statistics
 from lightning_koopman.trajectory.trajectory import Trajectory
 
-AT_ONCE = 2**26  # numbers of several averages that are held at a time
+AT_ONCE = 2**26  # elements of several averages held in memory at a time
 LOSS = "a function of a tensor (n,) of weights that returns their loss, or an array of losses on several batches"
 
 
 @dataclass(frozen=True, eq=False)
 class AveragedWeights:
-    """An average of the weights: what :func:`averaged_weights` returns.
+    """An average of the weights, as :func:`averaged_weights` returns it.
 
     Attributes:
-        values: Tensor (n,).
-        coefficients: Array (time,): the share of each snapshot; they add up to 1.
-        length: Snapshots that it was made from; 1 is the last weights.
-        tried: The lengths that were compared, shortest first.
-        losses: Array (tried, batches) of their losses; empty where none was asked for.
+        values: Tensor (n,): the averaged weights.
+        coefficients: Array (time,): share of each snapshot; they sum to 1.
+        length: Number of snapshots averaged; 1 is the last weights.
+        tried: Lengths that were compared, shortest first.
+        losses: Array (tried, batches): losses of these lengths; empty without a loss function.
 
     Example:
         >>> import torch
@@ -60,33 +60,32 @@ def averaged_weights(
     loss: Callable[[Tensor], Any] | None = None,
     scale: float | None = None,
 ) -> AveragedWeights:
-    r"""Average of the newest snapshots of the weights.
+    r"""Average the newest snapshots of the weights.
 
-    Weights that hover about a point at the noise floor of a learning rate are better where they are averaged; weights
-    that still go somewhere are worse.  How many snapshots to take is therefore found out: by ``loss``, which is asked
-    about a few lengths and for which a few batches of the *training* data will do; the longest average is taken that
-    no other is better than by more than 0.025 % of ``scale``.  Without it the correlation of the steps decides, more
-    carefully.
+    Averaging improves weights that hover around a point at the noise floor of a learning rate, and worsens weights that
+    still make progress.  So the number of snapshots is chosen from the data.  With ``loss``, averages of a few lengths
+    are compared; a few batches of the *training* data suffice.  The longest average is chosen that no other one beats
+    by more than 0.025 % of ``scale``.  Without ``loss`` the correlation of the steps decides, more cautiously.
 
     Args:
-        trajectory: The weights' snapshots.
-        profile: ``"tail"``, equal parts of the newest snapshots; ``"ramp"``, parts that grow as :math:`t^p`;
-            ``"fixed_point"``, the combination that moves least, regularised by the noise of the steps;
+        trajectory: Snapshots of the weights.
+        profile: ``"tail"``, equal shares of the newest snapshots; ``"ramp"``, shares that grow as :math:`t^p`;
+            ``"fixed_point"``, the combination that moves least, regularized by the noise of the steps;
             ``"persistent"``, the Koopman reconstruction by the modes at 1 (paper, section 4), which fits the noise;
-            ``"auto"``, a tail whose length is found out.
-        length: Snapshots to average, ≥ 1, or several lengths to choose from by ``loss`` (default: all that are held,
-            or, of ``"auto"``, what is found out).
+            ``"auto"``, a tail of chosen length.
+        length: Number of snapshots to average, ≥ 1, or several lengths to choose from by ``loss`` (default: all that
+            are held; for ``"auto"``, chosen as above).
         power: p of the ramp, > 0.
-        loss: Gives the loss of weights, tensor (n,), or an array (batches,) of losses on a few batches, the same at
-            each call.
-        scale: Loss that differences are relative to, > 0, such as ln C for C classes (default: each counts).
+        loss: Function of weights, a tensor (n,), that returns their loss, or an array (batches,) of losses on a few
+            batches, the same at each call.
+        scale: Loss that differences are relative to, > 0, such as ln C for C classes (default: any difference counts).
 
     Returns:
         The average.
 
     Raises:
-        TypeError: If ``trajectory`` is none, or ``loss`` no function.
-        ValueError: If an argument is out of its range, the trajectory is empty or holds only sketches.
+        TypeError: If ``trajectory`` is not a Trajectory, or ``loss`` not a function.
+        ValueError: If an argument is out of range, or the trajectory is empty or holds only sketches.
 
     Example:
         >>> import torch
@@ -118,27 +117,27 @@ def averaged_weights(
 
 
 def check_average(profile: str, length: int | Sequence[int] | None, power: float) -> None:
-    """Raise ValueError or TypeError for arguments of an average that are out of their range."""
+    """Raise ValueError or TypeError if an argument of an average is out of range."""
     check_choice("profile", profile, PROFILES)
     check_positive("power", power)
     if isinstance(length, (list, tuple)) and length:
         for each in length:
             check_count("length", each, 1)
     elif length is not None:
-        check_count("length", length, 1, "it is a number of snapshots, a list of such numbers, or None")
+        check_count("length", length, 1, "pass a number of snapshots, a list of such numbers, or None")
 
 
 def lengths_to_try(
     trajectory: Trajectory, profile: str, length: int | Sequence[int] | None, *, held: int, compared: bool
 ) -> list[int]:
-    """The lengths to try, shortest first.
+    """Return the lengths to try, shortest first.
 
     Args:
         trajectory: The snapshots.
         profile: As for :func:`averaged_weights`.
-        length: As for it.
-        held: Newest snapshots that may be averaged.
-        compared: Whether their losses will be compared; else there is one length.
+        length: As for :func:`averaged_weights`.
+        held: Number of newest snapshots that may be averaged.
+        compared: Whether losses will be compared; if not, only one length is returned.
     """
     if length is not None:
         asked = [length] if isinstance(length, (int, np.integer)) else length
@@ -162,10 +161,10 @@ def choose(
     loss: Callable[[Array], Sequence[Array]] | None = None,
     scale: float | None = None,
 ) -> tuple[Array, int, Array]:
-    """The best of several lengths, by a function of the coefficients (lengths, time); see :func:`averaged_weights`.
+    """Choose the best of several lengths by a loss of coefficients (lengths, time); see :func:`averaged_weights`.
 
     Returns:
-        Coefficients (time,), index of the length, and the losses (lengths, batches).
+        Coefficients (time,), index of the chosen length, and the losses (lengths, batches).
     """
     given = [coefficients(trajectory, profile, each, power) for each in lengths]
     if loss is None:
@@ -176,19 +175,19 @@ def choose(
 
 
 def combined(trajectory: Trajectory, rows: Array) -> Iterator[Tensor]:
-    """Averages by their coefficients (lengths, time), one at a time: in one pass where they fit into memory."""
+    """Yield the averages of given coefficients (lengths, time), computed in one pass if they fit into memory."""
     step = len(rows) if trajectory.n * len(rows) <= AT_ONCE else 1
     for start in range(0, len(rows), step):
         yield from trajectory.combine(rows[start : start + step])
 
 
 def coefficients(trajectory: Trajectory, profile: str, length: int, power: float = 1.0) -> Array:
-    """Coefficients (time,) of an average of the newest ``length`` snapshots."""
+    """Return the coefficients (time,) of an average of the newest ``length`` snapshots."""
     if length == 1 or profile in ("auto", "tail"):
         parts = profiles.tail(length)
     elif profile == "ramp":
         parts = profiles.ramp(length, power)
-    elif profile == "fixed_point":  # the oldest snapshot held has no step that ends at it
+    elif profile == "fixed_point":  # no step ends at the oldest snapshot held
         parts = profiles.fixed_point(trajectory.step_gram()[-length:, -length:])
     else:
         return persistent(trajectory, length=length)[0]
@@ -196,6 +195,6 @@ def coefficients(trajectory: Trajectory, profile: str, length: int, power: float
 
 
 def _losses(values: npt.ArrayLike | Tensor) -> Array:
-    """What a loss function returned, as an array (batches,)."""
+    """Convert what a loss function returned to an array (batches,)."""
     found = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
     return found.reshape(-1)

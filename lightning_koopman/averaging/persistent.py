@@ -1,4 +1,4 @@
-"""What of a trajectory stays: its Koopman reconstruction at the last snapshot by the modes at 1."""
+"""The persistent part of a trajectory: its Koopman reconstruction at the last snapshot by the modes at 1."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from lightning_koopman.trajectory.trajectory import Trajectory
 def persistent(
     trajectory: Trajectory, *, length: int | None = None, radius: float = 0.05, rule: str = "cluster", tol: float = 1e-3
 ) -> tuple[Array, Spectrum, Mask]:
-    """How the snapshots combine to the part that stays (paper, section 4).
+    """Compute the combination of snapshots that gives the persistent part (paper, section 4).
 
-    The paper prunes where this is small.  It includes the mode at eigenvalue 1 and the modes ranked above; the
-    reconstruction at the first snapshot is of no use, since there the parts that later fade still cancel each other.
+    The paper prunes weights where this part is small.  It includes the mode at eigenvalue 1 and the modes ranked above
+    it.  It is reconstructed at the last snapshot: at the first, the parts that fade later still cancel each other.
 
     Args:
         trajectory: At least two snapshots of the weights.
-        length: Use only so many of the newest snapshots, ≥ 2 (default: all).
+        length: Number of newest snapshots to use, ≥ 2 (default: all).
         radius: Radius of the cluster at 1, > 0.
         rule: ``"cluster"`` or ``"paper"``: see :meth:`Spectrum.persistent`.
         tol: Relative singular value below which directions count as zero, in [0, 1).
 
     Returns:
-        Array (time,) for :meth:`Trajectory.combine`, the spectrum, and boolean array (k,): the modes that stay.
+        Array (time,) for :meth:`Trajectory.combine`, the spectrum, and boolean array (k,): the persistent modes.
 
     Raises:
-        ValueError: If there are too few snapshots, or an argument is out of its range.
+        ValueError: If there are too few snapshots, or an argument is out of range.
     """
     spectrum = trajectory.spectrum(last=length, tol=tol, refine=False)
     modes = spectrum.persistent(radius, rule=rule)

@@ -1,3 +1,3 @@
-"""Lightning callbacks: they decide when; the numerics they call know nothing of Lightning."""
+"""Lightning callbacks, which decide when to act. The numerics they call do not depend on Lightning."""
 
-import lightning_koopman.callbacks.roots  # noqa: F401 - before anything else imports a root of Lightning
+import lightning_koopman.callbacks.roots  # noqa: F401 - must run before anything else imports Lightning

@@ -1,4 +1,4 @@
-"""All callbacks that act on a training, together."""
+"""All callbacks that control training, as one list."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ def koopman_autopilot(
     every_n_steps: int | None = None,
     dirpath: str | os.PathLike[str] | None = None,
 ) -> list[TrajectoryCallback]:
-    """Callbacks for a training that starts at a constant learning rate, without schedule, end, or validation data.
+    """Return callbacks for training at a constant learning rate, with no schedule, fixed length or validation data.
 
-    A bad start is drawn again; the average of the newest weights is validated, saved and kept; the rate falls where the
-    weights hover at its noise floor; and training ends where they have converged, or hover at the least rate.  They
-    share one trajectory of 30 snapshots.  ``max_epochs`` of the Trainer is a ceiling.
+    Bad weights are reinitialized. The average of the newest weights is validated, saved and kept. The learning rate is
+    reduced when the weights hover at its noise floor. Training ends when they have converged, or hover at the lowest
+    rate. The callbacks share one trajectory of 30 snapshots. ``max_epochs`` of the Trainer is an upper limit.
 
     Args:
-        factor: What the learning rate is multiplied by, in (0, 1).
+        factor: Factor by which the learning rate is reduced, in (0, 1).
         baseline_loss: Loss of a network that ignores its input, > 0 (default: measured).
-        every_n_steps: Optimizer steps that take the place of an epoch, ≥ 1.
-        dirpath: Local folder below which all of them write (default: the run's log folder).
+        every_n_steps: Optimizer steps that replace an epoch, ≥ 1.
+        dirpath: Local folder below which all callbacks write (default: the run's log folder).
 
     Returns:
         :class:`RestartOnBadInitialization`, :class:`ReduceLROnNoiseFloor`, :class:`KoopmanWeightAveraging` and
         :class:`EarlyStopOnUnitEigenvalues`.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> from lightning_koopman import koopman_autopilot

@@ -1,4 +1,4 @@
-"""What checkpoints hold where weights are averaged: the average, which was validated, and the weights in training."""
+"""Checkpoints of runs with averaged weights: they hold the validated average and the weights in training."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, is
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-TRAINED = "koopman_trained_weights"  # in checkpoints: the weights and buffers that training goes on from
-COLLECT = "lightning_module_state_dict"  # the strategy's method
+TRAINED = "koopman_trained_weights"  # checkpoint key of the weights and buffers in training
+COLLECT = "lightning_module_state_dict"  # name of the strategy's method
 
 
 class AveragedCheckpoints:
-    """Lets the state that a strategy collects for checkpoints, with or without all else, be the average.
+    """Makes a strategy save the average in ``state_dict``, in full and weights-only checkpoints.
 
     Args:
-        average: What takes the place of the weights.
+        average: The average to save.
     """
 
     def __init__(self, average: WeightAverage) -> None:
         self._average = average
         self._strategy: Any = None
-        self._average_loaded: dict[str, Any] = {}  # from a checkpoint, until training starts
-        self._collect: Callable[[], dict[str, Any]] | None = None  # the strategy's own method
+        self._average_loaded: dict[str, Any] = {}  # the checkpoint's average, until training starts
+        self._collect: Callable[[], dict[str, Any]] | None = None  # the strategy's original method
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_strategy": None, "_collect": None, "_average_loaded": {}}
 
     def watch(self, trainer: pl.Trainer, module: pl.LightningModule, choose: Callable[[], None]) -> None:
-        """Collect averages, each after it was chosen, until :meth:`release`."""
+        """Make the strategy save the average until :meth:`release`, calling ``choose`` before each."""
         self.release()
         strategy: Any = trainer.strategy
         collect = self._collect = getattr(strategy, COLLECT)
@@ -51,13 +51,13 @@ class AveragedCheckpoints:
         self._strategy = strategy
 
     def release(self) -> None:
-        """Leave the strategy as it was."""
+        """Restore the strategy's original method."""
         strategy, self._strategy, self._collect = self._strategy, None, None
         if strategy is not None:
             vars(strategy).pop(COLLECT, None)
 
     def add_trained(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Add the weights in training to a checkpoint, as far as they are others than the average."""
+        """Add to a checkpoint the weights in training that differ from the average."""
         if self._collect is None:
             return
         with self._average.held(trainer, module, average=False):
@@ -67,18 +67,18 @@ class AveragedCheckpoints:
 
     @torch.no_grad()
     def restore_trained(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Go on from the weights in training."""
+        """Load the weights in training from a checkpoint."""
         trained = checkpoint.get(TRAINED, {})
         average = checkpoint.get("state_dict", {})
         self._average_loaded = {name: average[name] for name in trained if name in average}
         self._load(trainer, module, trained)
 
     def training_starts(self) -> None:
-        """There will be a new average."""
+        """Discard the checkpoint's average, as training produces a new one."""
         self._average_loaded = {}
 
     def fit_ends(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Leave the checkpoint's average in the module where there was nothing left to train."""
+        """Put the checkpoint's average into the module if nothing was left to train."""
         loaded, self._average_loaded = self._average_loaded, {}
         self._load(trainer, module, loaded)
 
@@ -86,7 +86,7 @@ class AveragedCheckpoints:
     def _load(self, trainer: pl.Trainer, module: pl.LightningModule, state: dict[str, Any]) -> None:
         root = outermost(trainer, module)
         if not is_sharded(root):
-            module.load_state_dict(state, strict=False)  # the module may have names of its own for them
+            module.load_state_dict(state, strict=False)  # the module may use its own names
             return
         chunks, known = local_chunks(root), named_tensors(root, module)
         for name, value in state.items():
@@ -97,26 +97,26 @@ class AveragedCheckpoints:
 
 
 def check_collects_whole_states(trainer: pl.Trainer) -> None:
-    """Raise ValueError if a run's checkpoints are sharded, so that they have no place for a second set of weights."""
+    """Raise ValueError if a run writes sharded checkpoints, which cannot hold a second set of weights."""
     strategy: Any = trainer.strategy
     by_parts = is_kind(strategy, "ModelParallelStrategy") and strategy._save_distributed_checkpoint
     if by_parts or (is_kind(strategy, "FSDPStrategy") and strategy._state_dict_type == "sharded"):
         option = "save_distributed_checkpoint=False" if by_parts else "state_dict_type='full'"
         raise ValueError(
-            f"strategy {type(strategy).__name__} writes sharded checkpoints, which cannot hold the average beside the "
-            f"weights in training: pass it {option}."
+            f"strategy {type(strategy).__name__} writes sharded checkpoints, which cannot hold both the average and "
+            f"the weights in training: create it with {option}."
         )
 
 
 def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """A copy in which tensors that share memory still do."""
+    """Return a deep copy in which tensors that shared memory still do."""
     return copy.deepcopy(
         {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
     )
 
 
 def _equal(value: Any, other: Any) -> bool:
-    """Whether two entries of a state are the same; entries that are no tensors are those of the module in any case."""
+    """Return whether two entries of a state are equal. Non-tensors count as equal, as averaging keeps them."""
     if not isinstance(value, Tensor) or not isinstance(other, Tensor):
         return True
     return value.shape == other.shape and torch.equal(value, other)

@@ -1,4 +1,4 @@
-"""Evaluate, save and keep an average of the weights."""
+"""Validate, save and keep an average of the weights."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ if TYPE_CHECKING:
 COLUMNS = ("epoch", "step", "average_length", "last_loss", "average_loss")
 SEARCHED = 1, 2, 5, 12, 30
 UNKNOWN = {"average_length": 1.0}
-FIT = "fit"  # not a validation of its own
+FIT = "fit"  # `trainer.state.fn` during `fit`, as opposed to `validate`
 
 
 class KoopmanWeightAveraging(TrajectoryCallback):
-    r"""Evaluate, save and keep an average of the weights after the newest epochs in place of the last weights.
+    r"""Validate, save and keep an average of the newest weights in place of the last weights.
 
-    Weights that hover about a point at the noise floor of their learning rate are better where they are averaged:
-    often better than after any single epoch.  Weights that still go somewhere are worse.  So the number of snapshots to
-    average is chosen again for each validation and checkpoint.  A few lengths, the last weights among them, are
-    compared by their loss on four *training* batches, forward only.  The longest is taken whose loss is within 0.025 %
-    of the least, relative to the baseline loss (or the range of the losses so far).  Neither validation data nor a
-    constant is needed.
+    At the noise floor of a learning rate the weights hover about a point. Their average is then better than the last
+    weights, and often better than any single epoch. While the weights still move, an average is worse. So the number of
+    snapshots to average is chosen again for each validation and checkpoint. A few lengths, including 1 (the last
+    weights), are compared by their loss on four *training* batches, forward only. The longest average is chosen whose
+    loss exceeds the least by at most 0.025 % of the baseline loss (or of the range of the losses so far). This needs no
+    validation data and no constant to tune.
 
-    The average is in the module for validation, and at the end of ``fit``; training notices nothing of it.  Checkpoints
-    hold it in their ``state_dict``, so that ``ModelCheckpoint(monitor="val_loss")`` keeps the weights that were
-    validated; what training goes on from lies beside it, and ``fit(ckpt_path=...)`` with this callback resumes there.
+    The module holds the average during validation and after ``fit``. Training itself is not affected. Checkpoints hold
+    the average in ``state_dict``, so ``ModelCheckpoint(monitor="val_loss")`` keeps the weights that were validated.
+    They hold the weights in training as well, from which ``fit(ckpt_path=...)`` with this callback resumes.
 
-    Statistics of batch normalisation belong to their weights: they are re-estimated over ``n_batches`` training
-    batches; all other buffers are the last ones.  A new average starts where the weights are set (pruning, restart) and
-    where the learning rate jumps.  Where ``training_step`` cannot be run on a copy of the module (manual optimization,
-    sharded weights) the correlation of the steps decides on the length.
+    Batch normalization statistics of the average are re-estimated over ``n_batches`` training batches; all other
+    buffers are the last ones. A new average starts when the weights are replaced (pruning, restart) or the learning
+    rate jumps. If ``training_step`` cannot run on a copy of the module (manual optimization, sharded weights), the
+    correlation of the steps determines the length; with batch normalization, the last weights are kept.
 
     Args:
         profile: As for :func:`averaged_weights`.
-        length: Snapshots to average, ≥ 1, or several such numbers to choose from (default: found out).
-        power: p of ``profile="ramp"``, > 0.
-        n_batches: Training batches that statistics of batch normalisation are re-estimated from, ≥ 4.
-        every_n_epochs: Epochs between two snapshots, ≥ 1; or
-        every_n_steps: optimizer steps, ≥ 1.
-        window: Snapshots kept, ≥ 3: the longest average there can be.
+        length: Number of snapshots to average, ≥ 1, or several to choose from (default: chosen automatically).
+        power: Exponent p of ``profile="ramp"``, > 0.
+        n_batches: Number of training batches for re-estimating batch normalization statistics, ≥ 4.
+        every_n_epochs: Epochs between snapshots, ≥ 1.
+        every_n_steps: Optimizer steps between snapshots, ≥ 1, in place of epochs.
+        window: Number of snapshots kept, ≥ 3, which is the maximum length of the average.
         parameters: Name patterns of the weights to average (default: all that require a gradient).
-        storage: ``"ram"`` or ``"disk"`` for the snapshots.
-        dtype: ``"float32"`` or ``"bfloat16"`` for the snapshots.
-        dirpath: Local folder below which ``koopman_average`` is made for the history and the snapshots that checkpoints
+        storage: Where snapshots are stored, ``"ram"`` or ``"disk"``.
+        dtype: Data type of stored snapshots, ``"float32"`` or ``"bfloat16"``.
+        dirpath: Local folder in which ``koopman_average`` is created for the history and the snapshots that checkpoints
             refer to (default: the run's log folder).
-        prefix: First part of the logged name, ``koopman/average_length``, and of that folder's.
+        prefix: First part of the logged name, ``koopman/average_length``, and of the folder's name.
 
     Attributes:
-        history: List of dicts, one for each average that was chosen, with the columns of ``history.csv``.
+        history: List of dicts, one per chosen average, with the columns of ``history.csv``.
 
     Raises:
-        ValueError: At construction or before training starts, for arguments out of range, beside another callback that
-            averages, or where checkpoints are sharded.
+        ValueError: At construction or before training starts, if an argument is out of range, another callback averages
+            the weights, or checkpoints are sharded.
 
     Example:
         >>> import tempfile
@@ -87,7 +87,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     columns = COLUMNS
     any_window = True
-    advice = "take a smaller window, or set storage='disk'", "take a smaller window, or pass another `dirpath`"
+    advice = "pass a smaller `window`, or storage='disk'", "pass a smaller `window`, or another `dirpath`"
 
     def __init__(
         self,
@@ -137,13 +137,13 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         self.average.forget()
 
     def apply(self, module: nn.Module) -> None:
-        """Copy the average that was chosen last, with its batch statistics, into the module or a copy of it.
+        """Copy the last chosen average, with its batch normalization statistics, into a module.
 
         Args:
-            module: A module with parameters of the same names.
+            module: The trained module or a copy, with parameters of the same names.
 
         Raises:
-            ValueError: If no average was chosen yet, or a parameter is missing.
+            ValueError: If no average has been chosen yet, or a parameter is missing.
         """
         self.average.copy_to(module)
 
@@ -153,29 +153,28 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         loss: Callable[[pl.LightningModule], float],
         lengths: Sequence[int] = SEARCHED,
     ) -> dict[int, float]:
-        """Choose the length after training, by a loss of your own such as that on validation data.
+        """Choose the length after training by a loss of your own, such as the validation loss.
 
-        Only a few coefficients change between lengths, so that no weights besides the snapshots are kept.  The module
-        is left with the average whose loss is least.  That loss is the least of several, and so a little too good:
-        judge the result on other data.
+        The module is left with the average of least loss. Lengths differ only in their coefficients, so no weights
+        besides the snapshots are stored. The least of several losses is biased low: evaluate the result on other data.
 
         Args:
-            pl_module: The module that was trained.
-            loss: Gives the loss of the module as it is, for instance by ``trainer.validate(module)``.
-            lengths: Snapshots to average, ≥ 1 each.
+            pl_module: The trained module.
+            loss: Function that returns the loss of the module, for instance by ``trainer.validate(module)``.
+            lengths: Numbers of snapshots to try, ≥ 1 each.
 
         Returns:
-            The loss of each length that was tried.
+            The loss of each length tried.
 
         Raises:
-            ValueError: If no training has ended yet, or a length is out of its range.
+            ValueError: If no average has been chosen yet, or a length is out of range.
         """
         check_function("loss", loss, "a function of the module that returns its loss")
         self.average.search(pl_module.trainer, pl_module, lengths, lambda: loss(pl_module))
         found = dict(zip(self.average.tried, self.average.losses[:, 0].tolist(), strict=True))
         rank_zero_info(
-            f"{type(self).__name__}: the average of {self.average.length} snapshots has the least loss, "
-            f"{found[self.average.length]:.4g}, of {len(found)} lengths that were tried."
+            f"{type(self).__name__}: of {len(found)} lengths tried, the average of {self.average.length} snapshots has "
+            f"the least loss, {found[self.average.length]:.4g}."
         )
         return found
 
@@ -194,8 +193,8 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         if self.average.kept and self.resumed:
             self.guard.warn(
                 "kept",
-                "the checkpoint was written after `fit`, which leaves the average in the module: training goes on from "
-                "it. Checkpoints written during training hold the weights in training as well.",
+                "the checkpoint was written after `fit` and holds only the average: training continues from it. To "
+                "continue from the weights in training, resume from a checkpoint written during `fit`.",
             )
             self.average.start_at(self.clock.rounds)
             self.recording.start_segment(trainer, pl_module, due=self.is_due(self.clock.rounds))
@@ -233,7 +232,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.average.take_out(trainer, pl_module)
-        self.checkpoints.release()  # Lightning then leaves `teardown` out
+        self.checkpoints.release()  # Lightning skips `teardown` after an exception
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.checkpoints.release()
@@ -245,7 +244,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _record_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Record the weights before the validation at the end of an epoch, not after it."""
+        """Record the weights before, not after, the validation at the end of an epoch."""
         completed = trainer.current_epoch + 1
         if self.clock.by_steps or not trainer.is_last_batch or not self.is_due(completed):
             return
@@ -253,7 +252,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         self.average.step = steps_done(trainer)
 
     def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the average, unless that was done since the newest snapshot."""
+        """Choose the average if there is a new snapshot, and add it to the history."""
         average, before = self.average, self.average.chosen_after
         average.choose(trainer, pl_module)
         if average.chosen_after in (None, before):
@@ -290,6 +289,6 @@ def check_alone(callback: TrajectoryCallback, trainer: pl.Trainer) -> None:
     others = [each for each in replacing_callbacks(trainer) if each is not callback]
     if others:
         raise ValueError(
-            f"{type(callback).__name__} and {type(others[0]).__name__} both put averages in the place of the weights: "
-            "give the Trainer one of them."
+            f"{type(callback).__name__} and {type(others[0]).__name__} both replace the weights by an average: give "
+            "the Trainer only one of them."
         )

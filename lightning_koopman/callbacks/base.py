@@ -1,4 +1,4 @@
-"""What all Koopman callbacks share: Lightning's hooks become rounds that begin, end and leave a snapshot."""
+"""Base class of the Koopman callbacks, which maps Lightning's hooks to intervals and snapshots."""
 
 from __future__ import annotations
 
@@ -19,36 +19,37 @@ from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, SnapshotSettings
 from lightning_koopman.trajectory.sketch import SKETCH
 
-if TYPE_CHECKING:  # never at run time: the user may use the other import root
+if TYPE_CHECKING:  # not at run time: the user may import `lightning` instead
     import pytorch_lightning as pl
 
 T = TypeVar("T")
-VERSION = 4  # of the state in checkpoints
+VERSION = 4  # version of the state in checkpoints
 
 
 class TrajectoryCallback(LightningCallback):
-    """Base of the Koopman callbacks: records the trajectory of an observable, and never ends a training.
+    """Base of the Koopman callbacks: records the trajectory of an observable. Its failures never stop training.
 
-    Subclasses override the events at the end, each of which runs under a guard: what fails there is one warning.
+    An interval is an epoch, or ``every_n_steps`` optimizer steps; in names it is called a round. Subclasses override
+    the events at the end of the class. Each event runs under a guard, which turns a failure into one warning.
 
     Args:
-        observable: ``"weights"``, ``"train_loss"`` (mean over a round of what ``training_step`` returns) or the name of
-            a logged metric.
-        parameters: Name patterns of the parameters in the weights' trajectory.
-        every_n_epochs: Epochs between two snapshots, ≥ 1; or
-        every_n_steps: optimizer steps that take the place of an epoch, ≥ 1.
-        window: Snapshots kept and analysed, ≥ 3, or None for all.
+        observable: ``"weights"``, ``"train_loss"`` (mean over an interval of the loss from ``training_step``) or the
+            name of a logged metric.
+        parameters: Name patterns of the weights to observe.
+        every_n_epochs: Epochs between snapshots, ≥ 1.
+        every_n_steps: Optimizer steps between snapshots, ≥ 1, in place of epochs.
+        window: Number of snapshots kept and analyzed, ≥ 3, or None for all.
         storage: ``"ram"``, ``"disk"`` or ``"sketch"``.
-        dtype: ``"float32"`` or ``"bfloat16"``: of what is stored.
-        sketch: Elements of a sketch.
-        dirpath: Folder below which everything is written to disk (default: the run's log folder).
+        dtype: Data type of stored snapshots, ``"float32"`` or ``"bfloat16"``.
+        sketch: Number of elements of a sketch.
+        dirpath: Folder below which all files are written (default: the run's log folder).
         prefix: First part of the logged names.
     """
 
-    folder = "koopman"  # name of the folder made for it
-    columns: tuple[str, ...] = ()  # of the history; without any, none is kept
-    storable = False  # whether the user chooses what is recorded and where: for messages
-    any_window = False  # whether a trajectory longer than the window asked for does as well
+    folder = "koopman"  # name of the folder it writes to
+    columns: tuple[str, ...] = ()  # of the history; if empty, no history is kept
+    storable = False  # whether the user chooses the observable and the storage, for messages
+    any_window = False  # whether it can share a trajectory longer than its own window
 
     def __init__(
         self,
@@ -74,28 +75,28 @@ class TrajectoryCallback(LightningCallback):
         self.run_folder = RunFolder(dirpath)
         self.prefix = checked_prefix(prefix)
         self.history = Rows(every_n_steps=self.clock.every_n_steps)
-        self.rates: list[float] = []  # learning rates when the round began
-        self.active = True  # not in a `fast_dev_run`
-        self.resumed = False  # from a checkpoint that holds this callback's state
-        self.anew = True  # this fit continues neither a checkpoint nor an earlier fit
+        self.rates: list[float] = []  # learning rates at the start of the interval
+        self.active = True  # False in a `fast_dev_run`
+        self.resumed = False  # whether a checkpoint restored this callback's state
+        self.anew = True  # whether this fit continues neither a checkpoint nor an earlier fit
         self._pending: dict[str, Any] | None = None
 
     @property
     def settings(self) -> SnapshotSettings:
-        """What is recorded."""
+        """Settings of the recorded snapshots."""
         return self.recording.settings
 
     @property
     def recorder(self) -> Recorder:
-        """Where it is recorded; callbacks that ask for the same share it."""
+        """Recorder of the snapshots, which compatible callbacks share."""
         return self.recording.recorder
 
     @property
     def history_path(self) -> Path | None:
-        """The table that :attr:`history` is written to, once training has started."""
+        """Path of the table that holds :attr:`history`, or None before training starts."""
         return self.run_folder.history
 
-    # -- Lightning's hooks: before training starts errors are raised, afterwards none is ------------------------------
+    # -- Lightning's hooks: they raise errors only before training starts ---------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._pending, self.anew, self.rates = None, True, []
@@ -113,7 +114,7 @@ class TrajectoryCallback(LightningCallback):
             recording.own.recorder.prepare(self.run_folder.path)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # not earlier: layers may be built in `setup` or `configure_model`, which come after our own `setup`
+        # not earlier: layers may be built in the module's `setup` or `configure_model`, which run after ours
         if self.active and self.recording.of_weights:
             self.recording.check_weights(trainer, pl_module, self.run_folder, self.advice)
 
@@ -128,17 +129,17 @@ class TrajectoryCallback(LightningCallback):
         self.clock.start(trainer)
         self.anew = not self.resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
         if self.anew:
-            with self.guard("forgetting an earlier fit"):
+            with self.guard("discarding an earlier fit"):
                 self.forget()
             if not self.recorder.restored:
-                self.recorder.interrupt()  # the callback may have served another fit
+                self.recorder.interrupt()  # the recorder may hold the end of an earlier fit
         if self.guard.zero:
             self.write_history(anew=True)
-        # Lightning does not run the end of an epoch whose batches were all done when the checkpoint was written
+        # Lightning skips the end of an epoch if the checkpoint was written after its last batch
         lacks_end = self.resumed and not self.clock.by_steps and saved < self.clock.rounds
         if self.is_due(self.clock.rounds) and not lacks_end:
             self.recording.start(trainer, pl_module, resumed=self.resumed)
-        with self.guard("starting"):
+        with self.guard("preparing for training"):
             self.fit_begins(trainer, pl_module)
         if lacks_end:
             self._end_round(trainer, pl_module, self.clock.rounds)
@@ -154,7 +155,7 @@ class TrajectoryCallback(LightningCallback):
             return
         if self.clock.begins():
             self._begin_round(trainer, pl_module)
-        with self.guard("looking at a batch"):
+        with self.guard("processing a batch before its step"):
             self.batch_begins(trainer, pl_module, batch, batch_idx)
 
     def on_train_batch_end(
@@ -164,7 +165,7 @@ class TrajectoryCallback(LightningCallback):
             return
         with self.guard("averaging the training loss"):
             self.recording.loss.add(outputs)
-        with self.guard("working after a batch"):
+        with self.guard("processing a batch after its step"):
             self.batch_ends(trainer, pl_module, batch, batch_idx)
         if self.clock.ends(trainer):
             self._end_round(trainer, pl_module, self.clock.completed(trainer))
@@ -180,22 +181,22 @@ class TrajectoryCallback(LightningCallback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.active:
-            with self.guard("finishing"):
+            with self.guard("finishing the analysis"):
                 self.fit_ends(trainer, pl_module)
             self.recording.release(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        if self._pending is not None:  # loaded, but no training has begun since
+        if self._pending is not None:  # loaded, but training has not started since
             return self._pending
         if self.run_folder.path is None:
             return {}
         state: dict[str, Any] = {}
-        with self.guard("saving what is known"):
+        with self.guard("saving the callback's state"):
             history = {key: [row[key] for row in self.history] for key in self.columns}
             state = {"version": VERSION, "rounds": self.clock.rounds, "history": history, "own": self.own_state()}
             state |= self.recording.state_dict()
         if state:
-            with self.guard("saving the snapshots beside the checkpoint"):
+            with self.guard("saving the snapshots for the checkpoint"):
                 state["recorder"] = self.recorder.save()
         return state
 
@@ -203,37 +204,37 @@ class TrajectoryCallback(LightningCallback):
         self._pending = state_dict
 
     def _begin_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with self.guard("beginning a round"):
+        with self.guard("starting an interval"):
             self.rates = current_rates(trainer)
             self.recording.begin_round(trainer)
-        with self.guard("working at the start of a round"):
+        with self.guard("working at the start of an interval"):
             self.round_begins(trainer, pl_module)
 
     def _end_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
         self.clock.rounds = epoch
         self.recording.end_round(trainer)
         with self.guard("reading the learning rates"):
-            self.rates = self.rates or current_rates(trainer)  # a resumed epoch does not begin
+            self.rates = self.rates or current_rates(trainer)  # unset in a resumed epoch, which has no start
         if self.is_due(epoch):
             recorded = self.recording.take(trainer, pl_module, epoch)
-            with self.guard("working on a snapshot"):
+            with self.guard("processing a snapshot"):
                 self.snapshot_taken(trainer, pl_module, epoch, recorded)
-        with self.guard("working at the end of a round"):
+        with self.guard("working at the end of an interval"):
             self.round_ends(trainer, pl_module, epoch)
 
     def _restore(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, sharing: Sequence[TrajectoryCallback]
     ) -> bool:
-        """Go on where the checkpoint left off, if there is one that this version can read."""
+        """Restore the checkpoint's state; return whether there is one that this version can read."""
         state, self._pending = self._pending, None
         if state is None:
-            # if one of those that share has a state, nothing is lost; else the first one tells
+            # among callbacks that share a recorder, only the first warns, and only if none has a state
             known = sharing[0] is not self or any(other._pending is not None for other in sharing)
             if trainer.ckpt_path is not None and not known:
                 self.guard.warn(
                     "resume",
                     f"the checkpoint {str(trainer.ckpt_path)!r} holds no snapshots for this callback with these "
-                    "settings: its trajectory starts anew.",
+                    "settings: a new trajectory starts.",
                 )
             return False
         saved: dict[str, Any] | None = None
@@ -245,12 +246,12 @@ class TrajectoryCallback(LightningCallback):
         return saved is not None
 
     def take_up(self, state: dict[str, Any]) -> None:
-        """Take up the history and what the subclass keeps; whatever it raises means a fresh start."""
+        """Restore the history and the subclass's state. Any error means a fresh start."""
         if state.get("version") != VERSION:
-            raise ValueError(f"it is of version {state.get('version')!r}, this library reads {VERSION}")
+            raise ValueError(f"the state is of version {state.get('version')!r}, but this library reads {VERSION}")
         columns, own = state["history"], state["own"]
         if set(columns) != set(self.columns) or not isinstance(own, dict):
-            raise ValueError("it does not hold what this callback saves")
+            raise ValueError("the state does not have the entries that this callback saves")
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         self.restore_own(own)
         self.history = Rows(rows, self.clock.every_n_steps)
@@ -258,7 +259,7 @@ class TrajectoryCallback(LightningCallback):
     # -- what subclasses use ------------------------------------------------------------------------------------------
 
     def on_zero(self, trainer: pl.Trainer, doing: str, work: Callable[[], T]) -> T | None:
-        """What the first process finds out, in all of them; None where that failed."""
+        """Return the result of ``work`` on the first process to all processes, or None if it failed."""
         found: T | None = None
         if self.guard.zero:
             with self.guard(doing):
@@ -266,22 +267,22 @@ class TrajectoryCallback(LightningCallback):
         return trainer.strategy.broadcast(found)
 
     def log_values(self, trainer: pl.Trainer, pl_module: pl.LightningModule, scalars: Mapping[str, float]) -> None:
-        """Log scalars, equal on all ranks, for stock callbacks and loggers."""
+        """Log scalars that are equal on all ranks, for loggers and other callbacks."""
         with self.guard("logging"):
             log_scalars(trainer, pl_module, self.prefix, scalars, by_steps=self.clock.by_steps)
 
     def write_history(self, *, anew: bool = False) -> None:
-        """Append the last row to the table, or write it all anew."""
+        """Append the last row to the table, or rewrite the whole table."""
         with self.guard("writing the history"):
             self.run_folder.write_table(self.columns, self.history if anew else self.history[-1:], anew=anew)
 
     def is_due(self, epoch: int) -> bool:
-        """Whether a snapshot is to be taken after so many completed rounds."""
+        """Return whether to take a snapshot after ``epoch`` completed intervals."""
         return self.clock.is_due(epoch) and not (self.finished and self.recording.alone)
 
     # -- events for subclasses ----------------------------------------------------------------------------------------
 
-    advice = "free some", "free some"  # what the user can do where memory, or the disk, is too small
+    advice = "free some memory", "free some disk space"  # what to do if memory, or the disk, is too small
 
     @property
     def finished(self) -> bool:
@@ -289,54 +290,54 @@ class TrajectoryCallback(LightningCallback):
         return False
 
     def forget(self) -> None:
-        """Begin as for a first fit."""
+        """Reset to the state before a first fit."""
         self.history = Rows(every_n_steps=self.clock.every_n_steps)
 
     def own_state(self) -> dict[str, Any]:
-        """What a checkpoint needs of the subclass; tensors and primitives only."""
+        """Return the subclass's state for checkpoints: tensors and primitives only."""
         return {}
 
     def restore_own(self, state: dict[str, Any]) -> None:
-        """Take up :meth:`own_state`."""
+        """Restore the state returned by :meth:`own_state`."""
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training starts, after the first snapshot."""
+        """Called when training starts, after the first snapshot."""
 
     def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Before the first batch of an epoch, or of ``every_n_steps`` steps."""
+        """Called before the first batch of an interval."""
 
     def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Before each batch."""
+        """Called before each batch."""
 
     def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """After each batch, before anything is decided."""
+        """Called after each batch, before the interval ends."""
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        """After each round with a snapshot due; each rank holds its part of the trajectory."""
+        """Called after each interval with a snapshot due. Each rank holds its part of the trajectory."""
 
     def round_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """After each round, with the number of those completed."""
+        """Called after each interval; ``epoch`` is the number of completed intervals."""
 
     def weights_replaced(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """The weights were not trained but set, before anything records them."""
+        """Called when weights were set rather than trained, before they are recorded."""
 
     def segment_begins(self) -> None:
-        """A new trajectory has begun, from weights that were set."""
+        """Called when a new trajectory starts, from weights that were set."""
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Training has ended."""
+        """Called when training ends."""
 
 
 def koopman_callbacks(trainer: pl.Trainer) -> list[TrajectoryCallback]:
-    """All Koopman callbacks of a run."""
+    """Return all Koopman callbacks of a run."""
     return [each for each in trainer.callbacks if isinstance(each, TrajectoryCallback)]  # type: ignore[attr-defined]
 
 
 def start_segments(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let every Koopman callback begin a new trajectory from the present weights."""
+    """Start a new trajectory from the current weights in every Koopman callback."""
     active = [each for each in koopman_callbacks(trainer) if each.active]
     for callback in active:
-        with callback.guard("following changed weights"):
+        with callback.guard("adapting to replaced weights"):
             callback.weights_replaced(trainer, pl_module)
     for callback in active:
         with callback.guard("starting a new trajectory"):
@@ -347,7 +348,7 @@ def start_segments(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
 
 
 def check_prefix_is_free(callback: TrajectoryCallback, trainer: pl.Trainer) -> None:
-    """Raise ValueError if another callback of the kind logs under the same names."""
+    """Raise ValueError if another callback of the same type uses the same prefix."""
     for other in koopman_callbacks(trainer):
         if other is not callback and isinstance(other, type(callback)) and other.prefix == callback.prefix:
             raise ValueError(

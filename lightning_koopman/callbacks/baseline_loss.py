@@ -1,4 +1,4 @@
-"""The baseline loss of a run, given or measured, and shared by the callbacks that need it."""
+"""The baseline loss of a run: given or measured, and shared by the callbacks that need it."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ if TYPE_CHECKING:
 
 
 class BaselineLoss:
-    """The baseline loss of a run, given or measured; the stop and the restart hold one each, and share the measurement.
+    """Baseline loss of a run, given or measured. The stop and restart callbacks share one measurement.
 
     Args:
         baseline_loss: Mean loss of a network that ignores its input, > 0, or None to measure it.
-        chance_loss: Its former name.
+        chance_loss: Former name of ``baseline_loss``.
 
     Raises:
-        ValueError: If it is out of its range, or both are given.
+        ValueError: If the loss is out of range, or both arguments are given.
     """
 
     def __init__(self, baseline_loss: float | None, chance_loss: float | None) -> None:
         if baseline_loss is not None and chance_loss is not None:
-            raise ValueError(f"baseline_loss={baseline_loss} and chance_loss={chance_loss} are the same: give one.")
+            raise ValueError(f"baseline_loss={baseline_loss} and chance_loss={chance_loss} are aliases: pass only one.")
         name = "chance_loss" if baseline_loss is None else "baseline_loss"
         given = chance_loss if baseline_loss is None else baseline_loss
         self.given = None if given is None else check_positive(name, given)
@@ -35,38 +35,38 @@ class BaselineLoss:
         self.forget()
 
     def forget(self) -> None:
-        """Begin as for a first fit."""
+        """Reset to the state before a first fit."""
         self.value = None if self.given is None else Baseline(self.given)
 
     def share(self, first: BaselineLoss) -> None:
-        """Share the measurement of another callback."""
+        """Use the measurement of another callback."""
         self.probe = first._own
 
     def start(self, *, resumed: bool) -> None:
-        """Training starts."""
+        """Start training; unless it resumes, discard the measurement."""
         if not resumed:
             self._own.restart()
 
     @property
     def measures(self) -> bool:
-        """Whether another batch helps."""
+        """Whether another batch is needed."""
         return self.value is None and self.probe.wanted
 
     def batch_begins(self, batch: Any) -> None:
-        """Keep a batch that is to be measured; steps may take it apart."""
+        """Keep a batch to measure. A dict or list is copied, as the step may modify it."""
         self._batch = None
         if self.measures:
             self._batch = copy.copy(batch) if isinstance(batch, (dict, list)) else batch
 
     def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch_idx: int) -> None:
-        """Measure the batch."""
+        """Measure the kept batch."""
         batch, self._batch = self._batch, None
         if self.measures and batch is not None:
             self.probe.observe(trainer, pl_module, batch, batch_idx)
 
     def agree(self, trainer: pl.Trainer) -> None:
-        """Take what is known at a round's end on all ranks, which also agree on whether to go on measuring."""
-        if trainer.strategy.reduce_boolean_decision(self.probe.still, all=True):  # each has its own batches
+        """Agree across ranks, at the end of an interval, on the baseline loss and whether to continue measuring."""
+        if trainer.strategy.reduce_boolean_decision(self.probe.still, all=True):  # each rank has its own batches
             self.probe.tune_no_more()
         known, wanted = trainer.strategy.broadcast((self.value or self.probe.measured(), self.probe.wanted))
         if trainer.strategy.reduce_boolean_decision(known is not None or not (wanted and self.probe.wanted), all=False):
@@ -74,12 +74,12 @@ class BaselineLoss:
         self.value = known
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs: a measurement that has begun goes on with the same batches."""
+        """Return the state for checkpoints, including a measurement in progress."""
         value = None if self.value is None else [self.value.loss, self.value.error]
         return {"value": value, "probe": self.probe.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.forget()
         if self.value is None and state["value"] is not None:
             loss, error = state["value"]
@@ -88,12 +88,12 @@ class BaselineLoss:
 
 
 def known_baseline(trainer: pl.Trainer) -> Baseline | None:
-    """The baseline loss that a callback of the run has measured or was given, if one has."""
+    """Return the baseline loss that a callback of the run has measured or was given, or None."""
     held = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
     return next((each.value for each in held if isinstance(each, BaselineLoss) and each.value is not None), None)
 
 
 def share_baseline(callback: Any, trainer: pl.Trainer) -> None:
-    """Let a callback that holds a baseline loss share the first one's measurement."""
+    """Make a callback use the measurement of the run's first callback with a baseline loss."""
     held = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
     callback.baseline_loss.share(next(each for each in held if isinstance(each, BaselineLoss)))

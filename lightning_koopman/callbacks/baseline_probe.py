@@ -1,4 +1,4 @@
-"""The baseline loss, measured: what the user's own training step gives for a network that ignores its input."""
+"""Measure the baseline loss: that of the user's training step for a network that ignores its input."""
 
 from __future__ import annotations
 
@@ -20,55 +20,55 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
-TUNED, SCORED, ENOUGH = 6, 16, 4  # batches that decide on the constant once, that measure its loss, that will do
-ROUNDS, TRIES = 4, 16  # times that it is set at most, and losses of a batch that aiming may take
-FACTORS = 0.125, 0.25, 0.5, 0.75, 1.0, 1.5  # of the length that one batch finds, compared on several
-STILL, FALLS = 0.02, 0.05  # relative fall of the loss by the last of them that is none, and that leaves it unknown
-HUGE = 1e300  # in place of a loss that is not finite
+TUNED, SCORED, ENOUGH = 6, 16, 4  # batches per gradient or comparison, to measure the loss, fewest that suffice
+ROUNDS, TRIES = 4, 16  # most updates of the constant, and most losses tried in a line search
+FACTORS = 0.125, 0.25, 0.5, 0.75, 1.0, 1.5  # multiples of the step length found on one batch, compared on several
+STILL, FALLS = 0.02, 0.05  # relative fall of the loss per update: below it has converged, above it is unknown
+HUGE = 1e300  # replaces a loss that is not finite
 
 
 class _EnoughError(Exception):
-    """Enough losses were tried."""
+    """The line search has tried enough losses."""
 
 
 class BaselineProbe:
-    """Runs ``training_step`` on the first batches with a copy of the module that can only give a constant output.
+    """Runs ``training_step`` on the first batches with a copy of the module whose output can only be constant.
 
-    All trainable weights of the copy are zero.  Its biases are set by steepest descent: along their mean gradient over
-    some batches, as far as one batch suggests (Brent's method) and the mean of others confirms, until the loss falls no
-    more.  The best constant has the targets' variance for a squared error, their mean distance from the median for an
-    absolute one, the entropy of the classes for a cross-entropy.  Where the loss still falls in the end it is unknown.
-    Works for any loss and any structure of batches.  The copy shares the user's data and frozen weights, holds no
-    trainable ones (a zero stands for each tensor), logs nothing, and leaves the random state as it was.
+    All trainable weights of the copy are zero. Its biases are found by steepest descent, along the mean gradient over
+    several batches. One batch suggests the step length (Brent's method); the mean loss of others confirms it. Descent
+    ends when the loss stops falling. The loss of the best constant is the targets' variance for a squared error, their
+    mean distance from the median for an absolute error, and the entropy of the classes for cross-entropy. If the loss
+    still falls at the end, it is unknown. Any loss and any batch structure work. The copy shares the user's data and
+    frozen weights, holds one zero per weight matrix, logs nothing, and preserves the random state.
     """
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Forget what was measured."""
+        """Discard the measurement."""
         self._copy: pl.LightningModule | None = None
         self._biases: list[nn.Parameter] = []
-        self._values: list[Tensor] | None = None  # of the biases, from a checkpoint
-        self._sum: Tensor | None = None  # of gradients, or of losses at several lengths, over batches
-        self._seen = 0  # batches in it
-        self._direction: Tensor | None = None  # known: lengths along it are being compared
+        self._values: list[Tensor] | None = None  # of the biases, while there is no copy
+        self._sum: Tensor | None = None  # over batches, of gradients or of losses at several step lengths
+        self._seen = 0  # batches in the sum
+        self._direction: Tensor | None = None  # of descent; once known, step lengths along it are compared
         self._lengths: list[float] = []
         self._losses: list[float] = []
         self._rounds, self._tuned, self._falls = 0, False, False
         self._last: tuple[int, int] | None = None
-        self.wanted = True  # whether another batch helps
-        self.still = False  # whether the loss fell no more when the constant was set last
+        self.wanted = True  # whether another batch is needed
+        self.still = False  # whether the last update barely lowered the loss
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy elsewhere makes its own copy of the module
+    def __getstate__(self) -> dict[str, Any]:  # the module's copy is not pickled, but made again
         return {**vars(self), "_copy": None, "_biases": [], "_values": self._bias_values()}
 
     def pause(self) -> None:
-        """Let go of the module, until another batch comes."""
+        """Release the module until the next batch."""
         self._values, self._copy, self._biases = self._bias_values(), None, []
 
     def finish(self) -> None:
-        """Measure no more."""
+        """Stop measuring."""
         self.wanted, self._copy, self._biases, self._values = False, None, [], None
         self._sum = self._direction = None
 
@@ -76,7 +76,7 @@ class BaselineProbe:
         return [bias.detach().clone() for bias in self._biases] if self._copy is not None else self._values
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; tensors and primitives."""
+        """Return the state for checkpoints: tensors and primitives."""
         return {
             "wanted": self.wanted,
             "last": self._last,
@@ -92,7 +92,7 @@ class BaselineProbe:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.restart()
         last = state["last"]
         self._last = None if last is None else (int(last[0]), int(last[1]))
@@ -103,9 +103,9 @@ class BaselineProbe:
         self._sum, self._direction, self._values = state["sum"], state["direction"], state["biases"]
 
     def observe(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Measure one batch, once; any failure ends the measurement."""
+        """Measure each batch once. Any failure ends the measurement."""
         now = trainer.current_epoch, batch_idx
-        if not self.wanted or now == self._last:  # another callback that shares the probe was first
+        if not self.wanted or now == self._last:  # a callback that shares the probe has measured it
             return
         self._last = now
         try:
@@ -131,7 +131,7 @@ class BaselineProbe:
                 self._losses.append(float(loss(network).detach()))
                 return
             seen = self._seen + 1
-            # an epoch may have fewer batches, a full batch only one
+            # an epoch may have fewer batches, or only one
             last = seen == TUNED or (trainer.is_last_batch and (seen >= ENOUGH or seen == batch_idx + 1))
             self._seen = 0 if last else seen
             if self._direction is None:
@@ -146,20 +146,20 @@ class BaselineProbe:
                     self._go(alike=alike)
 
     def _gradient(self, loss: Tensor) -> Tensor:
-        """Gradient of all biases, flat."""
+        """Return the gradient of all biases as a flat vector."""
         if not loss.requires_grad or not self._biases:
             return torch.zeros(1)
         found = torch.autograd.grad(loss, self._biases, allow_unused=True, materialize_grads=True)
         return torch.cat([gradient.reshape(-1).double().cpu() for gradient in found])
 
     def _aim(self, batches: int, before: float, loss: Callable[[], float], *, alike: bool) -> None:
-        """Find out how far to go along the mean gradient, on this batch alone, and what to compare on others.
+        """Choose step lengths to compare on other batches, by a line search on this batch.
 
         Args:
-            batches: Number of those whose gradients were summed.
-            before: The loss as it is.
-            loss: Gives that of the biases as they are set.
-            alike: Whether all processes have to do the same number of steps, which may talk to one another.
+            batches: Number of batches whose gradients were summed.
+            before: Loss at the current biases.
+            loss: Function that returns the loss at the biases now set.
+            alike: Whether all processes must evaluate the same number of losses, as the step may communicate.
         """
         assert self._sum is not None
         self._direction, self._sum = -self._sum, None
@@ -172,8 +172,8 @@ class BaselineProbe:
             return tried[-1][1]
 
         if bool(self._direction.isfinite().all()) and bool(self._direction.any()):
-            with contextlib.suppress(_EnoughError, RuntimeError):  # no least one: the best of those tried is taken
-                # where the slope is small a step of 1 would be lost to rounding
+            with contextlib.suppress(_EnoughError, RuntimeError):  # no minimum found: use the best length tried
+                # at a small slope, a step of 1 would be lost to rounding
                 slope = float(self._direction @ self._direction) / batches
                 minimize_scalar(at, bracket=(0.0, max(1.0, 0.01 * abs(before) / slope)))
         while alike and len(tried) <= TRIES:
@@ -182,7 +182,7 @@ class BaselineProbe:
         self._lengths = [length * factor for factor in FACTORS]
 
     def _go(self, *, alike: bool) -> None:
-        """Go to where the mean loss over the batches was least, and see whether that is the end."""
+        """Take the step of least mean loss over the batches, and check for convergence."""
         assert self._sum is not None
         assert self._direction is not None
         before, *losses = self._sum.tolist()
@@ -195,11 +195,11 @@ class BaselineProbe:
         self._tuned = self._rounds == ROUNDS or (self.still and not alike)
 
     def tune_no_more(self) -> None:
-        """The constant is good enough, all processes say."""
+        """Stop tuning the constant, as all processes agree that it is good enough."""
         self._tuned = True
 
     def _along(self, lengths: Sequence[float], loss: Callable[[], float]) -> list[float]:
-        """Losses where the biases lie so far along the direction."""
+        """Return the loss at each step length along the direction."""
         assert self._direction is not None
         start = [bias.detach().clone() for bias in self._biases]
         found = []
@@ -211,14 +211,14 @@ class BaselineProbe:
         return found
 
     def _set(self, start: Sequence[Tensor], change: Tensor) -> None:
-        """Set the biases to what they were and a change."""
+        """Set the biases to ``start`` plus ``change``."""
         parts = torch.split(change, [bias.numel() for bias in self._biases])
         with torch.no_grad():
             for bias, value, part in zip(self._biases, start, parts, strict=True):
                 bias.copy_(value + part.reshape(bias.shape).to(bias))
 
     def measured(self) -> Baseline | None:
-        """The mean with its standard error, or None where nothing sensible was measured."""
+        """Return the mean loss with its standard error, or None if there is no valid measurement."""
         if len(self._losses) < ENOUGH or self._falls:
             return None
         losses = torch.tensor(self._losses, dtype=torch.float64)
@@ -227,15 +227,15 @@ class BaselineProbe:
 
 
 def _constant(module: pl.LightningModule, root: nn.Module) -> tuple[pl.LightningModule, list[nn.Parameter]]:
-    """Copy of a module with all trainable weights zero, without memory for the large ones, and its biases."""
+    """Return a copy of a module with zero trainable weights (only biases take memory), and its biases."""
     memo: dict[int, Any] = {}
     biases = []
     for name, chunk in local_chunks(root).items():
         parameter = chunk.parameter
         shape = tuple(parameter.shape) if parameter.is_complex() else chunk.shape
-        twin = parameter  # frozen ones may make the targets
+        twin = parameter  # frozen parameters are shared, as they may produce the targets
         if not parameter.requires_grad and not chunk.whole:
-            raise ValueError(f"the frozen parameter {name!r} is sharded, so that a copy of the module cannot use it")
+            raise ValueError(f"frozen parameter {name!r} is sharded and cannot be copied: pass baseline_loss")
         if parameter.requires_grad and len(shape) == 1 and not parameter.is_complex():
             twin = nn.Parameter(torch.zeros(shape, dtype=parameter.dtype, device=parameter.device))
             biases.append(twin)

@@ -1,4 +1,4 @@
-"""Rounds of removing channels from the module of a run."""
+"""Rounds of structured pruning, which remove channels from a run's module."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ if TYPE_CHECKING:
 
 
 class ChannelRounds:
-    """Prunes by removing channels, in rounds; knows of a module's channels what was found out at the first batch.
+    """Prunes by removing channels, in rounds. The removable channels are determined at the first batch.
 
     Args:
-        layers: Shell-style patterns of the names of the layers' weights, or None for all.
+        layers: Shell-style patterns of the names of layer weights, or None for all.
         scope: ``"global"`` or ``"tensor"``.
         owner: Name of the callback, for messages.
-        by_threshold: Whether a threshold was given, which is for weights.
-        allow_empty: Whether a layer may lose all its channels, which none may.
+        by_threshold: Whether a threshold was given, which only masks support.
+        allow_empty: Whether a layer may become empty, which only masks support.
 
     Raises:
-        ValueError: If what is only for masks is asked for.
+        ValueError: If an option is given that only masks support.
     """
 
     unit = "channels"
-    needs_batch = True  # to trace the module with
+    needs_batch = True  # for tracing the module
 
     def __init__(
         self, layers: Sequence[str] | None, scope: str, owner: str, *, by_threshold: bool, allow_empty: bool
     ) -> None:
         if by_threshold:
-            raise ValueError("threshold is for weights: with structured=True give the share of channels as `sparsity`.")
+            raise ValueError("threshold is for masks: with structured=True give the share of channels as `sparsity`.")
         if allow_empty:
             raise ValueError("allow_empty=True is for masks: with structured=True each layer keeps a channel.")
         self.layers, self.scope, self.owner = layers, scope, owner
@@ -57,29 +57,29 @@ class ChannelRounds:
         self._names: list[str] = []
         self.forget()
 
-    def __getstate__(self) -> dict[str, Any]:  # the handle belongs to this module
+    def __getstate__(self) -> dict[str, Any]:  # the hook's handle belongs to this module
         return {**vars(self), "_loading": None}
 
     def forget(self) -> None:
-        self.refused: dict[str, str] | None = None  # by layer, why it must not lose channels; None: not yet tried
-        self.originals: dict[str, int] = {}  # by layer, the channels it began with
-        self.removed = 0  # channels
+        self.refused: dict[str, str] | None = None  # by layer, why it must keep its channels; None: not yet tried
+        self.originals: dict[str, int] = {}  # by layer, its original number of channels
+        self.removed = 0  # number of channels
         self.changes: dict[str, dict[str, tuple[Any, Any]]] = {}
-        self.shapes: dict[str, list[int]] = {}  # of tensors that changed, by name, as they were
+        self.shapes: dict[str, list[int]] = {}  # by name, the original shapes of changed tensors
 
     @property
     def share(self) -> float:
-        """Share of the removable channels that is gone, in [0, 1)."""
+        """Share of the removable channels that has been removed, in [0, 1)."""
         return self.removed / max(1, sum(self.originals.values()))
 
     def table(self, module: nn.Module | None) -> str:
         return changes_table(self.changes) if self.changes else "nothing has been pruned yet"
 
     def log(self, trainer: pl.Trainer, prefix: str) -> None:
-        """The table of the history says it all."""
+        """Do nothing: the history holds all values."""
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise an error for runs whose module cannot be given other sizes, or without the tracer."""
+        """Raise an error if the run's module cannot be resized, or the tracer is not installed."""
         torch_pruning()
         if trainer.world_size > 1:
             raise ValueError(
@@ -88,27 +88,27 @@ class ChannelRounds:
             )
         for other in averaging_callbacks(trainer):
             raise ValueError(
-                f"structured=True cannot give other sizes to the average that {type(other).__name__} keeps: "
-                "leave that callback out, or prune with structured=False."
+                f"structured=True cannot resize the average that {type(other).__name__} keeps: remove that callback, "
+                "or prune with structured=False."
             )
         kept = [value for other in trainer.callbacks for value in vars(other).values()]  # type: ignore[attr-defined]
         if any(isinstance(each, AveragedModel) for each in (*pl_module.modules(), *kept)):
             raise ValueError(
-                "structured=True cannot give other sizes to an AveragedModel, which the module or a callback keeps: "
-                "leave it out, or prune with structured=False."
+                "structured=True cannot resize the AveragedModel that the module or a callback keeps: remove it, or "
+                "prune with structured=False."
             )
         if pl_module.example_input_array is None and not can_dry_run(pl_module):
             raise ValueError(
-                "structured=True traces `training_step`, which under manual optimization steps the optimizers: set "
-                "the module's `example_input_array`, and `forward` is traced instead."
+                "structured=True cannot trace `training_step` with manual optimization or a `dataloader_iter`: set "
+                "the module's `example_input_array` to trace `forward` instead."
             )
 
     def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
         self._names = list(names)
-        self._stop_loading()  # Lightning has loaded what there was to load
+        self._stop_loading()  # Lightning has loaded any checkpoint by now
 
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Find out which layers can lose channels, and say so, once."""
+        """Determine at the first batch which layers can lose channels, and report it."""
         if self.refused is not None:
             return
         check_replacement(trainer.optimizers)
@@ -129,19 +129,19 @@ class ChannelRounds:
         return Pruned(self.removed, sum(self.originals.values()), left, agreement, values, removal=removal)
 
     def accept(self, pruned: Pruned) -> None:
-        """The module has been changed already: there is one process."""
+        """Do nothing: :meth:`prune` has changed the module of the only process."""
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removed channels stay away by themselves."""
+        """Do nothing: removed channels cannot come back."""
 
     def again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
-        """As for :meth:`hold`."""
+        """Do nothing, as in :meth:`hold`."""
 
     def release(self) -> None:
         self._stop_loading()
 
     def follow(self, removal: ChannelRemoval) -> None:
-        """The next round traces the module anew."""
+        """Do nothing: the next round traces the module again."""
 
     def preview(
         self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
@@ -153,16 +153,16 @@ class ChannelRounds:
                 return structure.remove(structure.choose(target, None, self.scope))
 
     def try_out(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Structure:
-        """Find out on copies which layers can lose channels.
+        """Determine on copies which layers can lose channels.
 
         Raises:
-            ValueError: If there are none, or the module cannot be traced.
+            ValueError: If no layer can, or the module cannot be traced.
         """
         with self._tracing(trainer, module, batch, batch_idx) as run:
             return self._try(module, run, self._uses(trainer, module, batch, batch_idx))
 
     def _try(self, module: pl.LightningModule, run: Run, uses: Sequence[Run]) -> Structure:
-        """The channels that can be removed, once the others are known."""
+        """Return the removable channels, and record why the others were refused."""
         first = self._structure(module, run, uses)
         self.refused = {**(self.refused or {}), **first.unfit(thaw=True)}
         structure = self._structure(module, run, uses) if first.groups.keys() & self.refused.keys() else first
@@ -180,14 +180,14 @@ class ChannelRounds:
         scores: Mapping[str, Tensor],
         sparsity: float,
     ) -> tuple[float, ChannelRemoval]:
-        """Remove channels up to a share of the original ones.
+        """Remove channels up to the given share of the original ones.
 
         Returns:
-            On how many of them magnitudes would agree, in [0, 1], and what was removed.
+            Share of channels on which pruning by magnitude agrees, in [0, 1], and what was removed.
         """
         with self._tracing(trainer, module, batch, batch_idx) as run:
             structure = self._structure(module, run)
-            if not self.originals.keys() >= structure.channels.keys():  # some were frozen when that was tried out
+            if not self.originals.keys() >= structure.channels.keys():  # some were frozen at the first try
                 structure = self._try(module, run, self._uses(trainer, module, batch, batch_idx))
             chosen, plain = (structure.choose(sparsity, by, self.scope, self.originals) for by in (scores, None))
             removal = structure.remove(chosen)
@@ -203,7 +203,7 @@ class ChannelRounds:
         return 1 - differ / max(1, sum(structure.channels.values())), removal
 
     def note(self, changes: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> None:
-        """Add changed constructor arguments to those of earlier rounds."""
+        """Merge changed constructor arguments into those of earlier rounds."""
         for path, arguments in changes.items():
             known = self.changes.setdefault(path, {})
             for key, (old, now) in arguments.items():
@@ -214,7 +214,7 @@ class ChannelRounds:
                 del self.changes[path]
 
     def prepare(self, pl_module: pl.LightningModule) -> None:
-        """Let the module take a state dict with fewer channels, until training starts."""
+        """Let the module load state dicts with fewer channels, until training starts."""
 
         def resize(_: Any, state_dict: Mapping[str, Tensor], *__: Any) -> None:
             own = _plain_state(pl_module)
@@ -227,7 +227,7 @@ class ChannelRounds:
                 before = {name: list(value.shape) for name, value in own.items()}
                 self.note(
                     resize_like(pl_module, state_dict)
-                )  # else it is another network: PyTorch tells how they differ
+                )  # else it is another network, and PyTorch reports the differences
                 after = {name: list(value.shape) for name, value in _plain_state(pl_module).items()}
                 changed = {name: shape for name, shape in before.items() if after.get(name) != shape}
                 self.shapes = {**changed, **self.shapes}
@@ -259,7 +259,7 @@ class ChannelRounds:
     def _uses(
         trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> list[Callable[[Any], Any]]:
-        """What else the module is used for, besides what is traced; validation is tried with a training batch."""
+        """Return the module's other uses besides the traced step. Validation is tried with a training batch."""
         uses: list[Callable[[Any], Any]] = []
         step: Any = getattr(type(module), "validation_step", None)
         if step is not None and step.__qualname__ != "LightningModule.validation_step":  # under either root
@@ -273,7 +273,7 @@ class ChannelRounds:
     def _tracing(
         self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> Iterator[Callable[[Any], Any]]:
-        """Context that gives a function which runs copies of the module on an example, in full precision."""
+        """Context manager that yields a function to run copies of the module on a batch, in full precision."""
         device = module.device.type
         with dry_run(trainer, module, batch, batch_idx) as loss:
 
@@ -281,19 +281,19 @@ class ChannelRounds:
                 with torch.autocast(device, enabled=False):
                     if not can_dry_run(module):
                         return _forward(trainer, network)
-                    network.on_train_batch_start(batch, batch_idx)  # Lightning calls the module's after ours
+                    network.on_train_batch_start(batch, batch_idx)  # Lightning calls the module's hook after ours
                     return loss(network)
 
             yield run
 
 
 def _plain_state(module: nn.Module) -> dict[str, Tensor]:
-    """A module's state dict by names without wrappers."""
+    """Return a module's state dict, with wrappers removed from the names."""
     return {clean_name(name): value for name, value in module.state_dict().items()}
 
 
 def _forward(trainer: pl.Trainer, network: pl.LightningModule) -> Any:
-    """What ``forward`` makes of the module's own example."""
+    """Return the output of ``forward`` for the module's ``example_input_array``."""
     example = network.example_input_array
     given = (
         tuple(example) if isinstance(example, (tuple, list)) else example if isinstance(example, dict) else (example,)

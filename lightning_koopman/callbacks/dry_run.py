@@ -1,4 +1,4 @@
-"""Running ``training_step`` on a copy of the module, so that the run itself notices nothing."""
+"""Run ``training_step`` on a copy of the module, without side effects on the run."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from lightning_koopman.parameters.sharded_modules import is_kind
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # to other processes: they cannot be copied
-LARGE = 2**26  # bytes of a tensor on the module above which copies share it
+CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # connections to other processes, which cannot be copied
+LARGE = 2**26  # bytes: copies share larger tensors that are kept on the module
 
 
 class NoLossError(ValueError):
-    """A step returned no loss, as it may for some batches."""
+    """A step returned no loss, which Lightning allows."""
 
 
 def can_dry_run(module: pl.LightningModule) -> bool:
-    """Whether ``training_step`` only computes a loss from a batch."""
+    """Return whether ``training_step`` only computes a loss from a batch."""
     return module.automatic_optimization and "dataloader_iter" not in _parameters(module)
 
 
 def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -> pl.LightningModule:
-    """Copy of a module that logs nothing; it shares the user's data.
+    """Return a copy of a module that logs nothing and shares the user's data.
 
     Args:
         module: The module.
-        memo: As for ``copy.deepcopy``: what stands for which object, by its id.
+        memo: As for ``copy.deepcopy``: replacements by the id of the original object.
     """
     known = dict(memo or {})
-    for value in vars(module).values():  # data kept on the module may be large, and is only read
+    for value in vars(module).values():  # data kept on the module may be large and is only read
         large = isinstance(value, Tensor) and value.numel() * value.element_size() > LARGE
         if large or isinstance(value, (Dataset, DataLoader)):
             known[id(value)] = value
     for part in module.modules():
         for value in vars(part).values():
             for left in _tensors_in(value):
-                if left.grad_fn is not None:  # left by a forward pass, with its graph
+                if left.grad_fn is not None:  # left by a forward pass; its graph cannot be copied
                     known[id(left)] = left.detach()
             if is_kind(value, *CONNECTIONS):
                 known[id(value)] = value
@@ -57,7 +57,7 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
     _copy_without_fsdp(module, known)
     network: pl.LightningModule = copy.deepcopy(module, known)
     for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
-        del vars(network)[name]  # such as the compiled steps, which belong to the original
+        del vars(network)[name]  # such as compiled steps, which are bound to the original
     network.trainer = module.trainer
     network.log = _nothing  # type: ignore[method-assign]
     silent: dict[str, Any] = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
@@ -68,7 +68,7 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
 
 
 def _copy_without_fsdp(module: nn.Module, known: dict[int, Any]) -> None:
-    """Put copies of sharded layers into a memo as the ordinary layers that they are; FSDP's own cannot be copied."""
+    """Add copies of sharded layers to a memo as ordinary layers, because FSDP layers cannot be copied."""
     for part in reversed(list(module.modules())):  # children first
         if is_kind(part, "FullyShardedDataParallel"):
             known[id(part)] = copy.deepcopy(part._fsdp_wrapped_module, known)
@@ -84,14 +84,14 @@ def _copy_without_fsdp(module: nn.Module, known: dict[int, Any]) -> None:
 
 
 def _is_of_torch(hook: Any) -> bool:
-    """Whether a hook was set by torch.distributed."""
+    """Return whether a hook was set by torch.distributed."""
     owner = type(getattr(hook, "__self__", None)).__module__
     return owner.startswith("torch.distributed") or getattr(hook, "__module__", "").startswith("torch.distributed")
 
 
 @contextlib.contextmanager
 def bare_trainer(module: pl.LightningModule) -> Iterator[pl.Trainer]:
-    """Context in which a module that is in no run belongs to a trainer that does nothing."""
+    """Context manager that attaches an idle trainer to a module outside of a run."""
     from pytorch_lightning import Trainer
 
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -107,7 +107,7 @@ def bare_trainer(module: pl.LightningModule) -> Iterator[pl.Trainer]:
 def dry_run(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
 ) -> Iterator[Callable[[pl.LightningModule], Tensor]]:
-    """Context in which copies of a module can be given a batch; the function it gives returns the loss."""
+    """Context manager that yields a function which returns the loss of a copy of the module on a batch."""
     parameters = _parameters(module)
     several = len(parameters) > 2 or any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
     arguments = (batch, batch_idx) if several else (batch,)
@@ -119,8 +119,8 @@ def dry_run(
 
     def loss(network: pl.LightningModule) -> Tensor:
         try:
-            given = copy.deepcopy(arguments)  # steps may take a batch apart
-        except Exception:  # then they must not
+            given = copy.deepcopy(arguments)  # the step may modify the batch
+        except Exception:  # it cannot be copied
             given = arguments
         value = batch_loss(network.training_step(*given))
         if value is None:
@@ -140,7 +140,7 @@ def _parameters(module: pl.LightningModule) -> Any:
 
 
 def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
-    """Tensors in nested lists and dicts."""
+    """Yield the tensors in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, (list, tuple, dict)):
@@ -149,7 +149,7 @@ def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:
 
 
 class _Still:
-    """An optimizer or scheduler that can be read but does not step."""
+    """Proxy of an optimizer or scheduler that can be read but does not step."""
 
     def __init__(self, own: Any) -> None:
         self._own = own
@@ -168,4 +168,4 @@ def _still(own: Any) -> Any:
 
 
 def _nothing(*_: Any, **__: Any) -> None:
-    """In place of ``self.log``."""
+    """Replacement of ``self.log``."""

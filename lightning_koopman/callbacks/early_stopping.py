@@ -1,4 +1,4 @@
-"""Stop a training that has converged."""
+"""Stop training when it has converged."""
 
 from __future__ import annotations
 
@@ -31,76 +31,77 @@ if TYPE_CHECKING:
 
 MODES = ("stop", "report")
 RESTORE = ("average", "last")
-# what is logged, and what callbacks that monitor it find while it is unknown: finite, and no evidence of convergence
+WALKS = "since the learning rate was lowered, the loss has not fallen and the weights only walk at random."
+# logged names, and their values for monitoring callbacks while unknown: finite, and no evidence of convergence
 LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "unit_fraction": 0.0}
 COLUMNS = ("epoch", "step", "value", "phase", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
 class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
-    r"""Stop when the weights' eigenvalues cluster at 1 and the loss is predicted to stand still (paper, section 3).
+    r"""Stop when the weights' eigenvalues cluster at 1 and the loss is predicted not to change (paper, section 3).
 
-    The paper proposes to end a training when Koopman eigenvalues cluster around 1.  Alone that is no sign of
-    convergence: a random walk has it too, and a frozen bad start.  So two criteria must be met, ``patience`` epochs
-    running:
+    The paper proposes to stop training when Koopman eigenvalues cluster around 1. That alone does not show convergence:
+    it is also true of a random walk and of a frozen bad start. So two criteria must be met for ``patience`` successive
+    epochs:
 
     - the weights: at least ``fraction`` of the importance of the last ``horizon`` + 1 snapshots lies within ``radius``
       of 1;
-    - the loss: the delay-embedded DMD of its last ``horizon`` + 2 values predicts that within ``horizon`` epochs its
-      level will change by no more than ``tolerance`` times the baseline loss.
+    - the loss: delay-embedded DMD of its last ``horizon`` + 2 values predicts that its level will change by at most
+      ``tolerance`` times the baseline loss within ``horizon`` epochs.
 
-    A stop is blocked while the loss is no better than the baseline; the steps of the weights cannot be told from a
-    random walk's; they have a direction that does not fade (a saddle); the learning rate is scheduled to change by more
+    A stop is blocked while the loss is no better than the baseline; the weights' steps cannot be told from a random
+    walk; the steps have a direction that does not fade (a saddle); or the learning rate is scheduled to change by more
     than it already has without effect (warm-up, next cycle, next decay).
 
-    The baseline loss is measured: that of ``training_step`` on the first batches for a copy of the module which can
-    only give a constant (ln C for C equally frequent classes, the targets' variance for a squared error).  No
-    validation data are used; hence a network that overfits while its training loss stands still is stopped, one whose
-    training loss falls on is not.
+    The baseline loss is measured: it is the loss of ``training_step`` on the first batches for a copy of the module
+    that can only output a constant (ln C for C equally frequent classes, the targets' variance for a squared error).
+    Validation data are not used. So a network that overfits is stopped if its training loss no longer changes, but not
+    if its training loss still falls.
 
-    Weights that hover at the noise floor of their learning rate, by :class:`TrainingReading`, have converged as far as
-    they can at it, however much the loss fluctuates: after five such epochs running training ends too, unless a
-    schedule or :class:`ReduceLROnNoiseFloor` will still lower the rate.  It ends with their average
-    (:class:`KoopmanWeightAveraging`), which is what makes the noise harmless.
+    Weights that hover at the noise floor of their learning rate (see :class:`TrainingReading`) have converged as far as
+    this rate allows, however much the loss fluctuates. After five such epochs in a row training ends too, unless a
+    schedule or :class:`ReduceLROnNoiseFloor` will still lower the rate. The module is then left with the average of the
+    weights (see :class:`KoopmanWeightAveraging`), which removes the noise.
 
-    Each epoch is a row of ``history.csv``, with what still blocks a stop; logged are
-    ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs), ``koopman/actual_change`` (over the
-    last) beside ``koopman/predicted_then`` (what had been predicted for them), and ``koopman/unit_fraction``;
-    none of them before it is known.  Callbacks that monitor them find −1, −1, −1 and 0 until then.
+    Each epoch is a row of ``history.csv``; its column ``hold`` says what blocks a stop. These values are logged once
+    they are known: ``koopman/predicted_change`` (of the loss, over the next ``horizon`` epochs),
+    ``koopman/actual_change`` (over the last ``horizon`` epochs), ``koopman/predicted_then`` (what had been predicted
+    for these) and ``koopman/unit_fraction``. Until then callbacks that monitor them see −1, −1, −1 and 0.
 
     Args:
-        observable: What must stand still: ``"train_loss"``, the epoch's mean of the loss that ``training_step``
-            returns, or the name of a logged metric (then one epoch is one logged value).
-        radius: Radius of the disc around 1, > 0.
-        fraction: Least share of the weights' importance in it, in (0, 1].
-        horizon: Epochs to look ahead, and back, ≥ 6.  No decision falls before epoch ``horizon`` + 2 + ``patience`` −
-            1.
-        tolerance: Largest predicted change that counts as none, relative to the baseline loss, > 0.  Where that is
-            unknown (a metric, manual optimization), relative to the range of the values so far.
-        patience: Epochs running for which they must be met, ≥ 1.
-        min_epochs: Epochs that are trained in any case, ≥ 0; the Trainer's ``min_epochs`` is kept as well.
-        every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
-            epochs; batches under manual optimization.
-        mode: ``"stop"``, or ``"report"`` to train on and only say when it would have stopped.
-        restore: ``"average"`` to leave an average of the newest weights in the module when it has stopped, as many of
-            the last ``horizon`` + 1 as their loss on a few training batches allows, with batch statistics of their own;
-            or ``"last"`` for the last weights, where weights that hover are no reason to stop.
+        observable: The loss to observe: ``"train_loss"``, the epoch's mean of the loss that ``training_step`` returns,
+            or the name of a logged metric (then an epoch is a logged value).
+        radius: Radius of the disk around 1, > 0.
+        fraction: Minimum share of the weights' importance in the disk, in (0, 1].
+        horizon: Epochs to look ahead and back, ≥ 6. The earliest decision is at epoch ``horizon`` + 1 + ``patience``.
+        tolerance: Largest predicted change that counts as none, relative to the baseline loss, > 0. If the baseline is
+            unknown (a metric, manual optimization), it is relative to the range of the values so far.
+        patience: Successive epochs in which both criteria must be met, ≥ 1.
+        min_epochs: Minimum number of epochs to train, ≥ 0. The Trainer's ``min_epochs`` applies as well.
+        every_n_steps: Optimizer steps that replace an epoch everywhere above, ≥ 1, for training with few, long epochs.
+            Under manual optimization, batches.
+        mode: ``"stop"``, or ``"report"`` to continue training and only report when it would have stopped.
+        restore: ``"average"`` leaves an average of the newest weights in the module after a stop. It averages as many
+            of the last ``horizon`` + 1 snapshots as their loss on a few training batches allows, and re-estimates
+            batch normalization statistics. ``"last"`` leaves the last weights; then hovering is no reason to stop.
         parameters: Shell-style patterns of the names of the weights to observe (default: all that require a gradient).
-        baseline_loss: The baseline loss, > 0, in place of the measurement.
-        chance_loss: Its former name.
-        dirpath: Local folder below which ``koopman_stop`` is made for the history and the snapshots that checkpoints
+        baseline_loss: The baseline loss, > 0 (default: measured).
+        chance_loss: Former name of ``baseline_loss``.
+        dirpath: Local folder in which ``koopman_stop`` is created for the history and the snapshots that checkpoints
             refer to (default: the run's log folder).
-        prefix: First part of the logged names and of that folder's; give two of them on one Trainer different ones.
+        prefix: First part of the logged names and of the folder's name. Each such callback of a Trainer needs its own.
 
     Attributes:
-        stopping_reason: :class:`StoppingReason`.
-        message: Why it stopped, or what has spoken against it, in plain words.
-        stopped_epoch: Completed epochs when it stopped, or None.
-        would_stop_epoch: Completed epochs when the rule was first met, or None; in mode ``"report"`` training goes on.
-        history: List of dicts, one an epoch, with the columns of ``history.csv``.
+        stopping_reason: Why it stopped, a :class:`StoppingReason`.
+        message: Why it stopped, or what blocked a stop, in plain words.
+        stopped_epoch: Number of completed epochs at the stop, or None.
+        would_stop_epoch: Number of completed epochs when a stop was first due, or None. In mode ``"report"`` training
+            continues.
+        history: List of dicts, one per epoch, with the columns of ``history.csv``.
         chance: The baseline loss with its standard error, or None.
 
     Raises:
-        ValueError: At construction or before training starts, for arguments out of range.
+        ValueError: If an argument is out of range, at construction or before training starts.
 
     Example:
         >>> import tempfile
@@ -142,7 +143,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         if not isinstance(observable, str) or observable in ("", WEIGHTS):
             raise ValueError(
                 f"observable must be 'train_loss' or the name of a logged metric, got {observable!r}: the weights are "
-                "observed in any case."
+                "always observed."
             )
         horizon = check_count("horizon", horizon, LEAST_HORIZON)
         super().__init__(
@@ -159,7 +160,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.average = WeightAverage(self.recording, self.guard)
         self.min_epochs = check_count("min_epochs", min_epochs, 0)
         self.mode = check_choice("mode", mode, MODES)
-        self._averages = False  # it is for this callback to leave an average behind
+        self._averages = False  # whether this callback leaves an average in the module
         self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
         self.observable, self.folder = observable, f"{self.prefix}_stop"
         self.recording.metric = Metric(observable)
@@ -233,7 +234,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         publish(trainer, self.prefix, {name: value for name, value in LOGGED.items() if name not in known})
         self.log_values(trainer, pl_module, known)
         self.average.step = steps_done(trainer)
-        if reason is not StoppingReason.NOT_STOPPED:  # the first process's in all of them
+        if reason is not StoppingReason.NOT_STOPPED:  # broadcast from the first process
             self._conclude(trainer, epoch, reason)
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,7 +243,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             self.average.choose(trainer, pl_module)
             self.average.put_in(trainer, pl_module)
             self.average.keep()
-            told = f"The module holds the average of {self.average.length} snapshots, which no checkpoint has yet."
+            told = f"The module holds the average of {self.average.length} snapshots, which no checkpoint contains."
             self._tell(trainer, f"{self.message} {told}")
         self.average.batches.clear()
         values = {row["epoch"]: row["value"] for row in self.history}
@@ -256,7 +257,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             )
         if self.stopping_reason is StoppingReason.NOT_STOPPED and met is None:
             why = why_not(row["hold"] for row in self.history)
-            text = f"{type(self).__name__}: not stopped in {self.clock.span(self.clock.rounds)}, held back by: {why}."
+            text = f"{type(self).__name__}: not stopped in {self.clock.span(self.clock.rounds)}, blocked by: {why}."
             self._tell(trainer, text)
 
     def _tell(self, trainer: pl.Trainer, text: str) -> None:
@@ -272,21 +273,23 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     def _judge(
         self, trainer: pl.Trainer, epoch: int, value: float | None, recorded: bool
     ) -> tuple[StoppingReason, dict[str, float]]:
-        """Add the epoch's row to the history; returns why to stop, and what to log."""
+        """Add the epoch's row to the history; return why to stop, and what to log."""
         if value is None:
             return StoppingReason.NOT_STOPPED, {}
         trajectory, baseline = self.recorder.trajectory, self.baseline_loss.value
         factor = trajectory.factor(last=self.rule.horizon + 1) if recorded and trajectory is not None else None
         phase = self.recording.read(epoch, baseline).phase
-        lowered = any(getattr(each, "can_reduce", False) for each in koopman_callbacks(trainer))  # before it ends here
-        plan, hovers = (lambda: self._planned(trainer)), phase is Phase.HOVERING and not lowered
+        others = koopman_callbacks(trainer)
+        walks = phase is Phase.UNKNOWN and any(getattr(each, "exhausted", False) for each in others)
+        lowered = any(getattr(each, "can_reduce", False) for each in others)  # rates fall first
+        plan, hovers = (lambda: self._planned(trainer)), (phase is Phase.HOVERING or walks) and not lowered
         found, reason = self.judge.judge(value, factor, baseline, hovers=hovers, rates=self.rates, planned=plan)
         self.history.append({"epoch": epoch, "step": steps_done(trainer), "phase": phase.value, **found})
         self.write_history()
         return reason, {name: self.history[-1][name] for name in LOGGED}
 
     def _planned(self, trainer: pl.Trainer) -> list[list[float]]:
-        """The learning rates to come, none where they cannot be read ahead."""
+        """Return the planned learning rates, or none if they cannot be read ahead."""
         with self.guard("reading the learning rates ahead"):
             return planned_rates(trainer, self.settings.every_n_steps)
         return []
@@ -307,7 +310,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                     self.message += why_converged(
                         row, self.rule, self.observable, self.clock.span(self.rule.horizon), base
                     )
-                self.message += f"The training is {row['phase']}: {Phase(row['phase']).meaning}."
+                walks = reason is StoppingReason.HOVERING and row["phase"] == Phase.UNKNOWN.value
+                self.message += WALKS if walks else f"The training is {row['phase']}: {Phase(row['phase']).meaning}."
                 self.message += collapse([each["learning_rate"] for each in self.history])
             self._tell(trainer, self.message)
         if stops:

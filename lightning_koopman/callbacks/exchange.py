@@ -1,4 +1,4 @@
-"""Other weights in the place of a module's own, and back, whatever happens in between."""
+"""Swap a module's weights for others and back, also if an error is raised."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ from lightning_koopman.parameters.sharded_modules import named_tensors
 
 
 class Exchange:
-    """Holds the weights that a module does not.
+    """Swaps weights with a module and holds those that the module does not.
 
     Attributes:
-        inside: Whether the module holds the others.
+        inside: Whether the module holds the other weights.
     """
 
     def __init__(self) -> None:
         self.inside = False
-        self._held: dict[str, Tensor] | None = None  # what the module does not hold now, by name
+        self._held: dict[str, Tensor] | None = None  # tensors that the module does not hold now, by name
 
     def __getstate__(self) -> dict[str, object]:
         return {"inside": False, "_held": None}
 
     @property
     def ready(self) -> bool:
-        """Whether there are others."""
+        """Whether there are weights to swap."""
         return self._held is not None
 
     @property
     def differs(self) -> bool:
-        """Whether the others are not the module's own in any case."""
+        """Whether any tensor is swapped, so that the weights may differ."""
         return bool(self._held)
 
     def put_in(self, root: nn.Module, module: nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Put others in.
+        """Put other weights into the module.
 
         Args:
             root: The module, or FSDP's wrapper around it.
             module: The module.
-            values: What this process holds of parameters, and buffers, by name.
+            values: This process's part of the parameters and buffers, by name.
         """
         self._held = dict(values)
         try:
@@ -50,18 +50,18 @@ class Exchange:
             raise
 
     def take_out(self, root: nn.Module, module: nn.Module) -> None:
-        """Put the own ones back, to the last bit."""
+        """Restore the module's own weights exactly."""
         if self.inside:
             self.swap(root, module)
             self._held = None
 
     def keep(self) -> None:
-        """Leave in the module what it holds."""
+        """Keep the weights that are in the module and discard the others."""
         self._held, self.inside = None, False
 
     @torch.no_grad()
     def swap(self, root: nn.Module, module: nn.Module) -> None:
-        """Exchange what the module holds with what it does not: all of it or, whatever is raised, nothing."""
+        """Swap all weights of the module with those held, or none if an error is raised."""
         assert self._held is not None
         known = named_tensors(root, module)
         tensors = {name: known[name].detach() for name in self._held}

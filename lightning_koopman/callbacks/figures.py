@@ -1,4 +1,4 @@
-"""Hand a figure to the loggers that can take one, else write it to disk."""
+"""Send a figure to the loggers that accept figures, or else write it to disk."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 def deliver(
     figure: Figure, name: str, loggers: Iterable[Any], step: int, directory: Path | None
 ) -> tuple[Path | None, list[str]]:
-    """Give the figure to every logger that takes figures; where none does, write ``<last part of name>.png``.
+    """Send the figure to every logger that accepts figures. If none does, write ``<last part of name>.png``.
 
-    Loggers are told apart by what they can do, not by class, so both import roots and look-alikes work.
+    Loggers are recognized by their methods, not their class, so both import roots and compatible classes work.
 
     Returns:
-        The file written, if any, and what went wrong with each logger that failed.
+        Path of the file written, if any, and a message for each logger that failed.
     """
     taken, failures = False, []
     for logger in loggers:
         try:
             taken |= _give(figure, name, logger, step)
-        except Exception as error:  # noqa: PERF203 - one logger's failure must not keep the figure from the others
-            failures.append(f"{type(logger).__name__} did not take the figure {name}: {type(error).__name__}: {error}")
+        except Exception as error:  # noqa: PERF203 - one logger's failure must not affect the others
+            failures.append(f"{type(logger).__name__} could not log the figure {name}: {type(error).__name__}: {error}")
     if taken or directory is None:
         return None, failures
     path = directory / f"{name.rsplit('/', 1)[-1]}.png"
@@ -51,7 +51,7 @@ def _give(figure: Figure, name: str, logger: Any, step: int) -> bool:
 
 
 def _pixels(figure: Figure) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """RGBA pixels (height, width, 4) of the rendered figure."""
+    """Return the RGBA pixels (height, width, 4) of the rendered figure."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="rgba", dpi=150)
     width, height = (round(side * 150) for side in figure.get_size_inches())

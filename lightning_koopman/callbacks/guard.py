@@ -1,4 +1,4 @@
-"""Nothing of ours ends a training: a failure becomes one warning."""
+"""Turn failures of the callbacks into warnings, so that training continues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG = logging.getLogger("lightning_koopman")
 
 
 class KoopmanWarning(UserWarning):
-    """Something about the Koopman analysis went wrong or means less than it seems; the training itself goes on.
+    """The Koopman analysis failed or is less reliable than it seems. Training itself continues.
 
     Example:
         >>> import warnings
@@ -24,7 +24,7 @@ class KoopmanWarning(UserWarning):
 
 
 class Guard:
-    """Catches what fails in a callback, and warns of each kind of failure once a fit.
+    """Catches failures in a callback, and warns once per fit of each kind of failure.
 
     Args:
         owner: Name of the callback, for messages.
@@ -32,42 +32,42 @@ class Guard:
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
-        self.zero = True  # whether this is the process that tells what concerns all
+        self.zero = True  # whether this process warns about what concerns all
         self._told: set[str] = set()
 
     def reset(self, *, zero: bool) -> None:
-        """Begin a fit."""
+        """Start a new fit."""
         self.zero = zero
         self._told.clear()
 
     def __call__(self, doing: str) -> Guarded:
-        """Context in which a failure is one warning.  Collectives do not belong in it: see :meth:`together`."""
+        """Return a context in which a failure becomes one warning. For collectives use :meth:`together`."""
         return Guarded(self, doing)
 
     def together(self, doing: str, processes: Processes) -> contextlib.AbstractContextManager[None, bool]:
-        """Context for work with collectives: where it fails in one process it fails in all, each with a warning."""
+        """Return a context for work with collectives: if one process fails, all fail, each with a warning."""
 
         @contextlib.contextmanager
         def both() -> Iterator[None]:
             with self(doing), processes.together():
                 yield
 
-        return both()  # type: ignore[return-value]  # it does swallow errors
+        return both()  # type: ignore[return-value]  # it does suppress errors
 
     def warn(self, topic: str, message: str, *, everywhere: bool = False) -> None:
-        """Warn, once a topic; in the first process only, or ``everywhere``."""
+        """Warn once per topic, in the first process only or ``everywhere``."""
         if topic in self._told or not (self.zero or everywhere):
             return
         self._told.add(topic)
         text = f"{self.owner}: {message}"
         try:
             warnings.warn(text, KoopmanWarning, stacklevel=3)
-        except KoopmanWarning:  # python -W error: that is about the user's code, whose training goes on all the same
+        except KoopmanWarning:  # `python -W error` must not stop training either
             LOG.error(text)
 
 
 class Guarded:
-    """The context that :class:`Guard` gives; a class, as it is entered after every batch."""
+    """Context that :class:`Guard` returns. It is a class for speed, as it is entered after every batch."""
 
     __slots__ = ("doing", "guard")
 
@@ -82,6 +82,6 @@ class Guarded:
     ) -> bool:
         if not isinstance(error, Exception) or isinstance(error, ProcessLostError):
             return False
-        told = f"{self.doing} failed, training goes on without it: {type(error).__name__}: {error}"
+        told = f"{self.doing} failed, training continues without it: {type(error).__name__}: {error}"
         self.guard.warn(self.doing, told, everywhere=True)
         return True

@@ -1,4 +1,4 @@
-"""The learning rates that the run's schedulers have planned."""
+"""Future learning rates of a run, read from its schedulers."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from lightning_koopman.callbacks.rate_groups import rate_groups
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-MOST_STEPS = 100_000  # of schedulers, a fraction of a second
-FAR = 100  # epochs looked ahead where the run has no end
-WARMING_UP = 2.0  # ratio of the rates to come to those so far above which it is too early to judge
+MOST_STEPS = 100_000  # scheduler steps to simulate: a fraction of a second
+FAR = 100  # epochs to look ahead if the run has no end
+WARMING_UP = 2.0  # ratio of the highest planned rate to the highest so far above which rates are warming up
 
 
 def current_rates(trainer: pl.Trainer) -> list[float]:
-    """Learning rates of all parameter groups of all optimizers; those that set none themselves are left out."""
+    """Return the learning rates of all parameter groups of all optimizers; groups without a rate are skipped."""
     given = (group.get("lr") for group in rate_groups(trainer))
     return [float(rate) for rate in given if isinstance(rate, (Real, torch.Tensor))]
 
 
 def planned_rates(trainer: pl.Trainer, every_n_steps: int | None = None) -> list[list[float]]:
-    """Learning rates at the starts of the epochs to come, (epochs, groups), read at the end of an epoch.
+    """Return the learning rates at the starts of the coming epochs, (epochs, groups); call at the end of an epoch.
 
-    Copies of the schedulers are stepped ahead.  The plan of a ``ReduceLROnPlateau`` is its next reduction, unless it
-    has reached its minimum.
+    Copies of the schedulers are stepped ahead.  A ``ReduceLROnPlateau`` is assumed to reduce once more, down to its
+    minimum.
 
     Args:
         trainer: The run.
-        every_n_steps: Steps that take the place of an epoch, after the last of which it is read.
+        every_n_steps: Length of an interval in optimizer steps, if intervals replace epochs.
     """
     configs = trainer.lr_scheduler_configs
     if not configs:
         return []
     stand_ins = {id(optimizer): _stand_in(optimizer) for optimizer in trainer.optimizers}
-    # functions of a schedule may be methods of the module, which is not to be copied with them
+    # a schedule's functions may be methods of the module: do not copy it with them
     kept = {id(owner): owner for owner in (trainer, trainer.lightning_module)}
     schedulers = [copy.deepcopy(config.scheduler, {**stand_ins, **kept}) for config in configs]
     for scheduler in schedulers:
         if isinstance(scheduler, ReduceLROnPlateau):
             _reduce(scheduler)
     planned: list[list[float]] = []
-    # a schedule may end before the epochs do; its advice on the order of steps does not concern a dry run
+    # a schedule may end early with ValueError; warnings about the order of steps do not apply to a dry run
     with warnings.catch_warnings(), contextlib.suppress(ValueError):
         warnings.simplefilter("ignore")
         for due in _times(trainer, every_n_steps):
@@ -63,7 +63,7 @@ def planned_rates(trainer: pl.Trainer, every_n_steps: int | None = None) -> list
 
 
 def _times(trainer: pl.Trainer, every_n_steps: int | None) -> Iterator[dict[str, Sequence[int]]]:
-    """For each epoch to come: the batches and the epochs at whose ends schedulers are stepped, as Lightning counts."""
+    """Yield, for each coming epoch, the batch and epoch numbers after which Lightning steps the schedulers."""
     now = trainer.current_epoch
     last = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else now + FAR
     known = batches_in_an_epoch(trainer, within=every_n_steps is not None)
@@ -88,11 +88,11 @@ def _times(trainer: pl.Trainer, every_n_steps: int | None) -> Iterator[dict[str,
 
 
 def batches_in_an_epoch(trainer: pl.Trainer, *, within: bool) -> int | None:
-    """Batches in an epoch: as the data say, else as the epochs so far had, or None before the first has ended.
+    """Return the batches per epoch: from the data, else from past epochs, or None before the first has ended.
 
     Args:
         trainer: The run.
-        within: Whether the present epoch may not have ended.
+        within: Whether the current epoch may still be running.
     """
     if trainer.num_training_batches < float("inf"):
         return int(trainer.num_training_batches)
@@ -104,13 +104,13 @@ def batches_in_an_epoch(trainer: pl.Trainer, *, within: bool) -> int | None:
 
 
 def warming_up(trainer: pl.Trainer, past: list[float], every_n_steps: int | None = None) -> bool:
-    """Whether the learning rate is planned to rise far above the highest so far."""
+    """Return whether the learning rate is planned to rise above ``WARMING_UP`` times the highest so far."""
     planned = max((max(rates) for rates in planned_rates(trainer, every_n_steps)), default=0.0)
     return planned > WARMING_UP * max(past, default=0.0)
 
 
 def _stand_in(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """An optimizer with the same hyperparameters and one weight in each group."""
+    """Return an optimizer with the same hyperparameters and one weight per group."""
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=0.0)
     stand_in.param_groups = [
         {key: copy.copy(value) for key, value in group.items() if key != "params"} | {"params": [torch.zeros(1)]}

@@ -1,4 +1,4 @@
-"""Rounds of pruning by masks, and what both methods of pruning have in common."""
+"""Pruning by masks, and the interface of both pruning methods."""
 
 from __future__ import annotations
 
@@ -30,15 +30,16 @@ COLUMNS = (
 )  # fmt: skip
 
 
-WATCHED = 8  # batches: looking costs a pass over the weights, and on an accelerator a wait
+WATCHED = 8  # batches checked for moved weights: a check is a pass over the weights and a device sync
 
 
 @dataclass(frozen=True)
 class Pruned:
-    """What one pruning did: of ``of`` weights or channels ``pruned`` are gone in all, the network has ``left``.
+    """Result of one pruning.
 
-    ``agreement`` is the share on which present magnitudes would have decided alike; ``values`` are what stays of the
-    scores of this process's part; ``masks`` or ``removal`` say what went.
+    In total, ``pruned`` of ``of`` weights or channels are pruned, and the network has ``left`` parameters.
+    ``agreement`` is the share on which magnitude pruning would have decided the same; ``values`` are this process's
+    scores without removed channels; ``masks`` or ``removal`` describe what was pruned.
     """
 
     pruned: int
@@ -50,7 +51,7 @@ class Pruned:
     removal: ChannelRemoval | None = None
 
     def row(self, epoch: int, step: int, target: float, about: Mapping[str, Any]) -> dict[str, Any]:
-        """A row of the history; ``about`` says what the scores come from."""
+        """Return a row of the history; ``about`` describes the scores."""
         row = {
             "epoch": epoch,
             "step": step,
@@ -65,86 +66,86 @@ class Pruned:
         return {column: row[column] for column in COLUMNS}
 
     def told(self, row: Mapping[str, Any], unit: str) -> str:
-        """A row in plain words."""
+        """Describe a row in words."""
         return (
-            f"after epoch {row['epoch']} pruned {self.pruned:,} of {self.of:,} {unit} ({row['sparsity']:.1%}), by "
-            f"{row['modes']} of {row['rank']} modes of {row['snapshots']} snapshots; {self.agreement:.1%} agree with "
-            f"pruning by magnitude. {self.left:,} parameters are left."
+            f"pruned {self.pruned:,} of {self.of:,} {unit} ({row['sparsity']:.1%}) after epoch {row['epoch']}, by "
+            f"{row['modes']} of {row['rank']} Koopman modes of {row['snapshots']} snapshots. Magnitude pruning agrees "
+            f"on {self.agreement:.1%}. {self.left:,} parameters remain."
         )
 
 
 class PruningMethod(Protocol):
-    """How a network is pruned: by masks, or by removing channels."""
+    """A way to prune a network: by masks, or by removing channels."""
 
     unit: str
-    needs_batch: bool  # whether it prunes with a batch at hand, or before the first one
+    needs_batch: bool  # whether pruning needs a batch; otherwise it runs before the first one
 
     @property
     def share(self) -> float:
-        """Share that is pruned now, in [0, 1]."""
+        """Share pruned so far, in [0, 1]."""
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raise ValueError for a run in which it cannot work."""
+        """Raise ValueError if the method cannot work in this run."""
 
     def prepare(self, pl_module: pl.LightningModule) -> None:
-        """Get the module ready for a checkpoint of a pruned one."""
+        """Prepare the module to load a checkpoint of a pruned one."""
 
     def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
-        """Raise ValueError where the parameters of these names cannot be pruned."""
+        """Raise ValueError if the parameters of these names cannot be pruned."""
 
     def preview(
         self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
     ) -> MaskSet | ChannelRemoval:
-        """What a pruning by the present weights would do."""
+        """Return what pruning by the current weights would do."""
 
     def prune(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, shards: Shards, scores: dict[str, Tensor],
         target: float, batch: Any, batch_idx: int,
     ) -> Pruned:  # fmt: skip
-        """Prune once, where the scores of this process's part are small in magnitude."""
+        """Prune once, where this process's scores are small in magnitude."""
 
     def accept(self, pruned: Pruned) -> None:
-        """Take over what :meth:`prune` did, once it has succeeded in all processes."""
+        """Adopt the result of :meth:`prune` once it has succeeded in all processes."""
 
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Look at the first batch."""
+        """Inspect the first batch before it is trained on."""
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Keep pruned weights at zero, after they were set or training started."""
+        """Hold pruned weights at zero from now on; called when training starts and after weights were replaced."""
 
     def again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
-        """Set pruned weights to zero again, ``"round"``, ``"batch"``, ``"step"`` or ``"always"``."""
+        """Set pruned weights back to zero; ``when`` is ``"round"``, ``"batch"``, ``"step"`` or ``"always"``."""
 
     def release(self) -> None:
-        """Let go of the module."""
+        """Remove all hooks from the module."""
 
     def follow(self, removal: ChannelRemoval) -> None:
-        """Let go of what belongs to channels that are gone, whoever removed them."""
+        """Discard state of removed channels, whichever callback removed them."""
 
     def table(self, module: nn.Module | None) -> str:
-        """What was pruned, as a table."""
+        """Return a table of what was pruned."""
 
     def log(self, trainer: pl.Trainer, prefix: str) -> None:
-        """Give loggers what was pruned of each tensor."""
+        """Log the sparsity of each tensor."""
 
     def forget(self) -> None:
-        """Begin as for a first fit."""
+        """Reset to the state before a first fit."""
 
     def state_dict(self) -> dict[str, Any] | None:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
 
 
 class MaskRounds:
-    """Prunes by masks, each within those of the rounds before.
+    """Pruning by masks: each round keeps the masks of earlier rounds.
 
     Args:
-        scope: As for :meth:`MaskSet.from_scores`.
-        by_threshold: Whether the target is a threshold, not a sparsity.
+        scope: See :meth:`MaskSet.from_scores`.
+        by_threshold: Whether the target is a threshold rather than a sparsity.
         allow_empty: Whether a tensor may lose all its weights.
-        guard: The callback's.
+        guard: Guard of the callback.
     """
 
     unit = "weights"
@@ -154,11 +155,11 @@ class MaskRounds:
         self.scope, self.by_threshold, self.allow_empty, self._guard = scope, by_threshold, allow_empty, guard
         self._names: list[str] = []
         self._pin: Pin | None = None
-        self._quiet = False  # gradients come without a hook being called
-        self._unseen = 0  # batches after which it is yet to be seen whether pruned weights were moved
+        self._quiet = False  # gradients are set without calling hooks
+        self._unseen = 0  # batches left to check for moved weights
         self.forget()
 
-    def __getstate__(self) -> dict[str, Any]:  # hooks belong to this module
+    def __getstate__(self) -> dict[str, Any]:  # a copy gets no hooks: they belong to this module
         return {**vars(self), "_pin": None}
 
     def forget(self) -> None:
@@ -166,7 +167,7 @@ class MaskRounds:
 
     @property
     def share(self) -> float:
-        """Share of the selected weights that is pruned now."""
+        """Share of the selected weights pruned so far."""
         return 0.0 if self.masks is None else self.masks.sparsity
 
     def table(self, module: nn.Module | None) -> str:
@@ -178,10 +179,10 @@ class MaskRounds:
         give(trainer, scalars)
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Any run will do."""
+        """Do nothing: masks work in any run."""
 
     def prepare(self, pl_module: pl.LightningModule) -> None:
-        """Masks change no shape."""
+        """Do nothing: masks change no shapes."""
 
     def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
         self._names = list(names)
@@ -230,7 +231,7 @@ class MaskRounds:
         self.masks = pruned.masks
 
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Masks need no batch."""
+        """Do nothing: masks need no batch."""
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.release()
@@ -238,7 +239,7 @@ class MaskRounds:
             return
         hooked, root = _stepping(trainer), outermost(trainer, pl_module)
         self._pin = self.masks.pin(root, *hooked, on_error=self._failed)
-        self._quiet = root is not pl_module  # FSDP's gradients come without a hook being called
+        self._quiet = root is not pl_module  # FSDP sets gradients without calling hooks
         self._unseen = WATCHED
         for average in averages(trainer):
             self.masks.apply(getattr(average, "module", average))
@@ -258,9 +259,9 @@ class MaskRounds:
             if self._unseen and self._pin.moved():
                 self._guard.warn(
                     "moved",
-                    "pruned weights were moved, and set to zero again after the batch: something steps that is no "
-                    "optimizer of `configure_optimizers`, or not by its `step`. What it computed with those weights "
-                    "within the batch was not of the pruned network.",
+                    "pruned weights were moved, and set back to zero after the batch. Within the batch the network was "
+                    "not the pruned one: update weights only by `step` of the optimizers from "
+                    "`configure_optimizers`.",
                 )
             self._unseen = max(0, self._unseen - 1)
             self._pin.clear()
@@ -283,5 +284,5 @@ class MaskRounds:
 
 
 def _stepping(trainer: pl.Trainer) -> list[torch.optim.Optimizer]:
-    """The optimizers that tell when they have stepped."""
+    """Return the optimizers that support step hooks."""
     return [optimizer for optimizer in trainer.optimizers if takes_hooks(optimizer)]

@@ -1,4 +1,4 @@
-"""Watch the Koopman spectrum of a training."""
+"""Monitor the Koopman spectrum during training."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 
-# what callbacks that monitor find while nothing is known: finite, what a random walk has, and no sign of convergence
-WINDOW = 11  # snapshots of the unit fraction, as many as the stop looks at
+# placeholders until values are known: finite, those of a random walk, and no sign of convergence
+WINDOW = 11  # snapshots for the unit fraction, as in early stopping
 UNKNOWN = {
     "phase": float(Phase.UNKNOWN.code),
     "step_correlation": 0.0,
@@ -76,76 +76,76 @@ COLUMNS = (
 
 
 class KoopmanSpectrumMonitor(TrajectoryCallback):
-    r"""Say after each epoch what the training is doing, in one word and a few numbers, and keep its Koopman spectrum.
+    r"""Report the phase of a training after each epoch, with a few numbers, and record its Koopman spectrum.
 
-    The reading (:class:`TrainingReading`) comes from the inner products of the weights' steps and from the training
-    loss: the Koopman spectral measure of the steps (paper, equation 3) in place of single eigenvalues, which are
-    ill-conditioned.  Its phase stands in the progress bar, and eight scalars are logged that stock callbacks can
+    The reading (:class:`TrainingReading`) is computed from the inner products of the weights' steps and from the
+    training loss.  It uses the Koopman spectral measure of the steps (paper, equation 3) instead of single eigenvalues,
+    which are ill-conditioned.  The progress bar shows the phase.  Eight scalars are logged, which stock callbacks can
     monitor in the same epoch:
 
-    - ``koopman/phase``: place of the phase in the list of :class:`Phase`, from 0 (warming up) to 8 (unknown);
-    - ``koopman/step_correlation``: mean cosine between successive steps, in [−1, 1]: above 0 the weights go somewhere,
-      below they turn back; 0 for a random walk;
+    - ``koopman/phase``: index of the phase in :class:`Phase`, from 0 (warming up) to 8 (unknown);
+    - ``koopman/step_correlation``: mean cosine between successive steps, in [−1, 1]: positive if the weights keep their
+      direction, negative if they turn back, 0 for a random walk;
     - ``koopman/spectral_weight``: spectral density of the steps at eigenvalue 1, ≥ 0; 1 for a random walk;
-    - ``koopman/slowing``: how much of the greatest pace is gone, in [0, 1]; it grows to 1 as a training converges and
-      stays near 0 for a random walk;
-    - ``koopman/remaining``: how far the weights still have to go, relative to how far they came;
-    - ``koopman/half_life``: epochs in which the directed part of the steps halves;
+    - ``koopman/slowing``: loss of speed relative to the fastest so far, in [0, 1]; it grows to 1 as a training
+      converges and stays near 0 for a random walk;
+    - ``koopman/remaining``: distance the weights still have to go, relative to the distance they have come;
+    - ``koopman/half_life``: half-life of the directed part of the steps, in snapshots;
     - ``koopman/loss_change``: predicted change of the training loss over the next 10 snapshots;
-    - ``koopman/loss_noise``: its fluctuation from one to the next.
+    - ``koopman/loss_noise``: standard deviation of its fluctuation between snapshots.
 
-    What is not known is not logged; callbacks that monitor it find 8, 0, 1, 0, 1, 1e6, −1 and 1 until then.
+    Unknown values are not logged.  Until they are known, monitoring callbacks read 8, 0, 1, 0, 1, 1e6, −1 and 1.
 
-    Of a loss or a metric there is no phase: its predicted change and noise are logged, and its spectrum is drawn.
+    An observed loss or metric has no phase: its predicted change and noise are logged, and its spectrum is plotted.
 
-    The eigenvalues of the paper (section 3) are computed when they are asked for: ``spectrum``, ``surrogate`` and the
-    figures.  How much of their importance lies near 1 (``unit_fraction`` in the history, of the last eleven snapshots,
-    as the stop has it) says little alone: a random walk's does too.
+    The eigenvalues of the paper (section 3) are computed on request: by ``spectrum``, ``surrogate`` and the figures.
+    ``unit_fraction`` in the history is the share of their importance near 1 over the last eleven snapshots, as in
+    :class:`EarlyStopOnUnitEigenvalues`.  Alone it means little: it is also high for a random walk.
 
-    It works under DDP, FSDP and FSDP2: each process keeps its part of the snapshots, and a small sum a snapshot is all
-    that they exchange.
+    It works under DDP, FSDP and FSDP2: each process keeps its part of the snapshots, and the processes exchange only a
+    small sum per snapshot.
 
-    Everything written to disk lies in one folder: ``history.csv`` (one row an analysed epoch; empty cells where nothing
-    is known), ``trajectory.npz`` for :func:`compare_trainings`, the snapshots that checkpoints refer to, and figures if
-    no logger takes them.
+    All files are written to one folder: ``history.csv`` (one row per analyzed epoch, empty cells for unknown values),
+    ``trajectory.npz`` for :func:`compare_trainings`, the snapshots that checkpoints refer to, and the figures if no
+    logger takes them.
 
     Args:
         observable: ``"weights"``; ``"train_loss"``, the epoch's mean of the loss that ``training_step`` returns; or the
             name of any logged metric.  Scalars are delay-embedded over half of the window.
         every_n_epochs: Epochs between two snapshots, ≥ 1.
-        every_n_steps: Instead, optimizer steps between two snapshots, ≥ 1, for trainings of few, long epochs: so many
-            steps then take the place of an epoch everywhere, the mean loss and the history's ``epoch`` included.
-        window: Number of the newest snapshots to analyse, ≥ 3, or None for all since the start.  Memory is 4 bytes a
-            weight and snapshot, divided by the number of processes.  A reading takes the newest 25.
-        parameters: Shell-style patterns of the names of the parameters to observe, such as ``"encoder.*"`` or
+        every_n_steps: Optimizer steps between two snapshots, ≥ 1, instead of epochs, for trainings of few, long epochs.
+            Such an interval then replaces the epoch everywhere, also in the mean loss and the history's ``epoch``.
+        window: Number of newest snapshots to analyze, ≥ 3, or None for all since the start.  They take 4 bytes per
+            weight and snapshot, divided by the number of processes.  A reading uses the newest 25.
+        parameters: Shell-style patterns for the names of the parameters to observe, such as ``"encoder.*"`` or
             ``["*.weight", "!head.*"]`` (default: all that require a gradient when training starts).
         radius: Radius of the disc around 1 for the unit fraction, > 0.
         tol: Relative singular value below which directions count as zero, in [0, 1).
         max_residual: Largest residual of a trusted eigenvalue, > 0.
-        storage: ``"ram"``; ``"disk"`` for a mapped file without a name in the folder below, of which the system keeps
-            in memory what there is room for; or ``"sketch"`` to keep a few thousand random combinations of each
+        storage: ``"ram"``; ``"disk"`` for an unnamed memory-mapped file in the folder under ``dirpath``, which the
+            system caches as far as memory allows; or ``"sketch"`` to keep a few thousand random combinations of each
             snapshot, whatever its size, computed where the weights are.
-        dtype: ``"float32"``, or ``"bfloat16"``: increments of half the size, which moves eigenvalues by about 1e-4.
-        sketch: Numbers kept of a snapshot with ``storage="sketch"``, ≥ 2, best a prime; the error falls as 1/√sketch.
-        log_figure: Draw the history, the phase portrait and the spectrum when training ends; with a number k, also
+        dtype: ``"float32"``, or ``"bfloat16"`` to halve the size of increments, which moves eigenvalues by about 1e-4.
+        sketch: Elements kept per snapshot with ``storage="sketch"``, ≥ 2, best a prime; the error falls as 1/√sketch.
+        log_figure: Plot the history, the phase portrait and the spectrum when training ends; an integer k also plots
             every k epochs.  Figures go to the loggers that take them (TensorBoard, W&B, MLflow), else to PNG files.
-        dirpath: Local folder below which a folder named like ``prefix`` is made for everything written to disk; where
-            that exists and is not empty, ``prefix-v1`` and so on, so that no run overwrites another or the run it is
-            resumed from (default: the run's log folder).
-        prefix: First part of the logged names; give monitors on one Trainer different ones.
+        dirpath: Local folder in which a folder named after ``prefix`` is created for all files (default: the run's log
+            folder).  If that folder already holds files, ``prefix-v1`` and so on is used, so no run overwrites another
+            one or the run it is resumed from.
+        prefix: First part of the logged names; must differ between the monitors of one Trainer.
 
     Attributes:
         reading: The newest :class:`TrainingReading`, or None.
-        spectrum: :class:`Spectrum` of the snapshots held, computed when asked for, or None while there are too few.
+        spectrum: :class:`Spectrum` of the recorded snapshots, computed on access, or None if there are too few.
         surrogate: :class:`Spectrum` of a random walk with the same step lengths, or None.
-        history: List of dicts, one an analysed epoch, with the columns of ``history.csv``.
-        trajectory: :class:`Trajectory` of the recorded snapshots, or None; in a run of several processes, of this one's
-            part of them, with the spectrum of the whole.
+        history: List of dicts, one per analyzed epoch, with the columns of ``history.csv``.
+        trajectory: :class:`Trajectory` of the recorded snapshots, or None.  With several processes it holds this
+            process's part of them, but gives the spectrum of the whole.
 
     Raises:
         ValueError: At construction or before training starts, for arguments out of range, patterns that match nothing,
-            snapshots that cannot fit into memory, a folder that cannot be written, or two monitors with one prefix.
-        ModuleNotFoundError: Before training starts, if figures are asked for and matplotlib is not installed.
+            snapshots that do not fit into memory, a folder that cannot be written, or two monitors with one prefix.
+        ModuleNotFoundError: Before training starts, if figures are requested and matplotlib is not installed.
 
     Example:
         >>> import tempfile
@@ -167,8 +167,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     columns = COLUMNS
     storable = True
     advice = (
-        "take a smaller window, observe fewer `parameters`, or set storage='disk'",
-        "take a smaller window, observe fewer `parameters`, or pass another `dirpath`",
+        "reduce `window`, observe fewer `parameters`, or set storage='disk'",
+        "reduce `window`, observe fewer `parameters`, or pass another `dirpath`",
     )
 
     def __init__(
@@ -205,7 +205,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         self.radius, self.tol = check_positive("radius", radius), float(tol)
         self.max_residual = check_positive("max_residual", max_residual)
         flag = isinstance(log_figure, (bool, np.bool_))
-        advice = "it is True, False or a number of epochs"
+        advice = "pass True, False or a number of epochs"
         self.log_figure = bool(log_figure) if flag else check_count("log_figure", log_figure, 0, advice)
         self.folder = self.prefix
         self.reading: TrainingReading | None = None
@@ -240,7 +240,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         return self._walk()
 
     def summary(self) -> str:
-        """What the training is doing and what to do about it, then what the spectrum says, in plain words."""
+        """Return what the training is doing, what to do about it, and what the spectrum shows, in words."""
         settings, observable = self.settings, self.settings.observable
         unit = "epochs" if settings.every_n_steps is None else "steps"
         told: dict[str, Any] = {"every": settings.every_n_steps or settings.every_n_epochs, "unit": unit}
@@ -263,11 +263,11 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        if not self.active:  # stock callbacks look for the scalars all the same
+        if not self.active:  # stock callbacks monitor the scalars here too
             publish(trainer, self.prefix, UNKNOWN)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known = self.history[-1] if self.history and not self.anew else None  # which the first process alone keeps
+        known = self.history[-1] if self.history and not self.anew else None  # kept by the first process only
         logged = self.on_zero(trainer, "reading the history", lambda: known and self._logged(known))
         publish(trainer, self.prefix, {**UNKNOWN, **(logged or {})})
         tell_if_short(self, trainer, LEAST, "the first reading")
@@ -296,15 +296,15 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     def _read(
         self, trainer: pl.Trainer, epoch: int, recorded: bool, baseline: Baseline | None
     ) -> tuple[TrainingReading, dict[str, float]]:
-        """The reading, a row of the history, and the scalars to log."""
+        """Return the reading and the scalars to log, and append a row to the history."""
         started = time.perf_counter()
         trajectory, loss = self.recorder.trajectory, self.recording.train_loss
         reading = self.recording.read(epoch, baseline)
         held = recorded and trajectory is not None
         lengths = trajectory.step_norms() if held and trajectory is not None else np.zeros(0)
         if lengths.size > 1 and not lengths.any():
-            said = f"the observable {self.settings.observable!r} has not changed over the last {len(self.recorder)} "
-            self.guard.warn("constant", f"{said}snapshots. Are these weights in the optimizer, at a learning rate > 0?")
+            said = f"has not changed over the last {len(self.recorder)} snapshots: check that an optimizer updates the "
+            self.guard.warn("constant", f"observable={self.settings.observable!r} {said}weights at a rate > 0.")
         self.history.append(
             {
                 **{name: getattr(reading, name, math.nan) for name in COLUMNS},
@@ -323,25 +323,25 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         return reading, self._logged(self.history[-1])
 
     def _keep(self, trainer: pl.Trainer) -> None:
-        """Write what :func:`compare_trainings` needs."""
+        """Save the run for :func:`compare_trainings`."""
         hide(trainer, self)
         with self.guard("writing the history"):
             save_run(self.run_folder.path if self.guard.zero else None, self.recorder)
 
     def _logged(self, row: dict[str, Any]) -> dict[str, float]:
-        """The scalars of a row that are known."""
+        """Return the known scalars of a row."""
         values = {**row, "phase": float(Phase(row["phase"]).code)}
         return {name: values[name] for name in UNKNOWN if math.isfinite(values[name])}
 
     def _unit_fraction(self, trajectory: Trajectory | None) -> float:
-        """Share of the importance near 1, of as many snapshots as the stop looks at."""
+        """Return the share of the importance near 1 over the newest ``WINDOW`` snapshots."""
         factor = None if trajectory is None else trajectory.factor(last=WINDOW)
         if factor is None or not factor[:, :-1].any():
             return math.nan
         return unit_fraction(factor, self.radius)
 
     def _walk(self, *, refine: bool = False) -> Spectrum | None:
-        """Spectrum of a random walk beside that of the snapshots held, under the same settings."""
+        """Return the spectrum of a random walk with the step lengths of the snapshots and the same settings."""
         trajectory, delays = self.recorder.trajectory, self._delays()
         if trajectory is None or delays is None:
             return None
@@ -349,7 +349,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         return random_walk_spectrum(*given, tol=self.tol, delays=delays, refine=refine)
 
     def _delays(self) -> int | None:
-        """Snapshots in an embedded one, or None while there are too few, or only zeros, to say anything."""
+        """Return the number of snapshots per embedded one, or None if there are too few or all are zero."""
         trajectory, count = self.recorder.trajectory, len(self.recorder)
         if trajectory is None or not count or not (trajectory.start_norm() or trajectory.step_norms().any()):
             return None

@@ -1,4 +1,4 @@
-"""What callbacks observe of a run: its weights, the training loss of a round, a logged metric."""
+"""Observables of a run: its weights, its training loss and its logged metrics."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 TRAIN_LOSS = "train_loss"
 
-PENDING = 512  # batch losses held before they are summed: bounds memory in epochs of a million batches
+PENDING = 512  # batch losses to hold before summing them: bounds memory in long epochs
 
 
 def batch_loss(outputs: Any) -> Tensor | None:
-    """The loss in what ``training_step`` returned or ``on_train_batch_end`` was given, if it is one real number."""
+    """Return the loss in the output of ``training_step``, or None unless it is one real number."""
     loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
     if isinstance(loss, Tensor) and loss.layout == torch.strided and loss.numel() == 1 and not loss.is_complex():
         return loss
@@ -30,14 +30,14 @@ def batch_loss(outputs: Any) -> Tensor | None:
 
 
 class LossMeter:
-    """Sum and number of the batch losses since the last :meth:`take`; costs next to nothing for a batch."""
+    """Sum and count of the batch losses since the last :meth:`take`, at little cost per batch."""
 
     def __init__(self) -> None:
         self.total, self.count = 0.0, 0
         self._pending: list[Tensor] = []
 
     def add(self, outputs: Any) -> None:
-        """Note the batch's loss."""
+        """Add the loss of a batch."""
         loss = batch_loss(outputs)
         if loss is not None:
             self._pending.append(loss.detach())
@@ -45,7 +45,7 @@ class LossMeter:
                 self.fold()
 
     def fold(self) -> None:
-        """Add what is pending to the sum, with one operation and one transfer for each device."""
+        """Add the pending losses to the sum, with one operation and one transfer per device."""
         pending, self._pending = self._pending, []
         for device in {loss.device for loss in pending}:
             losses = [loss.reshape(()).float() for loss in pending if loss.device == device]
@@ -53,32 +53,32 @@ class LossMeter:
         self.count += len(pending)
 
     def take(self) -> tuple[float, int]:
-        """Sum and number since the last call."""
+        """Return the sum and the count since the last call."""
         self.fold()
         taken, self.total, self.count = (self.total, self.count), 0.0, 0
         return taken
 
     def start(self, total: float = 0.0, count: int = 0) -> None:
-        """Begin a round, or go on from what a checkpoint within it held."""
+        """Start an interval, or resume one from a checkpoint with its sum and count."""
         self._pending, self.total, self.count = [], total, count
 
     def mean(self, trainer: pl.Trainer, taken: tuple[float, int]) -> float | None:
-        """Mean of what :meth:`take` gave in all ranks, or None without a loss; all of them have to ask."""
+        """Return the mean over what :meth:`take` gave on all ranks, or None without a loss; call on all ranks."""
         total, count = taken
         if trainer.world_size > 1:
             device = trainer.strategy.root_device
             wide = torch.float32 if device.type == "mps" else torch.float64
             both = torch.tensor([total, count], device=device, dtype=wide)
             total, count = trainer.strategy.reduce(both, reduce_op="sum").tolist()
-        # Lightning hands over the loss divided by the number of accumulated batches
+        # Lightning passes the loss divided by `accumulate_grad_batches`
         return total / count * trainer.accumulate_grad_batches if count else None
 
 
 class Metric:
-    """A metric that the module logs, once a round.
+    """A metric that the module logs once per interval.
 
     Args:
-        name: As it is logged.
+        name: Its logged name.
     """
 
     def __init__(self, name: str) -> None:
@@ -86,50 +86,50 @@ class Metric:
         self.start_fit()
 
     def start_fit(self) -> None:
-        """Forget what was logged."""
-        self._seen: object = None  # as it was when the round began: what is logged anew is another object
-        self._validated: float | None = None  # as the last validation logged it, until it is taken
+        """Forget the logged values."""
+        self._seen: object = None  # value when the interval began; a newly logged value is another object
+        self._validated: float | None = None  # value of the last validation, until it is taken
         self._has_validated = False
 
     def begin(self, trainer: pl.Trainer) -> None:
-        """A round begins."""
+        """Start an interval."""
         self._seen = trainer.callback_metrics.get(self.name)
 
     def validated(self, trainer: pl.Trainer) -> None:
-        """A validation has ended."""
+        """Keep the value that a validation has logged."""
         self._has_validated = True
         value = self._logged(trainer)
         self._validated = self._validated if value is None else value
 
     def take(self, trainer: pl.Trainer) -> float | None:
-        """The value logged in this round, or by a validation since the last one that was taken."""
+        """Return the value logged in this interval, or by a validation since the last call."""
         value = self._logged(trainer)
         value, self._validated = self._validated if value is None else value, None
         return value
 
     def is_missing(self, trainer: pl.Trainer) -> bool:
-        """Whether it should have been logged by now, but never was."""
+        """Return whether the metric should have been logged by now, but was not."""
         still_to_come = trainer.enable_validation and not self._has_validated
         return self.name not in trainer.callback_metrics and not still_to_come
 
     def _logged(self, trainer: pl.Trainer) -> float | None:
-        """Its value if logged since the round began; Lightning keeps old values as the same objects."""
+        """Return the value if logged since the interval began; Lightning keeps old values as the same objects."""
         value = trainer.callback_metrics.get(self.name)
         return None if value is None or value is self._seen else float(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {"validated": self._validated, "has_validated": self._has_validated}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         validated = state["validated"]
         self._validated = None if validated is None else float(validated)
         self._has_validated = bool(state["has_validated"])
 
 
 class Weights:
-    """The weights that this process has its part of.
+    """The observed weights, of which this process reads its part.
 
     Args:
         patterns: Name patterns of the parameters, or None for all that require a gradient.
@@ -138,19 +138,19 @@ class Weights:
     def __init__(self, patterns: str | Sequence[str] | None) -> None:
         self.patterns = as_patterns(patterns)
         self.names: tuple[str, ...] = ()
-        # names of all parameters, and of those that are trained
+        # names of all parameters, and of the trained ones
         self._known: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self.processes = Processes()
-        self.shards: Shards | None = None  # as read last
+        self.shards: Shards | None = None  # from the last read
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy for other processes begins alone
+    def __getstate__(self) -> dict[str, Any]:  # connections belong to this process
         return {**vars(self), "processes": Processes(), "shards": None}
 
     def connect(self, trainer: pl.Trainer, advice: str) -> None:
-        """Find the other processes that hold parts of the weights.
+        """Connect to the other processes that hold parts of the weights.
 
         Raises:
-            ValueError: If the strategy keeps the weights where they cannot be observed.
+            ValueError: If the weights cannot be observed under the strategy.
         """
         self.shards = None
         deep = is_kind(trainer.strategy, "DeepSpeedStrategy")
@@ -159,22 +159,22 @@ class Weights:
         if deep or (shared and self.processes.size != trainer.world_size):
             why = "keeps the weights in partitions of its own" if deep else "does not use torch.distributed"
             raise ValueError(
-                f"strategy {type(trainer.strategy).__name__} {why}, where they cannot be observed: use 'ddp', "
+                f"strategy {type(trainer.strategy).__name__} {why}, so the weights cannot be observed: use 'ddp', "
                 f"FSDPStrategy or ModelParallelStrategy (FSDP2){advice}."
             )
 
     def select(self, root: nn.Module) -> dict[str, nn.Parameter]:
-        """Choose the parameters by name.
+        """Select the parameters by name.
 
         Raises:
-            ValueError: As :func:`select_parameters`.
+            ValueError: See :func:`select_parameters`.
         """
         chosen = select_parameters(root, self.patterns)
         self.names = tuple(chosen)
         return chosen
 
     def read(self, root: nn.Module) -> Shards:
-        """This process's part of the weights as they are now; all processes have to read together."""
+        """Read this process's part of the current weights; call on all processes together."""
         chunks = local_chunks(root)
         trained = tuple(name for name, chunk in chunks.items() if chunk.parameter.requires_grad)
         known, self._known = self._known, (tuple(chunks), trained if self.patterns is None else ())
@@ -186,6 +186,6 @@ class Weights:
 
 
 def outermost(trainer: pl.Trainer, pl_module: pl.LightningModule) -> nn.Module:
-    """The module, or FSDP's wrapper around it, which alone knows of all parameters."""
+    """Return the module, or FSDP's wrapper around it, which alone knows all parameters."""
     wrapped = trainer.strategy.model
     return wrapped if wrapped is not None and is_kind(wrapped, "FullyShardedDataParallel") else pl_module

@@ -1,4 +1,4 @@
-"""Saying before training what a run is too short for."""
+"""Notes before training about runs that are too short."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 def tell_if_short(callback: TrajectoryCallback, trainer: pl.Trainer, needed: int, doing: str) -> None:
-    """Say so if the run ends before a callback can do its work, or may have no epoch that ends.
+    """Log a note if the run is too short for a callback, or if its epochs may never end.
 
     Args:
         callback: The callback.
         trainer: The run.
-        needed: Completed rounds that it takes.
-        doing: What takes them.
+        needed: Completed intervals that the callback needs.
+        doing: What it needs them for, as the subject of the message.
     """
     clock, owner = callback.clock, type(callback).__name__
     batches = trainer.num_training_batches
@@ -33,12 +33,11 @@ def tell_if_short(callback: TrajectoryCallback, trainer: pl.Trainer, needed: int
         rounds = min(epochs, total / steps if steps else math.inf)
         if batches == math.inf:
             rank_zero_info(
-                f"{owner}: the training data have no length. Where an epoch does not end nothing is recorded: pass "
-                "every_n_steps then."
+                f"{owner}: the training data have no length, and nothing is recorded in an epoch that never ends: pass "
+                "`every_n_steps` in that case."
             )
             return
     if rounds < needed:
         rank_zero_info(
-            f"{owner}: {doing} takes {clock.span(needed)}, but this run has {clock.span(int(rounds))}: it will not "
-            "come to that."
+            f"{owner}: {doing} takes {clock.span(needed)}, but this run has {clock.span(int(rounds))}: train longer."
         )

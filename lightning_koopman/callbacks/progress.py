@@ -1,4 +1,4 @@
-"""The phase of a training in the progress bar, which shows words as well as numbers."""
+"""The phase of a training in the progress bar."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ if TYPE_CHECKING:
 
 
 class Monitor(Protocol):
-    """What has a reading to show."""
+    """A callback with a reading to show."""
 
     prefix: str
     reading: TrainingReading | None
 
 
 class PhaseItems:
-    """What a progress bar shows, with the phases of some monitors; it takes the place of the bar's method."""
+    """Replacement for a progress bar's ``get_metrics`` that adds the phases of monitors."""
 
     def __init__(self, before: Callable[..., dict[str, Any]]) -> None:
         self.before, self.monitors = before, list[Monitor]()
 
     def __call__(self, *given: Any) -> dict[str, Any]:
-        """All items."""
+        """Return all items."""
         known = [each for each in self.monitors if each.reading is not None]
         return {**self.before(*given), **{f"{each.prefix}/phase": each.reading.phase.value for each in known}}  # type: ignore[union-attr]
 
 
 def show(trainer: pl.Trainer, monitor: Monitor) -> None:
-    """Add a monitor's phase to what the progress bar shows, of either kind, until :func:`hide`."""
+    """Add a monitor's phase to the progress bar (tqdm or Rich), until :func:`hide`."""
     bar: Any = trainer.progress_bar_callback
     if bar is None or not hasattr(bar, "get_metrics"):
         return
@@ -42,7 +42,7 @@ def show(trainer: pl.Trainer, monitor: Monitor) -> None:
 
 
 def hide(trainer: pl.Trainer, monitor: Monitor) -> None:
-    """Leave the progress bar as it was."""
+    """Remove a monitor's phase from the progress bar, and restore the bar after the last one."""
     items: Any = getattr(trainer.progress_bar_callback, "get_metrics", None)
     if isinstance(items, PhaseItems):
         items.monitors = [each for each in items.monitors if each is not monitor]

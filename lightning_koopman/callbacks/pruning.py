@@ -32,59 +32,59 @@ if TYPE_CHECKING:
 
 
 class KoopmanPruner(TrajectoryCallback):
-    """Prune weights in mid-training where the part of them that stays is small (paper, section 4).
+    """Prune weights during training where their persistent part is small (paper, section 4).
 
-    After ``epoch`` epochs, before the next one begins, the weights' trajectory is decomposed.  The modes whose
-    eigenvalues cluster at 1, and those ranked above, make up what stays of the weights; where that is small in
-    magnitude, the weights are set to zero and held there (:class:`MaskSet`) while training goes on.  The paper's two
-    algorithms differ in what becomes of the survivors: ``"keep"`` lets them go on from where they are (the text to
-    Algorithm 1), ``"reconstruction"`` sets them to their reconstruction (Algorithm 1 as printed), ``"reinit"`` draws
-    them anew, and the optimizer forgets them (Algorithm 2).
+    After ``epoch`` epochs, the trajectory of the weights is decomposed.  The modes whose eigenvalues cluster at 1, and
+    those ranked above, form the persistent part.  Before the next epoch, weights whose persistent part is small in
+    magnitude are set to zero, and are held there (:class:`MaskSet`) while training continues.  The paper's two
+    algorithms differ in how they treat the survivors: ``"keep"`` leaves them unchanged (text to Algorithm 1),
+    ``"reconstruction"`` sets them to their reconstruction (Algorithm 1 as printed), and ``"reinit"`` reinitializes them
+    and resets their optimizer state (Algorithm 2).
 
-    State-dict keys do not change, and a checkpoint loaded without this library gives the sparse network.  Resumed runs
-    go on with the same masks.  Every Koopman callback starts a new trajectory at a pruning.
+    State-dict keys do not change: without this library, a checkpoint loads as the sparse network.  Resumed runs keep
+    their masks.  Every Koopman callback starts a new trajectory at each pruning.
 
-    Zeros alone make no network faster.  With ``structured=True`` whole channels and neurons are removed instead
-    (:func:`remove_channels`).  Layers that cannot lose any are named when training starts.  Checkpoints then hold the
+    Zeros alone do not make a network faster.  ``structured=True`` removes whole channels and neurons instead
+    (:func:`remove_channels`).  Layers that cannot lose any are listed when training starts.  Checkpoints then hold the
     small network: this callback resumes from them, and :func:`resize_like` prepares a network to load one.
 
     Args:
-        sparsity: Share of the selected weights (``structured``: of the channels) to prune, in (0, 1); or
-        threshold: the paper's ε > 0: what is smaller in magnitude is pruned.
-        epoch: Completed epochs after which to prune, ≥ 1, or ``"settled"``: as soon as the spectrum predicts that the
-            weights will move by no more than ``settled_change`` of their norm within 10 epochs, and they moved by no
-            more in the last 10; not while the learning rate is still warming up.
+        sparsity: Share of the selected weights (``structured``: of the channels) to prune, in (0, 1).
+        threshold: In place of ``sparsity``, the paper's ε > 0: smaller magnitudes are pruned.
+        epoch: Completed epochs before the first pruning, ≥ 1, or ``"settled"``: prune once the weights moved by at most
+            ``settled_change`` of their norm in the last 10 epochs and the spectrum predicts no more for the next 10,
+            but not while the learning rate is warming up.
         survivors: ``"keep"``, ``"reconstruction"`` or ``"reinit"``.
-        parameters: Shell-style patterns of the names of the parameters to prune, such as ``["*.weight", "!head.*"]``
-            (default: trainable matrices and kernels; biases and norms are left alone).
-        structured: Remove whole channels and neurons; needs Torch-Pruning (``lightning_koopman[structured]``), a single
-            process and a sparsity.
-        scope: ``"global"``: one quantile over all of them; ``"tensor"``: the share is pruned in each (default: global;
-            ``structured``: tensor).
-        rounds: Number of prunings, ≥ 1.  The sparsity rises as 1 − (1 − r/rounds)³ of the target, a threshold as
-            r/rounds.
-        round_epochs: Epochs between two rounds, ≥ 3.
-        rule: ``"cluster"`` or ``"paper"``: the modes that stay, see :meth:`Spectrum.persistent`.
+        parameters: Shell-style patterns for the names of the parameters to prune, such as ``["*.weight", "!head.*"]``
+            (default: trainable matrices and kernels, without biases and norms).
+        structured: Remove whole channels and neurons.  Requires Torch-Pruning (``lightning_koopman[structured]``), a
+            single process and ``sparsity``.
+        scope: ``"global"`` for one quantile over all tensors, ``"tensor"`` to prune the share in each (default:
+            ``"global"``; ``structured``: ``"tensor"``).
+        rounds: Number of prunings, ≥ 1.  Pruning r reaches 1 − (1 − r/rounds)³ of the sparsity, or r/rounds of the
+            threshold.
+        round_epochs: Epochs between two prunings, ≥ 3.
+        rule: ``"cluster"`` or ``"paper"``: which modes are persistent, see :meth:`Spectrum.persistent`.
         radius: Radius of the cluster at 1, > 0.
-        window: Snapshots that are kept and decomposed, ≥ 3, or None for all, as in the paper.
+        window: Number of snapshots to keep and decompose, ≥ 3, or None for all, as in the paper.
         settled_change: See ``epoch``; > 0.
-        allow_empty: Whether a tensor may lose all its weights; otherwise such a pruning is refused with a warning.
-        scheme: For ``"reinit"``: None for each module's own ``reset_parameters``, ``"he"``, ``"xavier"``,
-            ``"orthogonal"``, or a callable that is given each module.  All trainable modules are drawn anew; with
-            ``parameters`` given, those that own one of them.
-        seed: Seed of that draw, ≥ 0; the run's own random state is left alone.
-        every_n_steps: Optimizer steps that take the place of an epoch everywhere above, ≥ 1, for trainings of few, long
-            epochs; batches under manual optimization.
-        dirpath: Local folder below which ``koopman_prune`` is made for the table and the snapshots that checkpoints
+        allow_empty: Whether a tensor may lose all its weights; otherwise such a pruning is skipped with a warning.
+        scheme: Initialization for ``"reinit"``: None for each module's own ``reset_parameters``, ``"he"``,
+            ``"xavier"``, ``"orthogonal"``, or a callable that receives each module.  It applies to all trainable
+            modules or, with ``parameters``, to those that own one of them.
+        seed: Seed for ``"reinit"``, ≥ 0; the global random state does not change.
+        every_n_steps: Optimizer steps per interval, ≥ 1, for trainings of few, long epochs: an interval then replaces
+            the epoch everywhere above.  Under manual optimization, batches are counted.
+        dirpath: Local folder in which ``koopman_prune`` is created for the history and the snapshots that checkpoints
             refer to (default: the run's log folder).
-        prefix: First part of the logged names and of that folder's; give two of them on one Trainer different ones.
+        prefix: First part of the logged names and of that folder's name; must differ between pruners of one Trainer.
 
     Attributes:
-        masks: The :class:`MaskSet` in force, or None.
-        history: List of dicts, one a pruning, with the columns of ``history.csv``: ``magnitude_agreement`` is the share
-            of weights or channels on which their present magnitude would have decided alike, ``parameters`` how many
-            the network has left.
-        changes: With ``structured``: by module name, the constructor arguments that changed, old and new.
+        masks: The current :class:`MaskSet`, or None.
+        history: List of dicts, one per pruning, with the columns of ``history.csv``: ``magnitude_agreement`` is the
+            share of weights or channels on which magnitude pruning would have decided the same, ``parameters`` the
+            number of parameters left in the network.
+        changes: With ``structured``: old and new values of the changed constructor arguments, by module name.
 
     Raises:
         ValueError: At construction or before training starts, for arguments out of range, patterns that match nothing,
@@ -112,7 +112,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     columns = COLUMNS
     any_window = True
-    advice = "take a smaller window", "take a smaller window"
+    advice = "reduce `window`", "reduce `window`"
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class KoopmanPruner(TrajectoryCallback):
         super().__init__(window=window, every_n_steps=every_n_steps, dirpath=dirpath, prefix=prefix)
         structured, by_threshold = check_flag("structured", structured), threshold is not None
         scope = ("tensor" if structured else "global") if scope is None else check_choice("scope", scope, SCOPES)
-        only = {"by_threshold": by_threshold, "allow_empty": check_flag("allow_empty", allow_empty)}  # for masks
+        only = {"by_threshold": by_threshold, "allow_empty": check_flag("allow_empty", allow_empty)}  # masks only
         self.parameters, self.folder = as_patterns(parameters), f"{self.prefix}_prune"
         self.method: PruningMethod = MaskRounds(scope, guard=self.guard, **only)
         if structured:
@@ -160,7 +160,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(prefix=self.prefix)  # a resumed run may be given other options
+        return self._generate_state_key(prefix=self.prefix)  # a resumed run may use other options
 
     @property
     def masks(self) -> MaskSet | None:
@@ -168,7 +168,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     @property
     def achieved(self) -> float:
-        """Share of the selected weights, or of the channels, that is pruned now, in [0, 1]."""
+        """Share of the selected weights, or of the channels, pruned so far, in [0, 1]."""
         return self.method.share
 
     @property
@@ -176,15 +176,15 @@ class KoopmanPruner(TrajectoryCallback):
         return getattr(self.method, "changes", {})
 
     def table(self, module: nn.Module | None = None) -> str:
-        """The sparsity of each pruned tensor and overall (of a module given, with all else), or the smaller layers."""
+        """Return a table of the sparsity by tensor and in total (``module``: of all weights), or of changed layers."""
         return self.method.table(module)
 
     def preview(self, pl_module: pl.LightningModule, batch: Any = None) -> MaskSet | ChannelRemoval:
-        """What all rounds would prune of the weights as they are; nothing is changed, and ``table`` of it says all.
+        """Return what all rounds would prune of the current weights; print its ``table()``.  Nothing is changed.
 
         Args:
             pl_module: The module.
-            batch: With ``structured``, one as its ``training_step`` takes it, to trace the module with.
+            batch: With ``structured``: a batch for its ``training_step``, to trace the module.
         """
         return self.method.preview(pl_module, batch, self.parameters, self.schedule.final)
 
@@ -194,7 +194,7 @@ class KoopmanPruner(TrajectoryCallback):
             self.schedule.check_end(trainer, self.clock)
             self.method.check_run(trainer, pl_module)
         super().setup(trainer, pl_module, stage)
-        self.method.prepare(pl_module)  # Lightning loads the weights before our state
+        self.method.prepare(pl_module)  # Lightning loads the weights before callback states
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
@@ -203,14 +203,14 @@ class KoopmanPruner(TrajectoryCallback):
 
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         root = outermost(trainer, pl_module)
-        chosen = trained_parameters(trainer, root, self.parameters)  # what is trained at the time
+        chosen = trained_parameters(trainer, root, self.parameters)  # those currently trained
         self.method.check_selected(root, list(chosen), self.schedule.sparsity)
         self.survivors.select(pl_module, None if self.parameters is None else chosen.values())
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with self.guard("holding the masks"):
+        with self.guard("applying the masks"):
             self.weights_replaced(trainer, pl_module)
         self._score(self.clock.rounds)
 
@@ -222,12 +222,12 @@ class KoopmanPruner(TrajectoryCallback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.active and not self.schedule.finished:  # before the first step errors are raised
+        if self.active and not self.schedule.finished:  # not guarded: errors before the first step are raised
             self.method.look(trainer, pl_module, batch, batch_idx)
         super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
 
     def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        # channels not before, as tracing takes a batch; masks only where a resumed epoch had begun already
+        # channels: tracing needs a batch; masks: only if a resumed epoch had already begun
         if self.schedule.is_due(self.clock.rounds):
             self._prune(trainer, pl_module, batch, batch_idx)
 
@@ -242,7 +242,7 @@ class KoopmanPruner(TrajectoryCallback):
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         if self.schedule.waits:
             given = self.recording, epoch, recorded, self.rates
-            doing = "telling whether the weights have settled"
+            doing = "checking whether the weights have settled"
             if self.on_zero(trainer, doing, lambda: self.schedule.has_settled(trainer, *given)):
                 self.schedule.settled_at = epoch
         self._score(epoch)
@@ -252,20 +252,20 @@ class KoopmanPruner(TrajectoryCallback):
         self.log_values(trainer, pl_module, {"sparsity": self.achieved})
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._again(trainer, pl_module, "always")  # averages of the weights may have been written over them
+        self._again(trainer, pl_module, "always")  # an averaging callback may have overwritten the weights
 
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._again(trainer, pl_module, "always")
         if not self.schedule.finished:
             ended, why = self.clock.when(self.clock.rounds), self.schedule.why_unfinished(self.clock)
-            self.guard.warn("unpruned", f"training ended after {ended} at {self.achieved:.0%}: {why}.")
+            self.guard.warn("unpruned", f"training ended after {ended} at {self.achieved:.0%} sparsity: {why}.")
 
     def _again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
-        with self.guard("applying the masks again"):
+        with self.guard("reapplying the masks"):
             self.method.again(trainer, pl_module, when)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.method.release()  # Lightning then leaves `teardown` out
+        self.method.release()  # Lightning then skips `teardown`
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self.method.release()
@@ -282,7 +282,7 @@ class KoopmanPruner(TrajectoryCallback):
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, batch_idx: int = 0) -> None:
-        """Prune once; all ranks together, each its own part of the weights."""
+        """Prune once, on all ranks together, each for its own part of the weights."""
         target, processes, done = self.schedule.target, self.recording.weights.processes, None
         scores, about = self.scores.take()
         with self.guard.together(f"pruning (round {self.schedule.attempted + 1})", processes):
@@ -310,7 +310,7 @@ class KoopmanPruner(TrajectoryCallback):
             self.recorder.clear()
 
     def _score(self, epoch: int) -> None:
-        """Reconstruct the weights if a pruning follows, before another callback that prunes ends the trajectory."""
+        """Reconstruct the weights if a pruning is due, before another pruner ends the trajectory."""
         self.scores.take()
         if self.schedule.is_due(epoch):
             with self.guard.together("the Koopman reconstruction", self.recording.weights.processes):
@@ -324,7 +324,7 @@ class KoopmanPruner(TrajectoryCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        if state_dict:  # at once: not every run trains
+        if state_dict:  # now, as validation and test runs do not train
             with self.guard("going on from the checkpoint's state"):
                 self.take_up(state_dict)
 
@@ -334,7 +334,7 @@ class KoopmanPruner(TrajectoryCallback):
 
 
 def _follow(trainer: pl.Trainer, removal: ChannelRemoval) -> None:
-    """Let all pruners know that channels are gone."""
+    """Tell all pruners which channels were removed."""
     for other in koopman_callbacks(trainer):
         if isinstance(other, KoopmanPruner):
             other.scores.follow(removal)

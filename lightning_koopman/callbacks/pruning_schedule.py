@@ -1,4 +1,4 @@
-"""When a network is pruned, and how much of it."""
+"""When to prune a network, and how much."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 SETTLED = "settled"
-HORIZON = 10  # rounds looked ahead and back to tell whether the weights have settled
-LOST = Phase.DIVERGING, Phase.STUCK, Phase.OSCILLATING  # phases in which weights that hardly move mean nothing
-LEAST = 3  # snapshots of which a spectrum can be taken
+HORIZON = 10  # intervals to look ahead and back to see whether the weights have settled
+LOST = Phase.DIVERGING, Phase.STUCK, Phase.OSCILLATING  # phases in which small movement does not mean settled
+LEAST = 3  # snapshots needed for a spectrum
 
 
 class PruningSchedule:
-    """Prunings, counted, and the state of a training that waits for its weights to settle.
+    """Schedule of prunings, with the criterion for settled weights.
 
     Args:
-        sparsity: Share to prune in the end, in (0, 1), or None; then
-        threshold: magnitude below which to prune, > 0.
-        epoch: Completed epochs after which to prune first, ≥ 1, or ``"settled"``.
+        sparsity: Final share to prune, in (0, 1), or None to use ``threshold``.
+        threshold: Final magnitude below which to prune, > 0, or None.
+        epoch: Completed epochs before the first pruning, ≥ 1, or ``"settled"``.
         rounds: Number of prunings, ≥ 1.
-        round_epochs: Epochs between two of them, ≥ 3.
+        round_epochs: Epochs between two prunings, ≥ 3.
         settled_change: Largest change of settled weights within 10 epochs, relative to their norm, > 0.
 
     Raises:
-        ValueError: If one is out of its range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -59,21 +59,21 @@ class PruningSchedule:
         self.forget()
 
     def forget(self) -> None:
-        """Begin as for a first fit."""
-        self.attempted = 0  # prunings, those that were refused too
-        self.last: int | None = None  # completed epochs
-        self.settled_at: int | None = None  # completed epochs
-        self.changes = (math.nan, math.nan)  # ahead and past
+        """Reset to the state before a first fit."""
+        self.attempted = 0  # prunings, including failed ones
+        self.last: int | None = None  # completed epochs at the last pruning
+        self.settled_at: int | None = None  # completed epochs when the weights had settled
+        self.changes = (math.nan, math.nan)  # predicted and past
         self.highest_rate, self.phase = 0.0, Phase.WARMING_UP
 
     @property
     def finished(self) -> bool:
-        """Whether no pruning is left."""
+        """Whether no prunings remain."""
         return self.attempted >= self.rounds
 
     @property
     def next_due(self) -> int | None:
-        """Completed epochs after which the next pruning is due, if that is known."""
+        """Completed epochs after which the next pruning is due, or None if unknown."""
         if self.finished:
             return None
         if self.last is not None:
@@ -81,12 +81,12 @@ class PruningSchedule:
         return self.settled_at if self.first is None else self.first
 
     def is_due(self, epoch: int) -> bool:
-        """Whether a pruning is due after so many completed epochs."""
+        """Return whether a pruning is due after ``epoch`` completed epochs."""
         return self.next_due is not None and epoch >= self.next_due
 
     @property
     def waits(self) -> bool:
-        """Whether the weights have yet to settle."""
+        """Whether pruning still waits for the weights to settle."""
         return self.first is None and self.settled_at is None
 
     @property
@@ -104,16 +104,16 @@ class PruningSchedule:
         return self.threshold or self.sparsity or 0.0
 
     def tried(self, epoch: int) -> None:
-        """Count a pruning, whether or not it succeeded."""
+        """Count a pruning, successful or not."""
         self.attempted += 1
         self.last = epoch
 
     def has_settled(
         self, trainer: pl.Trainer, recording: Recording, epoch: int, recorded: bool, rates: list[float]
     ) -> bool:
-        """Whether the weights will move, and have moved, little, in a phase that leads somewhere.
+        """Return whether the weights moved, and are predicted to move, by at most ``settled_change``.
 
-        The learning rate must not be about to rise.
+        The phase must not be one of ``LOST``, and the learning rate must not be warming up.
         """
         self.highest_rate = max([self.highest_rate, *rates])
         self.phase = recording.read(epoch, known_baseline(trainer)).phase
@@ -125,11 +125,11 @@ class PruningSchedule:
         return still and not warming_up(trainer, [self.highest_rate], recording.settings.every_n_steps)
 
     def tell_if_early(self, owner: str) -> None:
-        """Say so if the first pruning comes before there is a spectrum."""
+        """Log a note if the first pruning is due before there is a spectrum."""
         if self.first is not None and self.first < LEAST - 1 and not self.attempted:
             rank_zero_info(
-                f"{owner}: epoch={self.first} is before the first spectrum, which takes {LEAST} snapshots: present "
-                f"magnitudes will decide. Prune after epoch {LEAST - 1} or later."
+                f"{owner}: epoch={self.first} is before the first spectrum, which needs {LEAST} snapshots, so weights "
+                f"are pruned by magnitude: set `epoch` to {LEAST - 1} or later."
             )
 
     def check_end(self, trainer: pl.Trainer, clock: Clock) -> None:
@@ -145,24 +145,24 @@ class PruningSchedule:
             if end <= HORIZON + rest:
                 raise ValueError(
                     f"epoch='settled' looks {HORIZON} epochs back, but {name}={end}"
-                    f"{f' with rounds={self.rounds}' if self.rounds > 1 else ''}: give a number, or train longer."
+                    f"{f' with rounds={self.rounds}' if self.rounds > 1 else ''}: pass a number, or train longer."
                 )
         elif self.first + rest >= end:
             rounds = f" with rounds={self.rounds}, the last after epoch {self.first + rest}," if self.rounds > 1 else ""
-            raise ValueError(f"epoch={self.first}{rounds} must be below {name}={end}: the pruned network has to train.")
+            raise ValueError(f"epoch={self.first}{rounds} must be below {name}={end}: prune earlier or train longer.")
 
     def why_unfinished(self, clock: Clock) -> str:
-        """Why training ended with prunings left."""
+        """Explain why prunings remain when training has ended."""
         if self.next_due is not None:
             return f"round {self.attempted + 1} of {self.rounds} was due after {clock.when(self.next_due)}"
         ahead, past = self.changes
         return (
-            f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within {clock.span(HORIZON)}, "
-            f"the last were {ahead:.1%} (predicted) and {past:.1%} (past), and the training was {self.phase.value}"
+            f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within {clock.span(HORIZON)}; "
+            f"the last were {ahead:.1%} (predicted) and {past:.1%} (past), and the phase was {self.phase.value!r}"
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         return {
             "attempted": self.attempted,
             "last": self.last,
@@ -171,7 +171,7 @@ class PruningSchedule:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         last, settled = state["last"], state["settled_at"]
         self.attempted, self.highest_rate = int(state["attempted"]), float(state["highest_rate"])
         self.last, self.settled_at = None if last is None else int(last), None if settled is None else int(settled)

@@ -1,4 +1,4 @@
-"""Learning rates of a run, lowered by a factor, whatever schedules they follow."""
+"""Lower the learning rates of a run by a factor, under most schedulers."""
 
 from __future__ import annotations
 
@@ -10,54 +10,56 @@ from torch import Tensor
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-# schedules that go on from the groups' present rates, or multiply `base_lrs`: both can be lowered together
+# these continue from the groups' current rates or multiply `base_lrs`: scaling both scales the schedule
 SCHEDULES = (
     "ConstantLR", "CosineAnnealingLR", "ExponentialLR", "LambdaLR", "LinearLR", "MultiStepLR", "MultiplicativeLR",
     "PolynomialLR", "ReduceLROnPlateau", "StepLR",
 )  # fmt: skip
 
-ABOVE = 1.0 + 1e-6  # times the least rate: what counts as above it
+ABOVE = 1.0 + 1e-6  # multiple of the minimum rate that counts as above it
 
 
 def rate_groups(trainer: pl.Trainer) -> list[dict[str, Any]]:
-    """Parameter groups of all optimizers, in order."""
+    """Return the parameter groups of all optimizers, in order."""
     return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
 
 
 def chosen_rates(trainer: pl.Trainer, groups: Sequence[int] | None) -> list[float]:
-    """Rates of groups of these indices, or of all; 0 for those that set none."""
+    """Return the rates of the groups with these indices (None: of all); 0 for groups without a rate."""
     rates = [float(group.get("lr", 0.0)) for group in rate_groups(trainer)]
     return rates if groups is None else [rates[index] for index in groups]
 
 
 def check_rates(trainer: pl.Trainer, groups: Sequence[int] | None) -> None:
-    """Raise ValueError if a group is not there, or a scheduler sets rates that cannot be lowered by a factor.
+    """Raise ValueError if a group does not exist, or a scheduler sets rates that cannot be scaled.
 
     Args:
-        trainer: The run, whose optimizers are set up.
+        trainer: The run, with its optimizers set up.
         groups: Indices of the groups to lower, or None for all.
     """
     known = rate_groups(trainer)
     for index in groups or ():
         if index >= len(known):
-            raise ValueError(f"groups={list(groups or ())!r}: there are only {len(known)} parameter groups, from 0 on.")
+            raise ValueError(
+                f"groups={list(groups or ())!r}, but there are only {len(known)} parameter groups: count them from 0."
+            )
     for config in trainer.lr_scheduler_configs:
         name = type(config.scheduler).__name__
         if name not in SCHEDULES:
             raise ValueError(
-                f"the scheduler {name} sets rates that cannot be lowered by a factor: leave it out of "
+                f"the scheduler {name} sets rates that cannot be scaled by a factor: remove it from "
                 f"`configure_optimizers`, or use one of {', '.join(SCHEDULES)}."
             )
 
 
 def lower_rates(trainer: pl.Trainer, groups: Sequence[int] | None, factor: float, least: Sequence[float]) -> bool:
-    """Multiply rates, and those that schedules go on from, by a factor, down to the least.
+    """Multiply rates, and the rates that schedulers store, by a factor, down to a minimum.
 
     Args:
         trainer: The run.
         groups: Indices of the groups, or None for all.
-        factor: What they are multiplied by, in (0, 1).
-        least: The least rate of each group.
+        factor: The factor, in (0, 1).
+        least: Minimum rate of each group.
 
     Returns:
         Whether a rate can still be lowered.
@@ -79,7 +81,7 @@ def lower_rates(trainer: pl.Trainer, groups: Sequence[int] | None, factor: float
 
 
 def _lower(scheduler: Any, place: int, share: float) -> None:
-    """Lower what a scheduler remembers of a group's rate."""
+    """Scale the rates that a scheduler stores for a group."""
     for name in ("base_lrs", "_last_lr"):
         rates = getattr(scheduler, name, None)
         if rates is not None:
@@ -87,5 +89,5 @@ def _lower(scheduler: Any, place: int, share: float) -> None:
     group = scheduler.optimizer.param_groups[place]
     if "initial_lr" in group:
         group["initial_lr"] = group["initial_lr"] * share
-    if place == 0 and hasattr(scheduler, "eta_min"):  # of a cosine, one for all groups
+    if place == 0 and hasattr(scheduler, "eta_min"):  # CosineAnnealingLR has one for all groups
         scheduler.eta_min *= share

@@ -1,4 +1,4 @@
-"""Reads a training once a round, for all callbacks that record the same: they always say the same."""
+"""Readings of a training, one per interval, shared by the callbacks that share a recorder."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder
 
 
 class Reader:
-    """Keeps the losses of the present trajectory, and its newest reading.
+    """Losses of the current trajectory, and its newest reading.
 
     Args:
-        recorder: Holds the trajectory.
+        recorder: Recorder of the trajectory.
     """
 
     def __init__(self, recorder: Recorder) -> None:
@@ -26,20 +26,20 @@ class Reader:
         self.forget()
 
     def forget(self) -> None:
-        """Begin as for a first fit."""
+        """Reset to the state before a first fit."""
         self.reading: TrainingReading | None = None
         self._losses: list[float] = []
-        self._newest = -1  # round of the newest reading
+        self._newest = -1  # completed intervals at the newest reading
 
     def read(
         self, epoch: int, loss: float | None, baseline: Baseline | None = None, *, finite: bool = True
     ) -> TrainingReading:
-        """The reading after so many completed rounds.
+        """Return the reading after ``epoch`` completed intervals.
 
         Args:
-            epoch: Completed rounds, at which a snapshot was due.
-            loss: Training loss of the round, None where it is not known; of an observed number that number counts.
-            baseline: Loss of a network that ignores its input, where it is known.
+            epoch: Completed intervals; a snapshot was due after them.
+            loss: Training loss of the interval, or None if unknown; an observed scalar replaces it.
+            baseline: Loss of a network that ignores its input, or None if unknown.
             finite: Whether the weights were finite.
         """
         if epoch == self._newest and self.reading is not None:
@@ -69,7 +69,7 @@ class Reader:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs."""
+        """Return the state for a checkpoint."""
         known = self.reading or TrainingReading(Phase.WARMING_UP, "")
         return {
             "losses": list(self._losses),
@@ -80,7 +80,7 @@ class Reader:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.forget()
         self._losses, self._newest = [float(loss) for loss in state["losses"]], int(state["newest"])
         (distance, span), (judged, running) = state["fastest"], state["judged"]

@@ -1,4 +1,4 @@
-"""Takes the snapshots that a callback asks for, into a recorder that callbacks may share."""
+"""Record the snapshots of a callback, in a recorder that callbacks may share."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 
 class Recording:
-    """What one callback records: reads its observable when told, and hands it to its recorder.
+    """Recording of one callback: reads its observable on request and passes it to the recorder.
 
     Args:
         settings: What to record.
-        clock: The callback's.
-        guard: The callback's.
-        any_window: Whether a trajectory longer than the window asked for does as well.
+        clock: Clock of the callback.
+        guard: Guard of the callback.
+        any_window: Whether a trajectory longer than the requested window may be used.
     """
 
     def __init__(self, settings: SnapshotSettings, clock: Clock, guard: Guard, *, any_window: bool) -> None:
@@ -37,15 +37,15 @@ class Recording:
         self.metric = Metric("" if settings.observable == WEIGHTS else settings.observable)
         self.loss = LossMeter()
         self.own = Reader(Recorder(settings))
-        self.reader = self.own  # or that of another callback, if it records what this one needs
-        self.train_loss: float | None = None  # mean of the round
-        self.finite = True  # what was read last, if it could be read
-        self.seconds = 0.0  # that the last snapshot took
-        self.alone = True  # nobody shares the recorder
+        self.reader = self.own  # or another callback's, if it records what this one needs
+        self.train_loss: float | None = None  # mean over the interval
+        self.finite = True  # whether the newest observation was finite
+        self.seconds = 0.0  # spent on the last snapshot
+        self.alone = True  # no other callback shares the recorder
 
     @property
     def recorder(self) -> Recorder:
-        """Where it is recorded."""
+        """The recorder in use: its own or a shared one."""
         return self.reader.recorder
 
     @property
@@ -56,7 +56,7 @@ class Recording:
     # -- before training ----------------------------------------------------------------------------------------------
 
     def share(self, others: Iterable[Recording]) -> None:
-        """Share one trajectory with the first that records the same, or the longest one that will do."""
+        """Share the trajectory of the first callback that records the same, or the longest sufficient one."""
         found = list(others)
         alike = [other for other in found if other.settings == self.settings]
         if self.any_window:
@@ -66,16 +66,17 @@ class Recording:
     def check_weights(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: RunFolder, advice: tuple[str, str]
     ) -> None:
-        """Choose the weights and see that their snapshots fit.
+        """Select the weights and check that their snapshots fit.
 
         Args:
             trainer: The run.
             pl_module: Its module.
-            folder: Where snapshots go.
-            advice: What the user can do where memory, or the disk, is too small.
+            folder: Folder for the snapshots.
+            advice: What the user can do if memory, or the disk, is too small.
 
         Raises:
-            ValueError: If patterns match nothing, or there is no room; in another process it is an OtherProcessError.
+            ValueError: If a pattern matches nothing, or memory or disk is too small.
+            OtherProcessError: If this happens in another process.
         """
         root = outermost(trainer, pl_module)
         with self.weights.processes.together():
@@ -85,8 +86,8 @@ class Recording:
                 self._guard.warn(
                     "half",
                     f"{len(halves)} observed parameters such as {halves[0]!r} are stored in {chosen[halves[0]].dtype}, "
-                    "which rounds late updates away and fakes eigenvalues at 1: train with precision='bf16-mixed' or "
-                    "32.",
+                    "which rounds small updates to zero and causes spurious eigenvalues at 1: train with "
+                    "precision='bf16-mixed' or 32.",
                 )
             self._check_room(trainer, self.weights.read(root).numel, folder, advice)
 
@@ -97,7 +98,7 @@ class Recording:
         if rows is None and not self._clock.by_steps and trainer.max_epochs is not None and trainer.max_epochs > 0:
             rows = trainer.max_epochs // settings.every_n_epochs + 1
         each = numel * (4 if settings.dtype == "float32" else 2)
-        # beside the increments: the oldest and the newest snapshot; processes of one machine share what it has
+        # increments plus the oldest and newest snapshot; the processes of a machine share its memory and disk
         needed = (each * rows + 8 * numel if rows else 0) * trainer.num_devices
         in_memory = settings.storage == "ram"
         free = folder.is_too_small(needed, in_memory=in_memory)
@@ -111,12 +112,12 @@ class Recording:
     # -- snapshots ----------------------------------------------------------------------------------------------------
 
     def begin_round(self, trainer: pl.Trainer) -> None:
-        """A round begins."""
+        """Start an interval."""
         self.metric.begin(trainer)
-        self.loss.start()  # what a checkpoint after an epoch's last batch left
+        self.loss.start()  # discard a sum restored from a checkpoint after an epoch's last batch
 
     def end_round(self, trainer: pl.Trainer) -> None:
-        """A round has ended; on all ranks."""
+        """End an interval; call on all ranks."""
         taken = 0.0, 0
         with self._guard("averaging the training loss"):
             taken = self.loss.take()
@@ -124,32 +125,32 @@ class Recording:
         self.release(trainer)
 
     def read(self, epoch: int, baseline: Baseline | None) -> TrainingReading:
-        """What the training is doing after so many rounds; the same for all that share the recorder."""
+        """Return the reading after ``epoch`` intervals, the same for all callbacks that share the recorder."""
         return self.reader.read(epoch, self.train_loss, baseline, finite=self.finite)
 
     def release(self, trainer: pl.Trainer) -> None:
-        """Delete snapshots that no checkpoint needs any more."""
-        if self.own.recorder.has_saved:  # looking for checkpoints after every step would cost more than the step
+        """Delete the snapshots that no checkpoint needs."""
+        if self.own.recorder.has_saved:  # searching for checkpoints after every step would cost more than the step
             with self._guard("deleting snapshots that no checkpoint needs"):
                 self.own.recorder.release(checkpoints(trainer))
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, resumed: bool) -> None:
-        """Record the initial weights, or find that they go on from the newest snapshot."""
+        """Record the initial weights, unless the trajectory continues from the newest snapshot."""
         if not self.of_weights or self._clock.within(trainer):
             return
         with self._guard.together("recording the initial weights", self.weights.processes):
             snapshot = self._read(trainer, pl_module, self._clock.rounds)
             recorder = self.recorder
-            # a resumed epoch may have begun, so its weights differ; otherwise this is a further fit from other weights
+            # different weights are a further fit's, unless a resumed epoch has already begun
             newest = -1 if recorder.newest is None else recorder.newest
-            again = newest > self._clock.rounds  # an exception ended the round whose end was recorded already
+            again = newest > self._clock.rounds  # an exception ended an interval whose end was already recorded
             held = newest == self._clock.rounds
             if not resumed and (again or (held and not recorder.repeats(snapshot))):
                 recorder.interrupt()
             self._take(snapshot, self._clock.rounds)
 
     def take(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> bool:
-        """Record the observable after so many rounds; returns whether the recorder holds its snapshot."""
+        """Record the observable after ``epoch`` intervals; return whether the recorder holds its snapshot."""
         started = time.perf_counter()
         if self.of_weights:
             with self._guard.together("recording a snapshot", self.weights.processes):
@@ -163,7 +164,7 @@ class Recording:
         return self.recorder.holds(epoch)
 
     def start_segment(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *, due: bool) -> None:
-        """Begin a new trajectory from the present weights, which were not trained from those recorded last."""
+        """Start a new trajectory from the current weights, which were set instead of trained."""
         epoch = self._clock.rounds
         self.recorder.interrupt()
         if due and self.of_weights:
@@ -177,10 +178,10 @@ class Recording:
             new = [name for name in self.weights.names if name not in set(before)]
             gone = [name for name in before if name not in set(self.weights.names)]
             told = [f"{names[0]!r} is new" for names in (new,) if names]
-            told += [f"{names[0]!r} is left out" for names in (gone,) if names]
+            told += [f"{names[0]!r} is gone" for names in (gone,) if names]
             self._guard.warn(
                 f"weights {epoch}",
-                f"after {self._clock.when(epoch)} other parameters are trained than before "
+                f"the trained parameters changed after {self._clock.when(epoch)} "
                 f"({len(new)} more, {len(gone)} fewer: {', '.join(told)}): a new trajectory starts.",
             )
             self.recorder.interrupt()
@@ -197,7 +198,7 @@ class Recording:
             )
 
     def value(self, trainer: pl.Trainer) -> float | None:
-        """The round's value of the observed loss or metric, if there is one."""
+        """Return the interval's value of the observed loss or metric, or None."""
         name = self.metric.name
         if name == TRAIN_LOSS and self.train_loss is not None:
             return self.train_loss
@@ -216,7 +217,7 @@ class Recording:
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs, but for the snapshots."""
+        """Return the state for a checkpoint, without the snapshots."""
         self.loss.fold()
         return {
             "loss": [self.loss.total, self.loss.count],
@@ -225,17 +226,17 @@ class Recording:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.metric.load_state_dict(state)
         self.reader.load_state_dict(state["reader"])
         total, count = state["loss"]
-        if self._guard.zero:  # a sum over all processes was not saved
+        if self._guard.zero:  # only the first process's sum was saved
             self.loss.start(float(total), int(count))
 
     def restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, saved: dict[str, Any]) -> None:
-        """Restore the snapshots that a checkpoint refers to; where they are lost, a new trajectory starts."""
+        """Restore the snapshots that a checkpoint refers to, or start a new trajectory if they are lost."""
         if self.recorder.restored or not (self.of_weights or self._guard.zero):
-            return  # another callback that shares the recorder was first
+            return  # done by a callback that shares the recorder, or not for this process
         self.recorder.clear()
         self.recorder.restored = True
         if not saved:

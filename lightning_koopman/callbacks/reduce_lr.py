@@ -1,4 +1,4 @@
-"""Lower the learning rate where the weights hover at its noise floor."""
+"""Lower the learning rate when the weights hover at its noise floor."""
 
 from __future__ import annotations
 
@@ -22,44 +22,48 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 COLUMNS = ("epoch", "step", "phase", "step_correlation", "learning_rate", "reductions")
-LEAST = 0.01  # of a group's first rate: the least, by default
-SOONEST = 8  # rounds in which weights can be told to hover
+LEAST = 0.01  # default minimum rate, relative to a group's first rate
+SOONEST = 8  # intervals needed to detect hovering
+WALKED = 24  # intervals in a row, after a reduction, in which nothing but a random walk shows that it brought nothing
 MODES = ("reduce", "report")
 MOST_GROUPS = 10**6
 
 
 class ReduceLROnNoiseFloor(TrajectoryCallback):
-    r"""Multiply the learning rate by ``factor`` where the weights hover at its noise floor.
+    r"""Multiply the learning rate by ``factor`` when the weights hover at its noise floor.
 
-    At a constant rate training first descends, and then hovers: the steps turn back, and the loss falls no more except
-    at a lower rate.  :class:`TrainingReading` tells when that begins, from the weights and the training loss alone; its
-    phase lasts only once it was told three rounds running.  Then the rate falls, all Koopman callbacks begin a new
-    trajectory, and the same is asked of the new rate, until the least rate is reached.  So a training needs neither a
-    schedule nor the number of its epochs.
+    At a constant rate, training first descends and then hovers: the steps turn back, and only a lower rate reduces the
+    loss further.  :class:`TrainingReading` detects this from the weights and the training loss alone.  Its phase
+    changes once three successive snapshots agree, or at once after warming up.  When it is hovering, the rate is
+    lowered and all Koopman callbacks start a new trajectory.  This repeats until the minimum rate is reached, so a
+    training needs neither a schedule nor a fixed number of epochs.
 
-    Rates that a scheduler sets are lowered together with what it goes on from: the schedule runs on, ``factor`` times
-    as high.  Schedulers for which that has no meaning (``OneCycleLR``, ``CyclicLR``, warm restarts, chains of several)
-    are refused by name before training.
+    The noise may also come from the data, as with wrong labels.  A lower rate then only makes the weights walk at
+    random, and the loss stands still; :class:`EarlyStopOnUnitEigenvalues` may end such a training.
+
+    Schedulers keep running: the rates that they store are lowered too, so the schedule continues ``factor`` times as
+    high.  Schedulers for which this is impossible (``OneCycleLR``, ``CyclicLR``, warm restarts, chains of several)
+    raise an error before training.
 
     Args:
-        factor: What the rates are multiplied by, in (0, 1).
-        min_lr: The least rate, > 0 (default: a hundredth of each group's first one).
-        groups: Indices of the parameter groups whose rates fall, counted over all optimizers (default: all).
-        every_n_epochs: Epochs between two snapshots, ≥ 1; or
-        every_n_steps: optimizer steps that take the place of an epoch, ≥ 1.
-        mode: ``"reduce"``, or ``"report"`` to only say when it would.
+        factor: Factor for the rates, in (0, 1).
+        min_lr: Minimum rate, > 0 (default: a hundredth of each group's first rate).
+        groups: Indices of the parameter groups to lower, counted over all optimizers (default: all).
+        every_n_epochs: Epochs between two snapshots, ≥ 1.
+        every_n_steps: Optimizer steps between two snapshots, ≥ 1, instead of epochs.
+        mode: ``"reduce"``, or ``"report"`` to report once that the rate should be lowered.
         parameters: Name patterns of the weights to observe (default: all that require a gradient).
-        dirpath: Local folder below which ``koopman_reduce`` is made for the history and the snapshots that checkpoints
+        dirpath: Local folder in which ``koopman_reduce`` is created for the history and the snapshots that checkpoints
             refer to (default: the run's log folder).
-        prefix: First part of the logged name, ``koopman/reductions``, and of that folder's.
+        prefix: First part of the logged name, ``koopman/reductions``, and of that folder's name.
 
     Attributes:
-        reductions: List of dicts: after which epoch and step the rate fell, from what to what.
-        history: List of dicts, one a round, with the columns of ``history.csv``.
+        reductions: List of dicts, one per reduction: ``epoch``, ``step``, and the largest rate ``from`` and ``to``.
+        history: List of dicts, one per snapshot, with the columns of ``history.csv``.
 
     Raises:
-        ValueError: At construction or before training starts, for arguments out of range, or a scheduler that cannot be
-            lowered.
+        ValueError: At construction or before training starts, for arguments out of range, or a scheduler whose rates
+            cannot be lowered.
 
     Example:
         >>> import tempfile
@@ -114,8 +118,9 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         super().forget()
         self.reductions: list[dict[str, Any]] = []
         self._first: list[float] = []  # rates of the groups when training began
-        self._due = False  # the rates fall when the next round begins
-        self._lowest = False  # they can fall no more
+        self._due = False  # lower the rates when the next interval begins
+        self._lowest = False  # the rates are at their minimum
+        self._walked = 0  # intervals in a row with no more than a random walk since a reduction
 
     @property
     def state_key(self) -> str:
@@ -123,8 +128,13 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
 
     @property
     def can_reduce(self) -> bool:
-        """Whether the rates may still fall."""
-        return self.mode == "reduce" and not self._lowest
+        """Whether lowering the rates may still bring something."""
+        return self.mode == "reduce" and not self._lowest and not self.exhausted
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether the last reduction brought nothing: the weights walk at random, and the loss no longer falls."""
+        return self._walked >= WALKED
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -142,7 +152,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         if not self._first:
             self._first = [float(group.get("initial_lr", group.get("lr", 0.0))) for group in rate_groups(trainer)]
         publish(trainer, self.prefix, {"reductions": float(len(self.reductions))})
-        tell_if_short(self, trainer, SOONEST, "telling whether the weights hover")
+        tell_if_short(self, trainer, SOONEST, "detecting whether the weights hover")
 
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
         baseline = known_baseline(trainer)
@@ -151,6 +161,8 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         )
         hovers = found is not None and found.phase is Phase.HOVERING
         self._due = hovers and not self._lowest
+        walks = found is not None and found.phase is Phase.UNKNOWN and self.mode == "reduce"
+        self._walked = self._walked + 1 if walks and self.reductions else 0
         self.history.append(
             {
                 "epoch": epoch,
@@ -180,15 +192,17 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         if self.mode == "report":
             if not self.reductions:
                 self._note(row, before, before)
-                rank_zero_info(f"{told}: time to lower it.")
+                rank_zero_info(f"{told}: lower it.")
             return
         least = [LEAST * rate if self.min_lr is None else self.min_lr for rate in self._first]
         self._lowest = not lower_rates(trainer, self.groups, self.factor, least)
         now = chosen_rates(trainer, self.groups)
-        if now == before:  # at their least from the beginning
+        if now == before:  # already at the minimum
             return
         self._note(row, before, now)
-        rank_zero_info(f"{told}: {max(before):.2g} to {max(now):.2g}{', the least' if self._lowest else ''}.")
+        rank_zero_info(
+            f"{told}: lowered from {max(before):.2g} to {max(now):.2g}{' (minimum)' if self._lowest else ''}."
+        )
         start_segments(trainer, pl_module)
 
     def _note(self, row: dict[str, Any], before: list[float], now: list[float]) -> None:
@@ -202,6 +216,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
             "first": list(self._first),
             "due": self._due,
             "lowest": self._lowest,
+            "walked": self._walked,
         }
 
     def restore_own(self, state: dict[str, Any]) -> None:
@@ -209,3 +224,4 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         self.reductions = [dict(row) for row in state["reductions"]]
         self._first = [float(rate) for rate in state["first"]]
         self._due, self._lowest = bool(state["due"]), bool(state["lowest"])
+        self._walked = int(state["walked"])

@@ -1,4 +1,4 @@
-"""Start a badly initialised training anew."""
+"""Restart a badly initialized training."""
 
 from __future__ import annotations
 
@@ -30,50 +30,49 @@ from lightning_koopman.stopping.rule import StoppingReason
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-FAR_SEED = 7_919_000_000  # far from the seed that drew the bad start, or the same weights would be drawn again
+FAR_SEED = 7_919_000_000  # far from the seed of the bad start, which would give the same weights
 
 
 class RestartOnBadInitialization(TrajectoryCallback):
-    """Reinitialize the weights where the loss, after some epochs, is no better than that of a constant output.
+    """Reinitialize the weights if the loss is no better than the baseline after some epochs.
 
-    The paper's third initialisation, standard normal weights, leaves the network at a loss above that of guessing
-    (section 3), with weights that look converged: frozen.  After ``check_epoch`` epochs a start counts as bad if the
-    loss
+    The baseline is the loss of a network that ignores its input.  The paper's third initialization, standard normal
+    weights, leaves the loss above it (section 3), while the frozen weights look converged.  A start counts as bad if
 
-    - is not finite (this is seen at once);
-    - or is no better than the baseline, the loss of a network that ignores its input, and began at more than twice
-      that, or neither falls nor is predicted to.
+    - the loss or a weight is not finite (checked after every epoch);
+    - or after ``check_epoch`` epochs, the loss is no better than the baseline and either began above twice the
+      baseline, or neither falls nor is predicted to fall.
 
-    Then, before the next epoch, the chosen modules are initialised anew, optimizers and schedulers are built anew by
-    ``configure_optimizers``, and every Koopman callback starts a new trajectory.  After ``max_restarts`` such restarts
-    the training is ended instead, with the reason.  While the learning rate is still warming up, judgement is put off.
+    Before the next epoch, the selected modules are then reinitialized, ``configure_optimizers`` rebuilds optimizers and
+    schedulers, and every Koopman callback starts a new trajectory.  After ``max_restarts`` restarts, training ends
+    instead, with the reason.  The check is postponed while the learning rate is warming up.
 
-    All trainable modules are drawn anew, pretrained ones too: when you fine-tune, name the new ones in ``modules``.
+    All trainable modules are reinitialized, even pretrained ones: for fine-tuning, set ``modules`` to the new ones.
 
     Args:
-        check_epoch: Epochs after a start until it is judged, ≥ 1.
-        max_restarts: Restarts until the training is ended, ≥ 0.
+        check_epoch: Epochs after a start before it is judged, ≥ 1.
+        max_restarts: Restarts before training is ended, ≥ 0.
         scheme: None for each module's own ``reset_parameters``; ``"he"``, ``"xavier"`` or ``"orthogonal"``; or a
-            callable that is given each module.
-        modules: Shell-style patterns of the names of the modules to draw anew, such as ``["*", "!backbone.*"]``
-            (default: all that own a parameter which requires a gradient).
-        seed: Seed of the first restart, ≥ 0; later ones count up.  The run's own random state is left alone.
-        baseline_loss: The baseline loss, > 0, in place of the measurement; manual optimization needs it.
-        chance_loss: Its former name.
-        every_n_steps: Optimizer steps that take the place of an epoch above, ≥ 1, for trainings of few, long
-            epochs; batches under manual optimization.
-        dirpath: Local folder below which ``koopman_restart`` is made for the snapshots that checkpoints refer to
+            callable that receives each module.
+        modules: Shell-style patterns for the names of the modules to reinitialize, such as ``["*", "!backbone.*"]``
+            (default: all that own a parameter that requires a gradient).
+        seed: Seed of the first restart, ≥ 0, plus 1 for each later one.  The global random state does not change.
+        baseline_loss: The baseline loss, > 0 (default: measured, which manual optimization does not allow).
+        chance_loss: Former name of ``baseline_loss``.
+        every_n_steps: Optimizer steps per interval, ≥ 1, for trainings of few, long epochs: an interval then replaces
+            the epoch everywhere above.  Under manual optimization, batches are counted.
+        dirpath: Local folder in which ``koopman_restart`` is created for the snapshots that checkpoints refer to
             (default: the run's log folder).
 
     Attributes:
-        restarts: List of dicts, one a restart: completed ``epoch`` and ``step``, and the ``reason`` in plain words.
+        restarts: List of dicts, one per restart: completed ``epoch`` and ``step``, and the ``reason`` in words.
         stopping_reason: :class:`StoppingReason`.
-        message: Why it restarted or ended the training last, in plain words.
-        stopped_epoch: Completed epochs when it ended the training, or None.
+        message: Why it last restarted or ended training, in words.
+        stopped_epoch: Completed epochs when it ended training, or None.
 
     Raises:
         ValueError: At construction or before training starts, for arguments out of range, patterns that match nothing,
-            or a module that cannot be drawn anew.
+            or a module that cannot be reinitialized.
 
     Example:
         >>> from lightning_koopman import RestartOnBadInitialization
@@ -106,7 +105,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.scheme, self.modules = scheme, as_patterns(modules, "modules")
         self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
         self._frozen = FrozenTensors()
-        self._chosen: list[str] = []  # names of the modules to draw anew, as they were when training began
+        self._chosen: list[str] = []  # names of the modules to reinitialize, selected when training began
         self.forget()
 
     def forget(self) -> None:
@@ -116,8 +115,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.stopping_reason, self.message = StoppingReason.NOT_STOPPED, ""
         self.stopped_epoch: int | None = None
         self._begin(0)
-        self._settled = False  # the start was found good, or there was none to judge
-        self._due: str | None = None  # why the weights will be drawn anew when the next epoch begins
+        self._settled = False  # the start is good, or there is none to judge
+        self._due: str | None = None  # why to reinitialize the weights when the next epoch begins
 
     def _begin(self, epoch: int) -> None:
         self._start = epoch
@@ -142,23 +141,23 @@ class RestartOnBadInitialization(TrajectoryCallback):
             if not pl_module.automatic_optimization and self.baseline_loss.given is None:
                 self.guard.warn(
                     "baseline",
-                    "the baseline loss cannot be measured under manual optimization, so only losses that are not "
-                    "finite are found: pass `baseline_loss`, for instance ln C for C classes.",
+                    "the baseline loss cannot be measured under manual optimization, so only non-finite losses are "
+                    "detected: pass `baseline_loss`, for instance ln C for C classes.",
                 )
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.start(resumed=self.resumed)
         if self.anew:
-            self._settled = self.clock.rounds > 0  # resumed from a checkpoint that knows nothing of us
+            self._settled = self.clock.rounds > 0  # resumed from a checkpoint without our state
         tell_if_short(self, trainer, self.check_epoch, "judging the start")
         if not self.resumed:
-            self._due = None  # of an earlier fit
+            self._due = None  # left by an earlier fit
             self._begin(self.clock.rounds)
 
     def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         reason, self._due = self._due, None
         if reason is not None:
-            with self.guard.together("drawing the weights anew", self.recording.weights.processes):
+            with self.guard.together("reinitializing the weights", self.recording.weights.processes):
                 self._restart(trainer, pl_module, reason)
             start_segments(trainer, pl_module)
 
@@ -179,7 +178,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         if reason is not None:
             self._act(trainer, epoch, reason)
         if self._settled and self.recording.alone:
-            self.recorder.clear()  # and nothing more is recorded: see `is_due`
+            self.recorder.clear()  # nothing more is recorded: see `is_due`
         if self._settled:
             self._frozen.forget()
 
@@ -187,7 +186,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.baseline_loss.probe.pause()
         self._frozen.forget()
         if not self.message:
-            known = "the start was found good" if self._settled else "training ended before the start could be judged"
+            known = "the start was judged good" if self._settled else "training ended before the start could be judged"
             self.message = f"{type(self).__name__}: {known}, after {self.clock.when(self.clock.rounds)}."
 
     @property
@@ -197,7 +196,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _judge(self, trainer: pl.Trainer, epoch: int) -> tuple[str | None, bool]:
-        """Why the start is bad, or None; and whether that is settled."""
+        """Return why the start is bad, or None, and whether judging has ended."""
         loss = self.recording.train_loss
         if loss is not None and not math.isfinite(loss):
             return f"the loss is {loss}", False
@@ -212,8 +211,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
         if not self._start_losses or (baseline is None and not self.baseline_loss.probe.wanted):
             self.guard.warn(
                 "baseline",
-                "the baseline loss is not known, so only losses that are not finite are found: pass `baseline_loss`, "
-                "for instance ln C for C classes, and return the loss from `training_step`.",
+                "the baseline loss is unknown, so only non-finite losses are detected: pass `baseline_loss`, for "
+                "instance ln C for C classes, and return the loss from `training_step`.",
             )
             return None, True
         if baseline is None:
@@ -227,7 +226,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         return reason or None, reason is None
 
     def _act(self, trainer: pl.Trainer, epoch: int, reason: str) -> None:
-        """Restart before the next epoch, so that this epoch's checkpoints hold what this epoch trained; or give up."""
+        """Schedule a restart for the next epoch, so that this epoch's checkpoints keep its weights, or end training."""
         if len(self.restarts) < self.max_restarts:
             self._due = reason
             follow = f"restart {len(self.restarts) + 1} of at most {self.max_restarts} before the next epoch"
@@ -241,7 +240,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
     def _restart(self, trainer: pl.Trainer, pl_module: pl.LightningModule, reason: str) -> None:
         seed = FAR_SEED + self.seed + len(self.restarts)
         root, processes = outermost(trainer, pl_module), self.recording.weights.processes
-        # counted in any case: one that fails would be tried for ever
+        # counted even if it fails, or it would be retried forever
         self.restarts.append({"epoch": self.clock.rounds, "step": steps_done(trainer), "reason": reason})
         self._begin(self.clock.rounds)
         reinitialize_by_name(root, self._chosen, self.scheme, seed=seed, processes=processes)
@@ -252,8 +251,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
         if lost:
             self.guard.warn(
                 "lost",
-                f"{len(lost)} tensors that no draw sets, such as {lost[0]!r}, are no longer finite, and were too large "
-                "to keep a copy of: set them in `configure_optimizers`, which a restart calls.",
+                f"{len(lost)} tensors that are not reinitialized, such as {lost[0]!r}, are not finite and were too "
+                "large to copy beforehand: set them in `configure_optimizers`, which every restart calls.",
             )
         for other in averaging_callbacks(trainer):
             self.guard.warn("average", f"the average of {type(other).__name__} still holds weights of the bad start.")

@@ -1,4 +1,4 @@
-"""One base class for both import roots of Lightning."""
+"""A callback base class for both import roots of Lightning."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ROOTS = ("pytorch_lightning", "lightning.pytorch")
 
 
 def _own_state(self: Any) -> dict[str, Any]:
-    """What a copy gets: without the module's methods that Lightning sets on callbacks, and with them the module."""
+    """Return the state to copy, without the module methods that Lightning sets: they would copy the module."""
     return {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
 
 
@@ -25,7 +25,7 @@ else:
 
     def _installed_callbacks() -> tuple[type, ...]:
         installed = [root for root in ROOTS if find_spec(root.partition(".")[0]) is not None]
-        # the root imported last would take over all of Lightning's messages: leave them with the user's own, if any
+        # the root imported last takes over Lightning's messages: give them back to the one that the user imported
         used = next((root for root in ROOTS if root in sys.modules), ROOTS[0])
         found = tuple(dict.fromkeys(import_module(root).Callback for root in installed))
         rank_zero.log = logging.getLogger(f"{used}.utilities.rank_zero")

@@ -1,4 +1,4 @@
-"""The folder that one callback of one run writes to, and nobody else."""
+"""The output folder of one callback in one run."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     import pytorch_lightning as pl
 
 HISTORY = "history.csv"
-CLAIM = ".claimed"  # the file whose making takes a folder
+CLAIM = ".claimed"  # creating this file claims a folder
 SUFFIX = ".ckpt"
 
 
 class RunFolder:
-    """A folder named ``name`` below ``dirpath``, or ``name-v1``, ``name-v2``, … where an earlier run has taken it.
+    """A folder ``name`` in ``dirpath``, or ``name-v1``, ``name-v2``, … if earlier runs have claimed it.
 
-    Two runs that begin at once never get the same: a folder is taken by making a file in it that only one can make.
+    Runs that start at the same time get different folders: a folder is claimed by exclusive creation of a file in it.
 
     Args:
-        dirpath: Folder below which it is made (default: that of the run, as Lightning's checkpoints have it).
+        dirpath: Parent folder (default: the folder of the run, as for Lightning's checkpoints).
 
     Raises:
-        ValueError: If ``dirpath`` is no local folder.
+        ValueError: If ``dirpath`` is not a local folder.
     """
 
     def __init__(self, dirpath: str | os.PathLike[str] | None) -> None:
@@ -40,25 +40,25 @@ class RunFolder:
             check_path("dirpath", dirpath)
         if dirpath is not None and "://" in os.fspath(dirpath):
             raise ValueError(
-                f"dirpath must be a local folder, got {os.fspath(dirpath)!r}: snapshots are mapped from it."
+                f"dirpath must be a local folder, got {os.fspath(dirpath)!r}: snapshots are memory-mapped there."
             )
         if dirpath is not None and not Path(dirpath).is_absolute() and ".." in Path(dirpath).parts:
-            raise ValueError(f"dirpath must not leave the working directory, got {os.fspath(dirpath)!r}: make it "
-                             "absolute.")  # fmt: skip
+            raise ValueError(f"dirpath must not leave the working directory, got {os.fspath(dirpath)!r}: pass an "
+                             "absolute path.")  # fmt: skip
         self.dirpath = None if dirpath is None else Path(dirpath)
         self.path: Path | None = None
         self._base: Path | None = None
 
     @property
     def history(self) -> Path | None:
-        """The table of all rounds."""
+        """Path of the history table, or None before :meth:`claim`."""
         return None if self.path is None else self.path / HISTORY
 
     def claim(self, trainer: pl.Trainer, name: str) -> None:
-        """Take a folder for this run, the same on all ranks; a further fit of the same run keeps it.
+        """Claim a folder for this run, the same on all ranks; a further fit of the same run keeps it.
 
         Raises:
-            ValueError: If no folder can be made or written there.
+            ValueError: If no folder can be created there.
         """
         parent = self._parent(trainer)
         base = parent.absolute() / name
@@ -81,16 +81,16 @@ class RunFolder:
         logger = trainer.loggers[0] if trainer.loggers else None
         if logger is None or is_kind(logger, "TensorBoardLogger", "CSVLogger"):
             parent = str(trainer.log_dir or trainer.default_root_dir)
-            return Path() if "://" in parent else Path(parent)  # a remote folder cannot be mapped
-        if not trainer.is_global_zero:  # loggers know their run in the first process only
+            return Path() if "://" in parent else Path(parent)  # a remote file cannot be memory-mapped
+        if not trainer.is_global_zero:  # only the first process's loggers know their run
             return Path()
-        # as ModelCheckpoint names the run's own folder below one that runs share
+        # like ModelCheckpoint: the run's own folder inside one that runs share
         root, version = str(logger.save_dir or trainer.default_root_dir), logger.version
         own = version if isinstance(version, str) else f"version_{version}"
         return (Path() if "://" in root else Path(root)) / str(logger.name) / own
 
     def write_table(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, anew: bool = False) -> None:
-        """Append rows to the table of all rounds, or begin it; NaN, for what is unknown, is left empty."""
+        """Append rows to the history table, or start it (``anew``); NaN becomes an empty cell."""
         if self.history is None or not columns:
             return
         with open(self.history, "w" if anew else "a", newline="") as file:
@@ -101,7 +101,7 @@ class RunFolder:
                 writer.writerow({key: "" if value != value else value for key, value in row.items()})
 
     def is_too_small(self, needed: int, *, in_memory: bool) -> float | None:
-        """What is free of memory, or of the disk, in bytes, if that is less than what is needed."""
+        """Return the free memory, or disk space, in bytes if it is less than ``needed``, else None."""
         if self.path is None:
             return None
         free = available_memory() if in_memory else shutil.disk_usage(self.path).free
@@ -109,7 +109,7 @@ class RunFolder:
 
 
 def _claim(base: Path) -> Path:
-    """The first of ``name``, ``name-v1``, … that holds no file, taken."""
+    """Claim the first of ``name``, ``name-v1``, … that holds no file, and return it."""
     version = 0
     while True:
         path = base if version == 0 else base.with_name(f"{base.name}-v{version}")
@@ -123,19 +123,19 @@ def _claim(base: Path) -> Path:
 
 
 def checked_prefix(prefix: object) -> str:
-    """The first part of logged names, and of a folder's, or ValueError if it will not do."""
+    """Return the prefix of logged names and of the folder; raise ValueError if it is invalid."""
     if not isinstance(prefix, str) or not prefix.strip("/"):
         raise ValueError(f"prefix must not be empty, got {prefix!r}: logged names begin with it.")
     parts = {*PurePosixPath(prefix).parts, *PureWindowsPath(prefix).parts}
     if ".." in parts or "\0" in prefix or PurePosixPath(prefix).is_absolute() or PureWindowsPath(prefix).anchor:
-        raise ValueError(f"prefix must not leave the run's folder, got {prefix!r}: a folder is named like it.")
+        raise ValueError(f"prefix must not leave the run's folder, got {prefix!r}: a folder is named after it.")
     if "/dataloader_idx_" in prefix:
-        raise ValueError(f"prefix must not hold '/dataloader_idx_', got {prefix!r}: Lightning keeps that for itself.")
+        raise ValueError(f"prefix must not contain '/dataloader_idx_', got {prefix!r}: Lightning reserves it.")
     return prefix.strip("/")
 
 
 def checkpoints(trainer: pl.Trainer) -> list[Path]:
-    """Local files and folders that are, or may be, checkpoints of this run."""
+    """Return the local files and folders that are, or may be, checkpoints of this run."""
     found: set[Path] = set()
     for callback in trainer.checkpoint_callbacks:
         named = [getattr(callback, name, "") for name in ("last_model_path", "best_model_path")]
@@ -148,22 +148,22 @@ def checkpoints(trainer: pl.Trainer) -> list[Path]:
 
 
 def near(written: Path, ckpt_path: object) -> list[Path]:
-    """Folders where a run's files may lie: where they were written, or, if the run was moved, near its checkpoint."""
+    """Return folders that may hold a run's files: where they were written and, if moved, near its checkpoint."""
     found = [written]
     if isinstance(ckpt_path, (str, os.PathLike)):
         parents = list(Path(ckpt_path).absolute().parents)[:3]
-        # the folder's own name, and with a parent for prefixes such as "koopman/head"
+        # also with one parent, for prefixes such as "koopman/head"
         found += [parent / Path(*written.parts[-depth:]) for parent in parents for depth in (1, 2)]
     return found
 
 
 def available_memory() -> int | None:
-    """Memory in bytes that can be had without swapping, or None where the system does not tell."""
+    """Return the memory in bytes available without swapping, or None if the system does not report it."""
     known = []
     with contextlib.suppress(OSError, IndexError, ValueError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         known += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
     with contextlib.suppress(OSError, ValueError):
-        # a container's limit ("max" where there is none); what it uses counts caches too, so it says little
+        # a container's limit ("max" if none); its usage includes caches, so it is not subtracted
         known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
     return min(known) if known else None

@@ -1,4 +1,4 @@
-"""What stays of the weights at a pruning, and what becomes of those that survive it."""
+"""The persistent part of the weights at a pruning, and the treatment of the surviving weights."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ Scores = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 class PersistentScores:
-    """The Koopman reconstruction of the weights, computed at a snapshot and used at the pruning that follows.
+    """Koopman reconstruction of the weights, computed at a snapshot and used by the next pruning.
 
     Args:
-        radius: Radius of the cluster at 1.
-        rule: The modes that stay, see :meth:`Spectrum.persistent`.
+        radius: Radius of the cluster at 1, > 0.
+        rule: Which modes are persistent, see :meth:`Spectrum.persistent`.
     """
 
     def __init__(self, radius: float, rule: str) -> None:
@@ -42,17 +42,17 @@ class PersistentScores:
         self._ready: Scores | None = None
 
     def prepare(self, recording: Recording, epoch: int) -> None:
-        """Reconstruct the weights as they are after ``epoch`` completed rounds; all processes together.
+        """Reconstruct the weights after ``epoch`` completed intervals; call on all processes together.
 
         Raises:
-            ValueError: If there are too few snapshots.
+            ValueError: If there are too few snapshots, or none after ``epoch``.
         """
         trajectory, last, weights = recording.recorder.trajectory, recording.settings.window, recording.weights
         count = 0 if trajectory is None else min(len(trajectory), last or len(trajectory))
         if trajectory is None or count < LEAST or recording.recorder.newest != epoch:
-            raise ValueError(f"{count} snapshots are too few: the weights' present magnitudes decide instead.")
+            raise ValueError(f"{count} snapshots are too few, or not up to date: pruning by magnitude instead.")
         decided = np.zeros(3 + len(trajectory))
-        if weights.processes.rank == 0:  # one process decides: others' arithmetic may round otherwise
+        if weights.processes.rank == 0:  # one process decides: others may round differently
             chosen, spectrum, modes = persistent(trajectory, length=last, radius=self._radius, rule=self._rule)
             decided[:3] = modes.sum(), spectrum.rank, spectrum.misfit
             decided[3:] = chosen
@@ -66,19 +66,19 @@ class PersistentScores:
         )
 
     def take(self) -> Scores:
-        """The scores of this process's part and where they come from, once; without any, present magnitudes decide."""
+        """Return this process's scores and their description, once; empty scores mean pruning by magnitude."""
         ready, self._ready = self._ready, None
         return ready or ({}, {"modes": 0, "rank": 0, "misfit": math.nan, "snapshots": 0})
 
     def follow(self, removal: ChannelRemoval) -> None:
-        """Let go of what belongs to channels that are gone, whoever removed them."""
+        """Discard scores of removed channels, whichever callback removed them."""
         if self._ready is not None:
             scores, about = self._ready
             self._ready = {name: removal.left_of(name, value).reshape(-1) for name, value in scores.items()}, about
 
 
 def trained_parameters(trainer: pl.Trainer, root: nn.Module, patterns: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """The parameters to prune by name: by default those that an optimizer steps, not a teacher's or an average's."""
+    """Return the parameters to prune, by name; by default only those that an optimizer steps (not a teacher's)."""
     chosen = prunable_parameters(root, patterns)
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     stepped = {id(parameter) for group in groups for parameter in group["params"]}
@@ -87,27 +87,27 @@ def trained_parameters(trainer: pl.Trainer, root: nn.Module, patterns: Sequence[
 
 
 class Survivors:
-    """What becomes of the weights that survive a pruning.
+    """Treatment of the weights that survive a pruning.
 
     Args:
         kind: ``"keep"``, ``"reconstruction"`` or ``"reinit"``.
-        scheme: As for :func:`reinitialize`, for ``"reinit"``.
-        seed: Of that draw, ≥ 0.
+        scheme: Initialization for ``"reinit"``, see :func:`reinitialize`.
+        seed: Seed for ``"reinit"``, ≥ 0.
 
     Raises:
-        ValueError: If one is out of its range.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(self, kind: str, scheme: Scheme, seed: int) -> None:
         self.kind = check_choice("survivors", kind, ("keep", "reconstruction", "reinit"))
         check_scheme(scheme)
         if scheme is not None and kind != "reinit":
-            raise ValueError(f"scheme={scheme!r} is for survivors='reinit', got {kind!r}: leave it out.")
+            raise ValueError(f"scheme={scheme!r} is for survivors='reinit', got {kind!r}: omit `scheme`.")
         self._scheme, self._seed = scheme, check_count("seed", seed, 0)
         self._names: list[str] = []  # of the modules to reinitialize
 
     def select(self, pl_module: nn.Module, parameters: Iterable[nn.Parameter] | None) -> None:
-        """Choose what is reinitialized: the modules that own the parameters, or all trainable ones."""
+        """Select the modules to reinitialize: those that own the parameters, or all trainable ones."""
         if self.kind != "reinit":
             return
         owners = None
@@ -128,7 +128,7 @@ class Survivors:
         values: Mapping[str, Tensor],
         number: int,
     ) -> None:
-        """Set the survivors after a pruning; ``values`` are what this process's part is reconstructed to."""
+        """Set the survivors after a pruning; ``values`` is the reconstruction of this process's part."""
         if self.kind == "reinit":
             seed = self._seed + number
             redraw(trainer, pl_module, self._names, self._scheme, seed=seed, processes=weights.processes)
@@ -148,12 +148,12 @@ def redraw(
     seed: int,
     processes: Processes,
 ) -> None:
-    """Reinitialize modules; optimizers and averages follow."""
+    """Reinitialize modules, and reset their optimizer state and averages."""
     reinitialize_by_name(outermost(trainer, pl_module), names, scheme, seed=seed, processes=processes)
     modules = named_parts(pl_module)
     redrawn = [modules[name] for name in names]
     forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
-    for average in averages(trainer):  # what it holds was trained from other weights
+    for average in averages(trainer):  # it holds weights from before
         fresh = dict(pl_module.named_parameters())
         for name, parameter in getattr(average, "module", average).named_parameters():
             parameter.data.copy_(fresh[name].data)

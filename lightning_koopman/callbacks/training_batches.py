@@ -1,4 +1,4 @@
-"""A few batches of the training data, held to compare weights on and to re-estimate batch statistics from."""
+"""A few training batches, held to compare weights and to re-estimate batch statistics."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, is
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-SCORED = 4  # batches that losses are compared on
-MOST = 2**29  # bytes of the batches held, beyond the first two
+SCORED = 4  # batches to compare losses on
+MOST = 2**29  # bytes of batches to hold; two are held in any case
 LATE = 3.0  # seconds after which progress is shown
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class TrainingBatches:
-    """Copies of the first batches of each round, in main memory.
+    """Copies of the first batches of each interval, in main memory.
 
     Args:
-        count: Batches to hold, ≥ 1.
+        count: Number of batches to hold, ≥ 1.
     """
 
     def __init__(self, count: int) -> None:
@@ -43,17 +43,17 @@ class TrainingBatches:
         return {**vars(self), "_held": [], "_bytes": 0}
 
     def clear(self) -> None:
-        """Forget them."""
+        """Forget the batches."""
         self._held: list[tuple[Any, int]] = []
         self._next = self._bytes = 0
-        self.norms: tuple[str, ...] = ()  # layers whose batch statistics are in use, by name
+        self.norms: tuple[str, ...] = ()  # names of the layers whose batch statistics are in use
 
     def begin(self) -> None:
-        """A round begins: its batches take the place of those held."""
+        """Start an interval, whose batches replace those held."""
         self._next = 0
 
     def add(self, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Hold a batch, if it is one of the first."""
+        """Hold a batch if it is one of the first."""
         if self._next >= self.count:
             return
         if self._next == 0:
@@ -73,19 +73,19 @@ class TrainingBatches:
         self._next += 1
 
     def trial(self, trainer: pl.Trainer, module: pl.LightningModule, processes: Processes) -> Trial | None:
-        """Get ready to try weights, if all processes can; all of them together."""
+        """Return a :class:`Trial` if all processes can run one, else None; call on all processes together."""
         cannot = not self._held or not can_dry_run(module) or is_sharded(outermost(trainer, module))
         if processes.any(cannot):
             return None
-        least = int(processes.table(np.array([float(len(self._held))])).min())  # layers may talk to other processes
+        least = int(processes.table(np.array([float(len(self._held))])).min())  # equal counts: layers may communicate
         return Trial(trainer, module, processes, self._held[:least], self.norms)
 
 
 class Trial:
-    """A copy of a module, in which weights are tried.  Nothing is logged, and the run notices nothing.
+    """A copy of a module for trying out weights.  Nothing is logged, and the run is not affected.
 
-    Losses are those of ``training_step`` in evaluation mode, but with the statistics of each batch, so that no weights
-    depend on statistics which belong to others.  The same random numbers serve all weights.
+    Losses are those of ``training_step`` in evaluation mode, but with the statistics of each batch, because running
+    statistics belong to other weights.  All weights are tried with the same random numbers.
     """
 
     def __init__(
@@ -104,24 +104,24 @@ class Trial:
         self._copy.eval()
         for layer in self._norms.values():
             layer.train()
-            layer.momentum = None  # the mean of all batches, not of the newest
-        self._graph = False  # the step takes gradients itself
+            layer.momentum = None  # mean over all batches, not a moving one
+        self._graph = False  # whether `training_step` itself needs gradients
 
     @torch.no_grad()
     def set(self, weights: Mapping[str, Tensor]) -> None:
-        """Try these weights, by name."""
+        """Copy weights into the module, by name."""
         for name, value in weights.items():
             tensor = self._chunks[name].tensor.detach()
             tensor.copy_(value.reshape(tensor.shape))
 
     def losses(self) -> Array:
-        """Losses (batches,) of the first batches held, in all processes; NaN where there is none."""
+        """Return the losses (batches,) of the first batches held in all processes; NaN if there is none."""
         held = self._batches[:SCORED]
         own = [self._loss(batch, index) for batch, index in held] + [float("nan")] * (SCORED - len(held))
         return self._processes.table(np.array(own)).reshape(-1)
 
     def statistics(self, *, shown: bool) -> dict[str, Tensor]:
-        """Batch statistics of the weights over all batches held, by the buffers' names, in main memory."""
+        """Return the batch statistics over all batches held, by buffer name, in main memory."""
         for layer in self._norms.values():
             layer.reset_running_stats()
         bar = tqdm(self._batches, desc="Batch statistics", unit="batch", delay=LATE, leave=False, disable=not shown)
@@ -129,7 +129,7 @@ class Trial:
             self._loss(batch, index)
         found: dict[str, Tensor] = {}
         for name, layer in self._norms.items():
-            if not layer.num_batches_tracked:  # not in `training_step`
+            if not layer.num_batches_tracked:  # not used in `training_step`
                 continue
             for part in STATISTICS:
                 value = getattr(layer, part).detach().cpu()
@@ -140,7 +140,7 @@ class Trial:
 
     def _loss(self, batch: Any, index: int) -> float:
         trainer, module = self._trainer, self._module
-        given = move_data_to_device(batch, module.device)  # without the module's hooks, which have been there
+        given = move_data_to_device(batch, module.device)  # without the module's transfer hooks, which have already run
         try:
             with dry_run(trainer, module, given, index) as loss, torch.set_grad_enabled(self._graph):
                 return float(loss(self._copy).detach())
@@ -154,6 +154,6 @@ class Trial:
 
 
 def _has_statistics(layer: nn.Module) -> bool:
-    """Whether a layer keeps running statistics of the batches it is trained on."""
+    """Return whether a layer is training and keeps running batch statistics."""
     kept = getattr(layer, "running_mean", None)
     return is_kind(layer, "_BatchNorm") and isinstance(kept, Tensor) and layer.training

@@ -1,4 +1,4 @@
-"""The average of the weights that a callback keeps: chosen when somebody looks at it, put in and taken out again."""
+"""The weight average of a callback: chosen on request, swapped into the module and out again."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ from lightning_koopman.trajectory.trajectory import Trajectory
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-JUMP = 0.25  # change of a learning rate that starts a new average, relative to the highest since the last start
+JUMP = 0.25  # change of a rate, relative to its highest since the last start, that starts a new average
 NO_LOSSES: Array = np.zeros((0, 0))
 
 
 class WeightAverage:
-    """An average along the trajectory that a callback records.
+    """Average of the snapshots that a callback records.
 
     Args:
-        recording: The callback's.
-        guard: The callback's.
-        profile: As for :func:`averaged_weights`.
-        length: As for it.
-        power: As for it.
-        n_batches: Training batches that batch statistics are re-estimated from, ≥ 1.
+        recording: Recording of the callback.
+        guard: Guard of the callback.
+        profile: See :func:`averaged_weights`.
+        length: See :func:`averaged_weights`.
+        power: See :func:`averaged_weights`.
+        n_batches: Number of training batches to re-estimate batch statistics from, ≥ 1.
 
     Attributes:
-        parts: Array (k,): shares of the newest k snapshots, which add up to 1.
-        length: Snapshots that were chosen.
+        parts: Array (k,): coefficients of the newest k snapshots, which sum to 1.
+        length: Chosen number of snapshots.
         tried: The lengths that were compared.
-        losses: Array (tried, batches) of their losses; empty where they could not be compared.
-        chosen_after: Round of the snapshot after which all of this was found out, or None.
+        losses: Array (tried, batches): their losses; empty if they were not compared.
+        chosen_after: Completed intervals at the newest snapshot when this was chosen, or None.
         step: Optimizer steps at the newest snapshot.
     """
 
@@ -67,7 +67,7 @@ class WeightAverage:
         self.forget()
 
     def forget(self) -> None:
-        """Begin as for a first fit."""
+        """Reset to the state before a first fit."""
         self.batches.clear()
         self.exchange = Exchange()
         self.kept = False  # the module was left with the average
@@ -76,7 +76,7 @@ class WeightAverage:
         self.start_at(0)
 
     def start_at(self, completed: int) -> None:
-        """A new average starts with the snapshot after so many rounds; until it is chosen it is the last weights."""
+        """Start a new average at the snapshot after ``completed`` intervals; the last weights, until it is chosen."""
         self._since, self._highest = completed, list(self._rates)
         self._choose_last(None)
 
@@ -84,11 +84,11 @@ class WeightAverage:
         self.parts, self.length, self.losses = np.ones(1), 1, NO_LOSSES
         self.tried: tuple[int, ...] = (1,)
         self._statistics: dict[str, Tensor] = {}
-        self._of: Trajectory | None = None  # whose snapshots it was chosen from
+        self._of: Trajectory | None = None  # the trajectory it was chosen from
         self.chosen_after = after
 
     def begin_round(self, rates: Sequence[float], completed: int) -> None:
-        """A round begins at some learning rates."""
+        """Start an interval with the given learning rates; a jump in one starts a new average."""
         self.batches.begin()
         before, self._rates = self._rates, list(rates)
         if len(before) != len(rates):
@@ -101,15 +101,15 @@ class WeightAverage:
     # -- choosing -----------------------------------------------------------------------------------------------------
 
     def choose(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Choose the average of the snapshots held, once a snapshot; all processes together."""
+        """Choose the average of the snapshots held, once per snapshot; call on all processes together."""
         newest, weights = self._recording.recorder.newest, self._recording.weights
         if newest is None or not self._is_current:
-            self._choose_last(None)  # other weights, or ones that are not finite
+            self._choose_last(None)  # new trajectory, or weights that are not finite
         if newest is None or newest == self.chosen_after:
             return
-        self._choose_last(newest)  # what remains where the rest fails
+        self._choose_last(newest)  # remains if the rest fails
         self._of = self._recording.recorder.trajectory
-        for compare in (True, False):  # where lengths cannot be compared the steps decide
+        for compare in (True, False):  # if lengths cannot be compared, the steps decide
             done = False
             doing = "comparing averages" if compare else "averaging the weights"
             with self._guard.together(doing, weights.processes):
@@ -121,10 +121,10 @@ class WeightAverage:
 
     @property
     def _is_current(self) -> bool:
-        """Whether what was chosen is of the present trajectory."""
+        """Whether the average was chosen from the current trajectory."""
         trajectory = self._recording.recorder.trajectory
         if self._of is None and trajectory is not None and len(self.parts) <= len(trajectory):
-            self._of = trajectory  # restored along with it
+            self._of = trajectory  # both were restored from a checkpoint
         return self._of is trajectory
 
     def _choose(self, trial: Trial | None) -> None:
@@ -135,7 +135,7 @@ class WeightAverage:
             self._guard.warn(
                 "statistics",
                 f"the batch statistics of layers such as {self.batches.norms[0]!r} cannot be re-estimated for an "
-                "average, as `training_step` cannot be run on a copy of this module: the last weights are used.",
+                "average, as `training_step` cannot run on a copy of this module: using the last weights instead.",
             )
             return
         lengths = lengths_to_try(trajectory, profile, length, held=self._count, compared=trial is not None)
@@ -143,7 +143,7 @@ class WeightAverage:
         scale = None if reading is None or not math.isfinite(reading.scale) else reading.scale
         loss = None if trial is None or len(lengths) == 1 else self._loss(trial, trajectory)
         parts, index, losses = choose(trajectory, profile, lengths, power=power, loss=loss, scale=scale)
-        decided = np.append(parts, index) * (processes.rank == 0)  # others' arithmetic may round otherwise
+        decided = np.append(parts, index) * (processes.rank == 0)  # others may round differently
         *shared, index = processes.all_sum(decided).tolist()
         chosen = np.trim_zeros(np.array(shared), "f")
         statistics = self._statistics_of(self._values(trajectory, chosen), trial) if self.batches.norms else {}
@@ -152,12 +152,12 @@ class WeightAverage:
 
     @property
     def _count(self) -> int:
-        """Snapshots that may be averaged."""
+        """Number of snapshots that may be averaged."""
         since = sum(epoch >= self._since for epoch in self._recording.recorder.epochs)
         return max(1, min(since, self._recording.settings.window or since))
 
     def _statistics_of(self, values: Mapping[str, Tensor], trial: Trial | None) -> dict[str, Tensor]:
-        """Batch statistics of weights."""
+        """Return the batch statistics of the given weights, empty without a trial."""
         if trial is None:
             return {}
         trial.set(values)
@@ -166,7 +166,7 @@ class WeightAverage:
     def search(
         self, trainer: pl.Trainer, module: pl.LightningModule, lengths: Sequence[int], loss: Callable[[], float]
     ) -> None:
-        """Leave the best of several lengths in the module, by a loss of the module as it is."""
+        """Choose the best of several lengths by the loss of the module, and leave that average in the module."""
         trajectory = self._trajectory_chosen_from()
         profile, _, power = self._asked
         tried = sorted({min(check_count("lengths", each, 1), self._count) for each in lengths})
@@ -203,17 +203,17 @@ class WeightAverage:
         return loss
 
     def _values(self, trajectory: Trajectory, parts: Array) -> dict[str, Tensor]:
-        """What this process holds of an average, by parameter."""
+        """Return this process's weights of an average, by parameter."""
         return self._completed(trajectory.combine(place(parts, len(trajectory))))
 
     def _completed(self, own: Tensor) -> dict[str, Tensor]:
-        """What this process holds of weights, by parameter, from all processes' own parts."""
+        """Assemble the weights that this process holds, by parameter, from the own parts of all processes."""
         shards = self._recording.weights.shards
         assert shards is not None
         return {name: shards.complete(name, value) for name, value in shards.split(own).items()}
 
     def loss_of(self, length: int) -> float:
-        """Mean loss of a length that was compared, else NaN."""
+        """Return the mean loss of a length, or NaN if it was not compared."""
         if not self.losses.size or length not in self.tried:
             return math.nan
         row = self.losses[self.tried.index(length)]
@@ -222,24 +222,24 @@ class WeightAverage:
     # -- in and out ---------------------------------------------------------------------------------------------------
 
     def put_in(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Put the average in the place of the weights that are trained; all processes together."""
+        """Replace the trained weights by the average; call on all processes together."""
         if not self.exchange.ready:
             with self._guard.together("averaging the weights", self._recording.weights.processes):
                 values = self._average(trainer, module)
                 self.exchange.put_in(outermost(trainer, module), module, values)
 
     def take_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Put the weights that are trained back in their place, to the last bit."""
+        """Restore the trained weights, bit for bit."""
         self.exchange.take_out(outermost(trainer, module), module)
 
     def keep(self) -> None:
-        """Leave in the module what it holds, once a fit has ended."""
+        """Leave the current weights in the module after a fit."""
         self.kept = self.kept or (self.exchange.inside and self.exchange.differs)
         self.exchange.keep()
 
     @contextlib.contextmanager
     def held(self, trainer: pl.Trainer, module: pl.LightningModule, *, average: bool) -> Iterator[None]:
-        """Context in which the module holds the average, or else the weights that are trained."""
+        """Context in which the module holds the average, or the trained weights."""
         before = self.exchange.inside
         if average and not before:
             self.put_in(trainer, module)
@@ -254,7 +254,7 @@ class WeightAverage:
                 self.exchange.swap(outermost(trainer, module), module)
 
     def _average(self, trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
-        """Weights and buffers of the average, but for those that are the trained ones."""
+        """Return weights and buffers of the average, except those equal to the trained ones."""
         trajectory, parts = self._recording.recorder.trajectory, self.parts
         if trajectory is None or self.chosen_after is None or not self._is_current:
             return {}
@@ -262,8 +262,8 @@ class WeightAverage:
             values = {} if len(parts) == 1 else self._values(trajectory, parts)
             return {**values, **self._statistics}
         if len(parts) == 1:
-            return {}  # the last weights, with the statistics that they were trained with
-        # within a round the weights as they are stand for its snapshot, which is still to come
+            return {}  # the last weights keep their own statistics
+        # within an interval, the current weights stand in for the snapshot at its end
         older, chunks = self._values(trajectory, parts[:-1]), local_chunks(outermost(trainer, module))
         newest = {name: float(parts[-1]) * chunks[name].tensor.detach().cpu() for name in older}
         values = {name: value + newest[name] for name, value in older.items()}
@@ -274,19 +274,19 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
-        """Copy the average that was chosen last into a module with parameters of the same names."""
+        """Copy the last chosen average into a module with the same parameter names."""
         trajectory = self._trajectory_chosen_from()
         known = named_tensors(module, module)
         for name, value in {**self._values(trajectory, self.parts), **self._statistics}.items():
             if name not in known:
-                raise ValueError(f"module has no parameter {name!r}: give the module that was trained, or a copy.")
+                raise ValueError(f"module has no parameter {name!r}: pass the trained module or a copy of it.")
             tensor = known[name].detach()
             tensor.copy_(value.reshape(tensor.shape))
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; tensors and primitives."""
+        """Return the state for a checkpoint, as tensors and primitives."""
         return {
             "since": self._since,
             "rates": list(self._rates),
@@ -302,7 +302,7 @@ class WeightAverage:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.forget()
         self._since, self.step = int(state["since"]), int(state["step"])
         self._rates = [float(each) for each in state["rates"]]

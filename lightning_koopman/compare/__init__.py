@@ -1,1 +1,1 @@
-"""Whether trainings behave alike, told by their Koopman spectra."""
+"""Comparison of trainings by their Koopman spectra."""

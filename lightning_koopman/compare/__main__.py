@@ -11,15 +11,15 @@ from lightning_koopman.compare.figure import plot_comparison
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print distances and verdict; returns 2 where the runs cannot be compared."""
+    """Print the distances and the verdict; return 2 if the runs cannot be compared."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_koopman.compare",
-        description="How far apart trainings are by their Koopman spectra: folders of KoopmanSpectrumMonitor, each "
-        "a group of its own, or the runs before --with beside those after it.",
+        description="Compare trainings by their Koopman spectra. A RUN is a folder written by KoopmanSpectrumMonitor. "
+        "Each run is a group of its own; with --with, the runs before it form one group and those after it another.",
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a finished run")
     parser.add_argument("--with", dest="others", nargs="+", type=Path, metavar="RUN", default=[], help="second group")
-    parser.add_argument("--figure", type=Path, help="where to draw the distances")
+    parser.add_argument("--figure", type=Path, help="image file for a plot of the distances")
     options = parser.parse_args(arguments)
     groups = [options.runs, options.others] if options.others else options.runs
     try:

@@ -1,4 +1,4 @@
-"""Whether trainings behave alike: distances of their spectra, and how often chance alone gives such ones."""
+"""Comparison of trainings: distances between their spectra, and tests of these against chance."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from lightning_koopman._types import Array
 from lightning_koopman.compare.signature import Run, Signature, signatures
 from lightning_koopman.reading.steps import FREQUENCIES
 
-SHUFFLES = 9999  # of the runs between two groups, where there are more ways to split them
+SHUFFLES = 9999  # random splits of the runs of two groups, if there are more possible ones
 
 
 @dataclass(frozen=True)
 class PairTest:
-    """Two groups of trainings compared by one of their spectra.
+    """Test of two groups of trainings by one kind of distance.
 
     Attributes:
         groups: Indices of the two groups.
         by: ``"eigenvalues"``, or ``"steps"`` for the spectral measure of the steps.
         between: Mean distance between runs of the two groups, ≥ 0.
-        within: Mean distance between runs of the same group, ≥ 0; NaN where neither has two.
-        p_value: How often runs that are split by chance are as far apart, in (0, 1]; NaN where that cannot be told.
-        adjusted: The same after Holm's correction for all tests of the comparison.
+        within: Mean distance between runs of the same group, ≥ 0; NaN if neither group has two runs.
+        p_value: Share of random splits with groups as far apart, in (0, 1]; NaN if a group has only one run.
+        adjusted: ``p_value`` after Holm's correction for all tests of the comparison.
     """
 
     groups: tuple[int, int]
@@ -46,13 +46,13 @@ class PairTest:
 
 @dataclass(frozen=True, eq=False)
 class TrainingComparison:
-    """How far apart trainings are, and whether chance explains it; ``print`` gives the verdict in words.
+    """Distances between trainings, and whether chance explains them; ``print`` shows the verdict in words.
 
     Attributes:
-        groups: Tuple: the group of each run.
-        distances: Dict: arrays (runs, runs) of the distances by ``"eigenvalues"``, and by ``"steps"`` where known.
+        groups: Tuple: group of each run.
+        distances: Dict: arrays (runs, runs) of the distances by ``"eigenvalues"`` and, if known, by ``"steps"``.
         tests: Tuple of :class:`PairTest`, one for each pair of groups and each kind of distance.
-        level: Share of false alarms that is accepted in all tests together.
+        level: Accepted rate of false alarms in all tests together.
         rank: Number of eigenvalues that were compared.
 
     Example:
@@ -70,11 +70,11 @@ class TrainingComparison:
     rank: int
 
     def different(self, first: int = 0, second: int = 1) -> bool | None:
-        """Whether two groups behave differently, beyond chance; None where too few runs are there to tell."""
+        """Return whether two groups differ beyond chance, or None if there are too few runs to tell."""
         last = max(self.groups)
         first, second = check_count("first", first, 0, most=last), check_count("second", second, 0, most=last)
         if first == second:
-            raise ValueError(f"second must be another group than first={first}.")
+            raise ValueError(f"second must be a group other than first={first}.")
         chosen = [test for test in self.tests if set(test.groups) == {first, second}]
         if any(test.adjusted <= self.level for test in chosen):
             return True
@@ -82,7 +82,7 @@ class TrainingComparison:
         return False if reachable else None
 
     def order(self, by: str = "eigenvalues") -> list[int]:
-        """Groups in the order of an average-linkage clustering by their mean distance, like ones together."""
+        """Return the groups in the order of an average-linkage clustering, similar groups next to each other."""
         distances, member = self.distances[check_choice("by", by, tuple(self.distances))], np.array(self.groups)
         shares = np.array([member == group for group in range(max(self.groups) + 1)], dtype=float)
         shares /= shares.sum(axis=1, keepdims=True)
@@ -92,7 +92,7 @@ class TrainingComparison:
         return [int(each) for each in leaves_list(linkage(apart, "average", optimal_ordering=True))]
 
     def _least(self, first: int, second: int) -> float:
-        """The least p-value that the numbers of runs allow."""
+        """Return the smallest p-value that the numbers of runs allow."""
         sizes = [self.groups.count(each) for each in (first, second)]
         return (1 + (sizes[0] == sizes[1])) / math.comb(sum(sizes), sizes[0]) if min(sizes) > 1 else 1.0
 
@@ -110,41 +110,41 @@ class TrainingComparison:
             said = {
                 True: "behave differently",
                 False: "cannot be told apart, which does not prove them equal",
-                None: "are too few to be told apart: how much seeds alone differ takes several runs of each",
+                None: "have too few runs to be told apart: train several seeds of each",
             }[found]
             lines.append(f"Groups {first} and {second} {said} ({numbers}).")
         note = f" after Holm's correction for {len(self.tests)} tests" if len(self.tests) > 1 else ""
-        return "\n".join([*lines, f"{self.rank} eigenvalues; false alarms: at most {self.level:.0%}{note}."])
+        return "\n".join([*lines, f"{self.rank} eigenvalues; rate of false alarms: at most {self.level:.0%}{note}."])
 
 
 def compare_trainings(
     *runs: Run | Sequence[Run], rank: int = 10, level: float = 0.05, seed: int = 0
 ) -> TrainingComparison:
-    r"""Compare trainings by the distances of their Koopman spectra.
+    r"""Compare trainings by the distances between their Koopman spectra.
 
     Trainings whose dynamics are the same up to a change of coordinates (conjugate ones) have equal Koopman
-    eigenvalues (Redman, Bello-Rivas, Fonoberova, Mohr, Kevrekidis, Mezić, NeurIPS 2024).  Two distances are looked at,
-    both Wasserstein's: of the leading eigenvalues in the complex plane, and of the spectral measures of the unit steps
+    eigenvalues (Redman, Bello-Rivas, Fonoberova, Mohr, Kevrekidis, Mezić, NeurIPS 2024).  Two Wasserstein distances are
+    computed: between the leading eigenvalues in the complex plane, and between the spectral measures of the unit steps
     over frequency (:class:`TrainingReading`).  Neither depends on the number of weights.
 
-    Seeds differ as well.  So each argument may be a list of runs, and the null is chance: runs that are split into two
-    groups at random, in all ways or 9,999 of them.  A pair of single runs has a distance but no p-value.
+    Runs with different seeds differ as well.  So each argument may be a list of runs, and two groups are tested against
+    random splits of their runs: all of them, or 9,999.  Two single runs have a distance but no p-value.
 
     Args:
         *runs: Two or more trainings or lists of them: :class:`Trajectory`, :class:`Spectrum`, or folder of a finished
-            run with :class:`KoopmanSpectrumMonitor`.  Of folders the rounds in common are compared, of trajectories as
-            many of the newest snapshots as all have.
-        rank: Eigenvalues to compare, the most important ones, ≥ 1; fewer where a run has fewer.
-        level: Share of false alarms to accept in all tests together, in (0, 1).
+            run with :class:`KoopmanSpectrumMonitor`.  Folders are compared by their common epochs (or steps),
+            trajectories by as many of the newest snapshots as all have.
+        rank: Number of eigenvalues to compare, the most important ones, ≥ 1; fewer if a run has fewer.
+        level: Accepted rate of false alarms in all tests together, in (0, 1).
         seed: Seed of the random splits, ≥ 0.
 
     Returns:
         The distances, tests and verdict.
 
     Raises:
-        TypeError: If a run is of another kind.
-        ValueError: If there are fewer than two groups, an empty one, fewer than six snapshots in common, snapshots at
-            other distances in time, or an option out of its range.
+        TypeError: If a run is of another type.
+        ValueError: If there are fewer than two groups, an empty group, or fewer than six common snapshots; if snapshots
+            are not equally spaced in time; or if an option is out of range.
 
     Example:
         >>> import torch
@@ -177,7 +177,7 @@ def compare_trainings(
 
 
 def eigenvalue_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Wasserstein-1 distance of two sets of equally many eigenvalues in the complex plane."""
+    """Compute the Wasserstein-1 distance between two equally large sets of eigenvalues in the complex plane."""
     apart = np.abs(np.asarray(first)[:, None] - np.asarray(second))
     return float(apart[linear_sum_assignment(apart)].mean())
 
@@ -189,7 +189,7 @@ def _distances(found: list[Signature]) -> Iterator[tuple[str, Callable[[Signatur
 
 
 def _matrix(found: list[Signature], distance: Callable[[Signature, Signature], float]) -> Array:
-    """Distances (runs, runs)."""
+    """Compute the distances (runs, runs)."""
     matrix = np.zeros((len(found), len(found)))
     for i, j in itertools.combinations(range(len(found)), 2):
         matrix[i, j] = matrix[j, i] = distance(found[i], found[j])
@@ -199,7 +199,7 @@ def _matrix(found: list[Signature], distance: Callable[[Signature, Signature], f
 def _test(
     distances: Array, member: npt.NDArray[Any], pair: tuple[int, int], name: str, random: np.random.Generator
 ) -> PairTest:
-    """Are two groups further apart than the same runs, split by chance?"""
+    """Test whether two groups are further apart than random splits of the same runs."""
     first, second = (np.flatnonzero(member == each) for each in pair)
 
     def apart(some: npt.NDArray[Any], others: npt.NDArray[Any]) -> float:
@@ -213,13 +213,13 @@ def _test(
 
 
 def _means(distances: Array, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> tuple[float, float]:
-    """Mean distances between two groups, and within them: of each group with two runs, then of both."""
+    """Return the mean distance between two groups, and the mean over groups of that within a group."""
     inner = [distances[np.ix_(g, g)].sum() / (g.size * (g.size - 1)) for g in (first, second) if g.size > 1]
     return float(distances[np.ix_(first, second)].mean()), float(np.mean(inner)) if inner else math.nan
 
 
 def _holm(tests: list[PairTest]) -> list[PairTest]:
-    """Adjust the p-values of all tests together."""
+    """Adjust the p-values of all tests by Holm's correction."""
     known = sorted((test.p_value, index) for index, test in enumerate(tests) if not math.isnan(test.p_value))
     highest = 0.0
     for place, (value, index) in enumerate(known):

@@ -1,4 +1,4 @@
-"""Figure of compared trainings: the distances of their spectra, like ones together."""
+"""Figure of compared trainings: the matrix of distances between their spectra."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def plot_comparison(
     comparison: TrainingComparison, *, by: str = "eigenvalues", names: list[str] | None = None, ax: Axes | None = None
 ) -> Figure:
-    """Matrix of the distances between runs, the groups ordered by an average-linkage clustering.
+    """Plot the matrix of distances between runs, with groups in the order of an average-linkage clustering.
 
     Args:
         comparison: What :func:`compare_trainings` returned.
@@ -30,7 +30,7 @@ def plot_comparison(
         The figure.
 
     Raises:
-        ValueError: If these distances are not known, or there are not as many names as groups.
+        ValueError: If these distances are unknown, or there are not as many names as groups.
 
     Example:
         >>> import numpy as np
@@ -40,12 +40,12 @@ def plot_comparison(
         2
     """
     check_matplotlib()
-    check_instance("comparison", comparison, TrainingComparison, "what compare_trainings returned")
+    check_instance("comparison", comparison, TrainingComparison, "a TrainingComparison")
     check_choice("by", by, tuple(comparison.distances))
     groups = max(comparison.groups) + 1
     names = [str(index) for index in range(groups)] if names is None else names
     if not isinstance(names, (list, tuple)) or [isinstance(each, str) for each in names] != [True] * groups:
-        raise ValueError(f"names must be one text for each of the {groups} groups, got {names!s:.60}.")
+        raise ValueError(f"names must be one string for each of the {groups} groups, got {names!s:.60}.")
     figure, axis = axes_of(ax, (6.6, 5.0))
     order = comparison.order(by)
     runs = [index for group in order for index, member in enumerate(comparison.groups) if member == group]

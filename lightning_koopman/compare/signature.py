@@ -1,4 +1,4 @@
-"""What is compared of a training: its eigenvalues, and the spectral measure of its steps."""
+"""Signature of a training: its eigenvalues and the spectral measure of its steps."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder
 from lightning_koopman.trajectory.trajectory import Trajectory
 
 FILE = "trajectory.npz"  # in a monitor's folder
-LEAST = 6  # snapshots; fewer have no spectrum worth comparing
+LEAST = 6  # fewest snapshots for a spectrum worth comparing
 
 Run = Trajectory | Spectrum | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Signature:
-    """What is compared of a training.
+    """The quantities by which a training is compared.
 
     Attributes:
         eigenvalues: Complex array (r,), the most important first.
-        measure: Array (g,): share of the steps' spectral measure at each frequency from 0 to half a turn a round, or
-            None where only a spectrum is given.
+        measure: Array (g,): share of the steps' spectral measure at each frequency from 0 to half a cycle per interval,
+            or None if only a spectrum is given.
     """
 
     eigenvalues: Complex
@@ -40,7 +40,7 @@ class Signature:
 
 @dataclass(frozen=True, eq=False)
 class _Recorded:
-    """A factor (r, time) of a training's snapshots, and where known their rounds and the distance between them."""
+    """A factor (r, time) of a training's snapshots with, if known, their epochs or steps and the time between them."""
 
     factor: Array
     rounds: tuple[int, ...] | None = None
@@ -48,14 +48,14 @@ class _Recorded:
 
 
 def signatures(runs: Sequence[Run], rank: int) -> list[Signature]:
-    """What is compared of trainings, of the same number of snapshots and eigenvalues each.
+    """Compute the signatures of trainings, each from the same number of snapshots and eigenvalues.
 
     Args:
         runs: The trainings.
-        rank: Eigenvalues to compare, at most.
+        rank: Largest number of eigenvalues to compare.
 
     Raises:
-        TypeError: If a run is of another kind.
+        TypeError: If a run is of another type.
         ValueError: If they cannot be compared.
     """
     spectra = [run for run in runs if isinstance(run, Spectrum)]
@@ -74,7 +74,7 @@ def signatures(runs: Sequence[Run], rank: int) -> list[Signature]:
 
 
 def save_run(folder: Path | None, recorder: Recorder) -> None:
-    """Write what :func:`signatures` needs of recorded weights into a folder."""
+    """Save what :func:`signatures` needs of recorded weights in a folder."""
     trajectory, settings = recorder.trajectory, recorder.settings
     if folder is None or trajectory is None or settings.observable != WEIGHTS:
         return
@@ -87,28 +87,26 @@ def save_run(folder: Path | None, recorder: Recorder) -> None:
 
 def _of_spectra(spectra: list[Spectrum], count: int, rank: int) -> list[Signature]:
     if len(spectra) < count:
-        raise ValueError("runs must be all spectra or none: a spectrum's snapshots cannot be chosen any more.")
+        raise ValueError("runs must be all spectra or none: a spectrum cannot be cut. Pass trajectories instead.")
     made = sorted({(each.n_snapshots, each.delays) for each in spectra})
     if len(made) > 1:
-        raise ValueError(
-            f"spectra must be of equally many snapshots and delays, got {made}: pass trajectories, which are cut to it."
-        )
+        raise ValueError(f"spectra must have equally many snapshots and delays, got {made}: pass trajectories instead.")
     least = min(rank, *(each.eigenvalues.size for each in spectra))
     return [Signature(each.eigenvalues[:least], None) for each in spectra]
 
 
 def _recorded(run: Any) -> _Recorded:
-    """A trajectory, or what a monitor's folder holds of one."""
+    """Read a trajectory, or the one in a monitor's folder."""
     if isinstance(run, Trajectory):
         return _Recorded(run.factor() if len(run) else np.zeros((0, 0)))
     if not isinstance(run, (str, os.PathLike)):
-        raise TypeError(f"runs must be trajectories, spectra or folders of the monitor, got {run!r:.60}.")
+        raise TypeError(f"runs must be trajectories, spectra or folders of KoopmanSpectrumMonitor, got {run!r:.60}.")
     path = Path(run)
     file = next((each for each in (path / FILE, path / "koopman" / FILE) if each.is_file()), None)
     if file is None:
         raise ValueError(
-            f"runs: {str(path)!r} holds no finished run: there is no {FILE} in it or in its folder koopman, which "
-            "KoopmanSpectrumMonitor writes at the end of a fit."
+            f"runs: {str(path)!r} holds no finished run: there is no {FILE} in it or in its subfolder koopman. "
+            "KoopmanSpectrumMonitor writes that file at the end of a fit."
         )
     try:
         with open(file, "rb") as opened, np.load(opened) as stored:
@@ -119,32 +117,32 @@ def _recorded(run: Any) -> _Recorded:
 
 
 def _aligned(runs: Sequence[_Recorded]) -> list[Array]:
-    """The snapshots of the rounds that all have in common, else as many of the newest."""
+    """Cut runs to the snapshots of their common epochs or steps, or else to equally many of the newest."""
     distances = {each.every for each in runs if each.every is not None}
     if len(distances) > 1:
         told = " and ".join(f"every {count} {unit}" for count, unit in sorted(distances))
         raise ValueError(
-            f"runs must have snapshots at equal distances, got {told}: their eigenvalues mean other times."
+            f"runs must have snapshots at the same interval, got {told}: their eigenvalues cannot be compared."
         )
     known = [each.rounds for each in runs if each.rounds is not None]
     if len(known) == len(runs):
         common = sorted(set(known[0]).intersection(*known[1:]))
         found = [each.factor[:, [(each.rounds or ()).index(when) for when in common]] for each in runs]
         if len(set(np.diff(common))) > 1:
-            raise ValueError("runs must have their common snapshots at equal distances: some miss snapshots between.")
+            raise ValueError("runs must have equally spaced snapshots in common: some runs miss snapshots in between.")
     else:
         least = min(each.factor.shape[1] for each in runs)
         found = [each.factor[:, each.factor.shape[1] - least :] for each in runs]
     if found[0].shape[1] < LEAST:
         raise ValueError(
-            f"runs must have at least {LEAST} snapshots of the same rounds, got {found[0].shape[1]}: record more, or "
-            "take a longer window."
+            f"runs must have at least {LEAST} snapshots in common, got {found[0].shape[1]}: record more, or use a "
+            "larger window."
         )
     return found
 
 
 def step_measure(steps: Array) -> Array:
-    """Shares (g,) of the spectral measure of steps (r, t): a Fejér sum of the mean cosines between them."""
+    """Compute the spectral measure of steps (r, t) as shares (g,), a Fejér sum of the mean cosines between them."""
     lengths = np.linalg.norm(steps, axis=0)
     units = steps[:, lengths > 0] / lengths[lengths > 0]
     count = units.shape[1]

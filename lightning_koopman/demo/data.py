@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +45,7 @@ def load(name: str = "digits", *, root: str | Path | None = None, n_train: int |
     Raises:
         ValueError: If the name is unknown or ``n_train`` is not positive.
         ModuleNotFoundError: If torchvision is needed and not installed.
+        FileNotFoundError: If the files are not there and cannot be downloaded.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {list(DATASETS)}, got {name!r}.")
@@ -78,7 +82,20 @@ def _torchvision(name: str, root: Path) -> tuple[Part, Part]:
     for train in (True, False):
         try:
             part = source(root, train=train, download=False)
-        except RuntimeError:
-            part = source(root, train=train, download=True)
+        except RuntimeError:  # not there
+            part = _download(source, root, train)
         parts.append((part.data[:, None].float() / 255, part.targets.long()))
     return parts[0], parts[1]
+
+
+def _download(source: Any, root: Path, train: bool) -> Any:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # torchvision prints each mirror that fails
+            return source(root, train=train, download=True)
+    except (OSError, RuntimeError) as error:
+        folder = root / source.__name__ / "raw"
+        names = ", ".join(filename.removesuffix(".gz") for filename, _ in source.resources)
+        raise FileNotFoundError(
+            f"{source.__name__} is not in {folder} and cannot be downloaded ({error}). Put {names} there, or use "
+            "'digits', which needs no network."
+        ) from error

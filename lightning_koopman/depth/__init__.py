@@ -1,1 +1,1 @@
-"""Depth estimated from frequencies, and the regressor built on it."""
+"""Depth estimation from frequencies, and the regressor built on it."""

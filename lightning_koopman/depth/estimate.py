@@ -1,4 +1,4 @@
-r"""How many layers a function needs: one for each octave of its spectrum (paper, section 5 and Table 1)."""
+r"""Estimate the number of layers from the octaves of a function's spectrum (paper, section 5 and Table 1)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_koopman.fourier.grid import Grid, find_grid
 from lightning_koopman.fourier.samples import as_samples
 
 Array = npt.NDArray[np.float64]
-THRESHOLDS = {"fft": 0.01, "dmd": 0.3}  # of the largest size
-FEWEST = 8  # samples: three frequencies
+THRESHOLDS = {"fft": 0.01, "dmd": 0.3}  # relative to the largest size
+FEWEST = 8  # samples needed for an estimate
 MOST_INPUTS = 3
-DEVIATIONS = 6  # σ in a period: 3σ = T/2
-JUMP, STEPS = 0.1, 3.0  # of the range, and of all but the largest steps between neighbors: what counts as a jump
-CROWD = 0.5  # of all frequencies: so many are noise, or a jump
-GAP = 30  # median distances of neighbors: scattered samples do not show what lies in such a gap
-UNLIKE = 100  # ratio of the inputs' ranges
-EXTREME = 1e100  # ranges beyond overflow when they are squared
+DEVIATIONS = 6  # σ per period: 3σ = T/2
+JUMP, STEPS = 0.1, 3.0  # a jump exceeds 0.1 times the range, and 3 times the steps between neighbors
+CROWD = 0.5  # share of all frequencies above which they suggest noise, or a jump
+GAP = 30  # median distances of neighbors: larger gaps give a note
+UNLIKE = 100  # ratio of the inputs' ranges above which there is a note
+EXTREME = 1e100  # larger ranges overflow when squared
 
 
 @dataclass(frozen=True, eq=False)
 class DepthEstimate:
-    r"""Layers that a function needs, before any training: what :func:`estimate_depth` returns.
+    r"""Layers that a function needs, before any training: the result of :func:`estimate_depth`.
 
     Attributes:
         n_layers: Number of layers L ≥ 1.
@@ -37,14 +37,14 @@ class DepthEstimate:
         gammas: Array (L,), increasing: :math:`\gamma_\ell = 1 / \sigma_\ell^2` of
             :math:`\exp(-\gamma \|x - c\|^2)`.
         layer_frequencies: Array (L,), increasing: :math:`f_\ell`, in cycles per unit of x.
-        spectrum_frequencies: Array (F,), increasing: every frequency that was looked at, to plot.
-        spectrum_amplitudes: Array (F,), or (F, M) for several outputs, ≥ 0: amplitudes of their waves, in the unit of
-            y; by DMD, whose waves may grow or decay, √2 times their root mean square over the samples.
-        counts: Boolean (F,): which of them count.  Each layer takes an octave of those.
-        cutoff: Amplitude from which a frequency counts, an array (M,) for several outputs.
+        spectrum_frequencies: Array (F,), increasing: all frequencies of the spectrum, for plotting.
+        spectrum_amplitudes: Array (F,), or (F, M) for several outputs, ≥ 0: amplitudes of the waves, in the unit of y.
+            For DMD, whose waves may grow or decay: √2 times the root mean square over the samples.
+        counts: Boolean (F,): the frequencies that count.  Each layer covers an octave of these.
+        cutoff: Amplitude above which a frequency counts; an array (M,) for several outputs.
         method: ``"fft"``, ``"least squares"`` or ``"dmd"``: how the spectrum was computed.
-        decay: Least ratio ρ of the scales of two layers.
-        notes: What may be wrong with the estimate, in words, for instance a jump between the ends of the samples.
+        decay: Least ratio ρ between the scales of two successive layers.
+        notes: Possible problems of the estimate, in words, for instance a jump between the ends of the samples.
 
     Example:
         >>> import numpy as np
@@ -74,7 +74,7 @@ class DepthEstimate:
 
     @property
     def amplitudes(self) -> Array:
-        """Array (k,) or (k, M): their amplitudes, in the unit of y."""
+        """Array (k,) or (k, M): amplitudes of the frequencies that count, in the unit of y."""
         return self.spectrum_amplitudes[self.counts]
 
     def __repr__(self) -> str:
@@ -93,42 +93,41 @@ def estimate_depth(
     taper: bool = False,
     max_frequency: float | None = None,
 ) -> DepthEstimate:
-    r"""How many layers a function needs, and of which scales, from the spectrum of its samples (paper, section 5).
+    r"""Estimate from samples how many layers a function needs, and their scales (paper, section 5).
 
-    The frequencies whose size is at least ``threshold`` of the largest count.  The lowest makes the first layer, and
-    each frequency at least ``decay`` times that of the layer before makes the next; octaves without a frequency get
-    none.  A layer's Gaussian has three standard deviations in half a period, :math:`\sigma = 1 / (6 f)`.
+    The frequencies whose size is at least ``threshold`` times the largest count.  The lowest one gives the first layer.
+    Each frequency at least ``decay`` times that of the previous layer gives the next; octaves without a frequency get
+    no layer.  Three standard deviations of a layer's Gaussian span half a period, :math:`\sigma = 1 / (6 f)`.
 
-    This is the rule that gives the paper's Table 1.  Its text instead takes :math:`\gamma_{\ell+1} = \rho
-    \gamma_\ell` and as many layers as span all the scales: 14 in place of the table's 7 for the signal below.
+    This rule gives the paper's Table 1.  The paper's text instead takes :math:`\gamma_{\ell+1} = \rho \gamma_\ell` and
+    as many layers as span all the scales: 14 instead of the table's 7 for the signal below.
 
-    The number is usually enough, and often more than that: see ``notes``, and ``docs/depth.md``.
+    The estimated number is usually sufficient, and often larger than needed: see ``notes``, and ``docs/depth.md``.
 
     Args:
-        x: Points (N,), increasing, or (N, D) with D ≤ 3 inputs, N ≥ 8, none twice.  One scale serves all inputs: bring
-            them to like ranges.
-        y: Samples (N,), or (N, M) for several outputs; a frequency is kept if it is in one of them.
-        method: ``"fft"``: the discrete Fourier transform of equidistant samples (for more inputs: of a full grid, in
-            any order), and least squares in sines and cosines of scattered ones, at most 500 modes; ``"dmd"``: dynamic
-            mode decomposition with delays, for equidistant samples of one input.
-        decay: Least ratio ρ > 1 of the scales of two layers.
-        threshold: In (0, 1), of the largest size (default: 0.01, for ``"dmd"`` 0.3).  With ``"fft"`` and without
-            ``taper`` the mean counts among the sizes, by no more than the range of y.
-        taper: Let the samples fade out at both ends (Hann window), and take of each peak's skirt only the peak, with
-            ``"fft"``: without it a jump between the ends, or a wave that does not fit into the samples' range a whole
-            number of times, leaks into all frequencies and asks for layers that nothing needs.  The paper's table was
-            made without.
-        max_frequency: Leave out frequencies above it, > 0, in cycles per unit of x: where noise begins.
+        x: Points (N,), increasing, or (N, D) with D ≤ 3 inputs, N ≥ 8, all distinct.  One scale serves all inputs:
+            bring them to similar ranges.
+        y: Samples (N,), or (N, M) for several outputs; a frequency counts if it counts in any of them.
+        method: ``"fft"``: the discrete Fourier transform for equidistant samples (for several inputs, on a full grid in
+            any order), or a least-squares fit of at most 500 modes for scattered samples; ``"dmd"``: dynamic mode
+            decomposition with delays, for equidistant samples of one input.
+        decay: Least ratio ρ > 1 between the scales of two successive layers.
+        threshold: In (0, 1), relative to the largest size (default: 0.01, for ``"dmd"`` 0.3).  With ``"fft"`` and
+            without ``taper``, the largest size includes that of the mean, limited to the range of y.
+        taper: With ``"fft"``: fade the samples out at both ends (Hann window), and ignore the skirts of peaks.
+            Without it, a jump between the ends, or a wave with a fractional number of periods in the samples' range,
+            leaks into all frequencies and adds unnecessary layers.  The paper's table was computed without it.
+        max_frequency: Ignore frequencies above it, > 0, in cycles per unit of x: where noise begins.
 
     Returns:
-        The estimate, with notes on what may be wrong with it.
+        The estimate, with notes on possible problems.
 
     Raises:
-        ValueError: If the samples are too few, not sorted, not finite, constant, hold a point twice, do not suit the
-            method, or an argument is out of its range.
+        ValueError: If the samples are too few, not sorted, not finite or constant, contain a point twice or do not suit
+            the method, or an argument is out of its range.
 
     Example:
-        The paper's multiscale signal takes seven layers:
+        The paper's multiscale signal needs seven layers:
 
         >>> import numpy as np
         >>> from lightning_koopman import estimate_depth
@@ -147,17 +146,17 @@ def estimate_depth(
     if max_frequency is not None and not (is_number(max_frequency) and max_frequency > 0):
         raise ValueError(f"max_frequency must be a number > 0, in cycles per unit of x, got {max_frequency!r}.")
     if taper and method == "dmd":
-        raise ValueError("taper=True is for method='fft': DMD takes no samples for periodic.")
+        raise ValueError("taper=True is for method='fft': DMD does not assume periodic samples.")
     if points.shape[1] > 1 and method == "dmd":
         raise ValueError(f"x has {points.shape[1]} inputs, but method='dmd' takes one: use method='fft'.")
     _check_points(points)
     if not np.ptp(samples, axis=0).any():
-        raise ValueError(f"y is constant ({samples.flat[0]:g}): there is no scale in it.")
+        raise ValueError(f"y is constant ({samples.flat[0]:g}): it has no scale to estimate.")
     grid = find_grid(points, samples)
     if method == "dmd":
         if grid is None:
             raise ValueError(
-                "x is not equidistant, which method='dmd' needs: resample (np.interp onto np.linspace), or take "
+                "x is not equidistant, which method='dmd' needs: resample (np.interp onto np.linspace), or use "
                 "method='fft', which fits scattered samples by least squares."
             )
         lines = dmd_lines(grid.values, grid.steps[0])
@@ -165,14 +164,14 @@ def estimate_depth(
         lines = fourier_lines(grid, taper=taper)
     else:
         method, lines = "least squares", least_squares_lines(points, samples, taper=taper)
-    line = Grid(samples, (1.0,)) if points.shape[1] == 1 else grid  # sorted, if not equidistant
+    line = Grid(samples, (1.0,)) if points.shape[1] == 1 else grid  # scattered samples are sorted
     notes = _inputs(points, grid) + (_jumps(line) if line is not None and not taper and method != "dmd" else [])
     extent = float(np.ptp(points, axis=0).max())
     return _layers(lines, method, float(decay), float(share), max_frequency, extent, notes, np.ndim(y) == 1)
 
 
 def check_rule(method: object, decay: Any) -> None:
-    """Raise ValueError unless the method is known and the decay a number > 1."""
+    """Raise ValueError unless ``method`` is known and ``decay`` is a number > 1."""
     if not isinstance(method, str) or method not in THRESHOLDS:
         raise ValueError(f"method must be one of {tuple(THRESHOLDS)}, got {method!r}.")
     if not (is_number(decay) and decay > 1):
@@ -180,7 +179,7 @@ def check_rule(method: object, decay: Any) -> None:
 
 
 def check_range(name: str, points: Array) -> None:
-    """Raise ValueError for points that are too near together, or too far apart, to compute with."""
+    """Raise ValueError for points whose range is too small or too large to compute with."""
     ranges = np.ptp(points, axis=0)
     if not (ranges.min() > 1 / EXTREME and ranges.max() < EXTREME):
         raise ValueError(f"{name} has a range of {ranges.max():g}, too far from 1 to compute with: take another unit.")
@@ -196,7 +195,7 @@ def _layers(
     notes: list[str],
     single: bool,
 ) -> DepthEstimate:
-    """From the frequencies to the layers."""
+    """Choose the layers from the frequencies."""
     cutoff = threshold * lines.largest
     meets = lines.sizes >= cutoff if method == "dmd" else lines.sizes > cutoff
     counts = (meets & (lines.largest > 0)).any(axis=1) & lines.candidates
@@ -209,16 +208,16 @@ def _layers(
         notes.append("no frequency counts: one layer as wide as the samples' range.")
     scales = 1 / (DEVIATIONS * layer_frequencies)
     if lines.full_rank:
-        notes.append("DMD takes as many modes as the samples allow, which fit anything: noise, or too few of them.")
+        notes.append("DMD takes as many modes as the samples allow, which suggests noise, or too few samples.")
     if method == "dmd" and scales[0] > extent:
         notes.append(
-            f"a trend in place of a wave: the first layer's scale is {scales[0]:.3g}, wider than the samples' range; "
-            "method='fft' sees scales within it."
+            f"a trend rather than a wave: the first layer's scale is {scales[0]:.3g}, wider than the samples' range; "
+            "method='fft' finds scales within it."
         )
     if method != "dmd" and counts.sum() > CROWD * len(counts):
         notes.append(
-            f"{counts.sum()} of {len(counts)} frequencies count: noise, or a jump. Raise threshold, or give "
-            "max_frequency."
+            f"{counts.sum()} of {len(counts)} frequencies count, which suggests noise, or a jump: raise threshold, or "
+            "pass max_frequency."
         )
     if (counts & lines.extreme).any():
         notes.append(lines.note)
@@ -242,7 +241,7 @@ def _layers(
 
 
 def octaves(frequencies: Array, decay: float) -> Array:
-    """Of increasing frequencies the first, and each that is at least ``decay`` times the one taken before."""
+    """Return the first of increasing frequencies, and each at least ``decay`` times the one taken before."""
     taken = [frequencies[0]]
     for frequency in frequencies[1:]:
         if frequency >= decay * taken[-1] * (1 - 1e-9):
@@ -251,14 +250,14 @@ def octaves(frequencies: Array, decay: float) -> Array:
 
 
 def _check_points(points: Array) -> None:
-    """Raise ValueError unless at most three inputs differ, no point comes twice, and a single input increases."""
+    """Raise ValueError unless the inputs are at most three and vary, points differ, and a single input increases."""
     if points.shape[1] > MOST_INPUTS:
         raise ValueError(
-            f"x has {points.shape[1]} inputs, more than {MOST_INPUTS}: choose some, or give scales to HSVR."
+            f"x has {points.shape[1]} inputs, more than {MOST_INPUTS}: select some, or pass scales to HSVR."
         )
     constant = np.flatnonzero(np.ptp(points, axis=0) == 0)
     if constant.size:
-        raise ValueError(f"x does not differ in input {constant[0]}: leave that input out.")
+        raise ValueError(f"x is constant in input {constant[0]}: leave that input out.")
     check_range("x", points)
     if points.shape[1] == 1 and (np.diff(points[:, 0]) < 0).any():
         at = int(np.argmax(np.diff(points[:, 0]) < 0))
@@ -273,26 +272,26 @@ def _check_points(points: Array) -> None:
 
 
 def _inputs(points: Array, grid: Grid | None) -> list[str]:
-    """Notes on how the points lie."""
+    """Return notes on the spacing of the points and the ranges of the inputs."""
     notes = []
     if grid is None and points.shape[1] == 1:
         gaps = np.diff(points[:, 0])
         if gaps.max() > GAP * np.median(gaps):
             notes.append(
-                f"a gap of {gaps.max():.4g} between neighbors, {gaps.max() / np.median(gaps):.0f} times the usual: "
-                "nothing is known within it, which asks for layers. Resample, or give max_frequency."
+                f"a gap of {gaps.max():.4g} between neighbors, {gaps.max() / np.median(gaps):.0f} times the median: "
+                "samples do not constrain it, which may add layers. Resample, or pass max_frequency."
             )
     ranges = np.ptp(points, axis=0)
     if ranges.max() > UNLIKE * ranges.min():
         notes.append(
             f"the inputs' ranges differ by a factor of {ranges.max() / ranges.min():.3g}, but one scale serves all: "
-            "bring them to like ranges."
+            "bring them to similar ranges."
         )
     return notes
 
 
 def _jumps(grid: Grid) -> list[str]:
-    """A note for each input along which the function differs between both ends, which a transform takes for one."""
+    """Return a note for each input along which both ends differ, which a periodic transform takes for a jump."""
     notes = []
     axes = tuple(range(len(grid.steps)))
     ranges = np.ptp(grid.values, axis=axes)
@@ -303,6 +302,6 @@ def _jumps(grid: Grid) -> list[str]:
             where = "" if len(grid.steps) == 1 else f" of input {axis}"
             notes.append(
                 f"end-point jump{where}: the samples differ by {np.max(jump / np.where(ranges > 0, ranges, 1)):.0%} of "
-                "their range between both ends, which asks for layers that taper=True leaves out."
+                "their range between both ends, which adds layers; taper=True avoids them."
             )
     return notes

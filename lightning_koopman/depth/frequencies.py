@@ -1,4 +1,4 @@
-r"""Frequencies in samples of a function, and how large they are: Fourier transform, least squares, or DMD."""
+r"""Frequencies in samples of a function, and their sizes, by Fourier transform, least squares, or DMD."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from lightning_koopman.fourier.modes import half_space
 Array = npt.NDArray[np.float64]
 Modes = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
-SHARE = 0.25  # of the samples: modes to fit to scattered ones, two functions each
-MOST = 500  # modes: beyond, least squares take seconds
+SHARE = 0.25  # modes per scattered sample, with two functions each
+MOST = 500  # modes; with more of them, least squares takes seconds
 PIECE = 4096  # points at a time: their sines and cosines take 32 MB at most
 RIDGE = 1e-8
-SKIRT = 0.6  # of a neighbor: less is the skirt that a taper gives a single frequency
-DELAYS = 500  # of the Hankel matrix, at most: as for the paper's 1001 samples
+SKIRT = 0.6  # relative to a neighbor: smaller sizes are a peak's skirt, caused by the taper
+DELAYS = 500  # at most, in the Hankel matrix: as for the paper's 1001 samples
 DMD_TOL = 1e-12
-FULL = 0.9  # of the rank that the samples allow
-NEAR = 0.9  # of the highest mode that the samples tell
-ROUNDING = 1e-12  # of the samples' size
-DENSER = "frequencies up to the highest that the samples tell count: sample more densely."
+FULL = 0.9  # share of the rank that the samples allow
+NEAR = 0.9  # share of the highest mode that the samples resolve
+ROUNDING = 1e-12  # relative to the samples' size
+DENSER = "frequencies up to the highest that the samples resolve count: sample more densely."
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +40,12 @@ class Lines:
     Attributes:
         frequencies: Array (F,), increasing, > 0, in cycles per unit of x: the Euclidean norm over the inputs.
         sizes: Array (F, M), ≥ 0: modulus of the wave's complex coefficient in each output.
-        amplitudes: Array (F, M): twice that, but for waves that are their own conjugates.
+        amplitudes: Array (F, M): twice the sizes, except for waves that are their own conjugates.
         largest: Array (M,): the size that thresholds are relative to; 0 for an output without waves.
-        candidates: Boolean (F,): those that count; False for the skirts that a taper makes.
-        extreme: Boolean (F,): those next to the highest that the samples tell.
-        note: What to say of those.
-        full_rank: Whether DMD took nearly as many modes as the samples allow, which fit anything.
+        candidates: Boolean (F,): frequencies that may count; False for skirts caused by a taper.
+        extreme: Boolean (F,): frequencies close to the highest that the samples resolve.
+        note: Note for the user if extreme frequencies count.
+        full_rank: Whether DMD took nearly as many modes as the samples allow, which can fit anything.
     """
 
     frequencies: Array
@@ -59,7 +59,7 @@ class Lines:
 
 
 def fourier_lines(grid: Grid, *, taper: bool) -> Lines:
-    """By the discrete Fourier transform of samples on an equidistant grid of any number of inputs."""
+    """Compute lines by the discrete Fourier transform on an equidistant grid with any number of inputs."""
     shape = grid.values.shape[:-1]
     axes = tuple(range(len(shape)))
     values = grid.values
@@ -87,14 +87,14 @@ def fourier_lines(grid: Grid, *, taper: bool) -> Lines:
 
 
 def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
-    """By least squares in sines and cosines at scattered points, with a slight ridge."""
+    """Compute lines by least squares in sines and cosines at scattered points, with a slight ridge."""
     box = observe_domain(torch.as_tensor(x))
     torus_points = to_torus(torch.as_tensor(x), box)
     highest = _highest(int(SHARE * len(x)), x.shape[1])
     modes = half_space(highest, x.shape[1], 1).astype(np.int64)
     constant = int(np.flatnonzero(~modes.any(axis=1))[0])
     mean = y.mean(axis=0)
-    values = y - mean  # which the ridge would spread over all modes
+    values = y - mean  # the ridge would spread the mean over all modes
     if taper:
         window = (2 * np.sin(np.pi * torus_points.numpy()) ** 2).prod(axis=1)[:, None]
         values = window * np.column_stack([values, np.ones(len(y))])
@@ -104,7 +104,7 @@ def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
         gram += basis @ basis.T
         projected += basis @ values[start : start + PIECE]
     fitted = scipy.linalg.solve(gram, projected, assume_a="pos", overwrite_a=True, check_finite=False)
-    if taper:  # the window's own waves go with the mean
+    if taper:  # subtract the waves of the window itself
         fitted = fitted[:, :-1] - np.outer(fitted[:, -1], fitted[constant, :-1] / fitted[constant, -1])
     sizes = np.hypot(*fitted.reshape(2, len(modes), -1)) / 2
     sizes[constant] = 0.0 if taper else np.abs(fitted[constant] + mean)
@@ -117,19 +117,19 @@ def least_squares_lines(x: Array, y: Array, *, taper: bool) -> Lines:
         first=np.ones(len(modes), dtype=bool),
         alone=np.zeros(len(modes), dtype=bool),
         extreme=np.abs(modes).sum(axis=1) > NEAR * highest,
-        note=f"frequencies up to the highest that are fitted to scattered samples count (of {len(x)} at most "
-        f"{len(modes)} modes): resample onto a grid.",
+        note=f"frequencies up to the highest fitted one count ({len(modes)} modes are fitted to {len(x)} scattered "
+        "samples): resample onto a grid.",
     )
 
 
 def dmd_lines(values: Array, step: float) -> Lines:
-    r"""By DMD of a delay-embedded series, :math:`f = |\arg\lambda| / (2\pi h)`.
+    r"""Compute lines by DMD of a delay-embedded series, :math:`f = |\arg\lambda| / (2\pi h)`.
 
-    Sizes are the root mean square over the samples of each mode's part, fitted to the series itself.
+    Each mode's size is the root mean square of its part over the samples, fitted to the series itself.
     """
     n = len(values)
     ranges, least = _scale(values)
-    scaled = values / np.where(ranges > least, ranges, 1.0)  # outputs of any unit count alike
+    scaled = values / np.where(ranges > least, ranges, 1.0)  # so that the units of outputs do not matter
     delays = min(n // 2, DELAYS)
     spectrum = dmd_rrr(scaled, delays=delays, tol=DMD_TOL, refine=False)
     ritz = spectrum.ritz_values
@@ -157,7 +157,7 @@ def dmd_lines(values: Array, step: float) -> Lines:
 
 
 def _scale(values: Array) -> tuple[Array, Array]:
-    """Range (M,) of each output, and what is not more than rounding in it."""
+    """Return the range (M,) of each output, and the size below which it is rounding error."""
     return np.ptp(values, axis=0), ROUNDING * np.abs(values).max(axis=0)
 
 
@@ -173,10 +173,10 @@ def _lines(
     extreme: Mask,
     note: str,
 ) -> Lines:
-    """Of each pair of modes k and −k the ``first``, sorted by frequency."""
+    """Select the ``first`` of each pair of modes k and −k, and sort by frequency."""
     waves = modes.any(axis=1)
     ranges, least = scale
-    # a mean beyond the range tells of the unit of y, not of its scales
+    # a mean beyond the range reflects the offset of y, not its scales
     largest = np.maximum(sizes[waves].max(axis=0, initial=0.0), np.minimum(sizes[~waves].max(axis=0), ranges))
     frequencies = np.linalg.norm(modes / periods, axis=1)
     order = np.flatnonzero(first & waves)
@@ -194,7 +194,7 @@ def _lines(
 
 
 def _skirts(modes: Modes, sizes: Array) -> Mask:
-    """Which modes are much smaller than a neighbor, in every output."""
+    """Return which modes are much smaller than a neighbor, in every output."""
     reach = np.abs(modes).max(axis=0)
     found = np.ones(len(modes), dtype=bool)
     for column in sizes.T:
@@ -207,7 +207,7 @@ def _skirts(modes: Modes, sizes: Array) -> Mask:
 
 
 def _highest(n_modes: int, dim: int) -> int:
-    """Largest whole ‖k‖₁ with at most that many modes, at least 1."""
+    """Return the largest whole ‖k‖₁ with at most ``n_modes`` modes, at least 1."""
     highest = 1
     while len(half_space(highest + 1, dim, 1)) <= min(n_modes, MOST):
         highest += 1

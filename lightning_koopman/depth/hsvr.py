@@ -19,7 +19,7 @@ from lightning_koopman.depth.frequencies import ROUNDING
 
 Array = npt.NDArray[np.float64]
 
-MOST_LAYERS, LEAST_TOL = 10_000, 1e-15  # below, rounding keeps the solver from ending
+MOST_LAYERS, LEAST_TOL = 10_000, 1e-15  # for smaller ones the solver may not terminate
 
 
 class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[misc]
@@ -28,43 +28,43 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
     .. math:: S(x) = \sum_{\ell=1}^{L} a_\ell(x; \gamma_\ell), \qquad
         \gamma_\ell = 1 / \sigma_\ell^2, \quad \sigma_\ell = 1 / (6 f_\ell)
 
-    Each layer fits what those before it leave.  How many there are, and their scales, is read off the samples' spectrum
-    (:func:`estimate_depth`) instead of searched for.
+    Each layer fits the residual of the layers before it.  Their number and scales are estimated from the spectrum of
+    the samples (:func:`estimate_depth`), without a search.
 
     Args:
-        n_layers: Number of layers, ≥ 1 (default: as estimated).  Fewer than estimated are the coarsest; further ones
-            have scales finer by ``decay`` each.
-        scales: Standard deviations σ > 0 of the layers' Gaussians, coarsest first, in the unit of X (default: as
+        n_layers: Number of layers, ≥ 1 (default: estimated).  If it is less than estimated, the coarsest are kept; if
+            it is more, each further scale is finer by a factor of ``decay``.
+        scales: Standard deviations σ > 0 of the layers' Gaussians, coarsest first, in the unit of X (default:
             estimated).
-        method: ``"fft"`` (least squares where the samples are scattered) or ``"dmd"``, see :func:`estimate_depth`.
-        decay: Least ratio > 1 of the scales of two layers.
-        threshold: Share of the largest size from which a frequency counts (default: 0.01, for ``"dmd"`` 0.3).
-        taper: Whether the samples fade out at both ends before their spectrum is taken; often fewer layers suffice.
-        epsilon: Half width of the tube without loss, ≥ 0, relative to the range of y: the accuracy to reach.
-        C: Penalty, > 0, relative to the range of what a layer has to fit.
-        samples_per_scale: All layers but the last are fitted to the means over cells of side
-            σ / ``samples_per_scale``, which for coarse layers are far fewer than the samples: the error stays nearly
-            the same.  None: all layers are fitted to all samples, as in the paper.
+        method: ``"fft"`` (least squares for scattered samples) or ``"dmd"``, see :func:`estimate_depth`.
+        decay: Least ratio > 1 between the scales of two successive layers.
+        threshold: Share of the largest size above which a frequency counts (default: 0.01, for ``"dmd"`` 0.3).
+        taper: Whether to fade the samples out at both ends before computing their spectrum; often fewer layers suffice.
+        epsilon: Half width of the tube without loss, ≥ 0, relative to the range of y: the target accuracy.
+        C: Penalty, > 0, relative to the range of the residual that a layer fits.
+        samples_per_scale: All layers but the last are fitted to means over cells of side σ / ``samples_per_scale``.
+            For coarse layers these are far fewer than the samples, and the error stays nearly the same.  None: all
+            layers are fitted to all samples, as in the paper.
         tol: Tolerance of the solver, > 0, relative to the range of y.
-        cache_size: Kernel cache of the solver, in MB, > 0.
-        verbose: 1: print a line for each layer, and the notes of the estimate.
+        cache_size: Kernel cache of the solver in MB, > 0.
+        verbose: 1: print one line per layer, and the notes of the estimate.
 
     Attributes:
         n_layers_: Number of layers L.
-        scales_: Array (L,): their σ, decreasing.
-        depth_: The estimate, or None where the scales were given or could not be estimated.
+        scales_: Array (L,), decreasing: σ of each layer.
+        depth_: The estimate, or None if the scales were given or could not be estimated.
         estimators_: L lists of M fitted ``sklearn.svm.SVR``.
         layer_errors_: Array (L,): largest absolute error on the training samples after each layer.
         n_features_in_: Number of inputs D.
-        offset_: Array (D,): mean of the points, which the layers see from there.
-        means_: Array (M,): means of the outputs, which the layers see from there,
-        ranges_: Array (M,): in units of their ranges.
+        offset_: Array (D,): mean of the points, subtracted before fitting.
+        means_: Array (M,): means of the outputs, subtracted before fitting.
+        ranges_: Array (M,): ranges that the outputs are divided by before fitting; 1 for a constant output.
 
-    With more than three inputs, fewer than eight different points or a constant y nothing can be estimated: there is
-    one layer then with scikit-learn's ``gamma="scale"`` (for more than three inputs with a warning), unless ``scales``
-    are given.  Points that come twice count with the mean of their samples in the estimate.  One scale serves all
-    inputs: bring them to like ranges (``StandardScaler``).  Noise above the threshold asks for layers as signal does,
-    down to the samples' distance: raise ``threshold`` and ``epsilon`` above it.
+    Scales cannot be estimated with more than three inputs, fewer than eight distinct points or a constant y.  Unless
+    ``scales`` are given, the first layer then has scikit-learn's ``gamma="scale"``, and ``n_layers`` defaults to 1 (for
+    more than three inputs with a warning).  Repeated points enter the estimate with the mean of their samples.  One
+    scale serves all inputs: bring them to similar ranges (``StandardScaler``).  Noise above the threshold adds layers
+    as signal does, down to the spacing of the samples: raise ``threshold`` and ``epsilon`` above it.
 
     Example:
         >>> import numpy as np
@@ -106,7 +106,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         self.verbose = verbose
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> HSVR:  # noqa: N803
-        """Fit the layers, coarse to fine.
+        """Fit the layers from coarse to fine.
 
         Args:
             X: Points (N, D), in any order.
@@ -130,12 +130,14 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             gammas = 1 / self.scales_**2
         if not np.isfinite(gammas).all():
             origin = f"decay={self.decay!r}, n_layers={self.n_layers!r}" if self.scales is None else "scales"
-            raise ValueError(f"{origin} make a scale of {self.scales_[-1]:g}, too small to compute with: take fewer.")
+            raise ValueError(
+                f"{origin} give a scale of {self.scales_[-1]:g}, too small to compute with: use fewer layers."
+            )
         self.n_layers_ = len(self.scales_)
         if self.verbose and self.depth_ is not None:
             for note in self.depth_.notes:
                 print(f"[HSVR] note: {note}")
-        # the solver loses what is small beside a distant origin, and its tolerance knows no unit
+        # normalize: the solver loses precision far from the origin, and its tolerance is absolute
         self.offset_ = inputs.mean(axis=0)
         self.means_ = targets.mean(axis=0)
         ranges = np.ptp(targets, axis=0)
@@ -174,12 +176,12 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         return self
 
     def predict(self, X: npt.ArrayLike) -> Array:  # noqa: N803
-        """The sum of all layers at the points (N, D): (N,) or (N, M), as y was."""
+        """Return the sum of all layers at the points (N, D): (N,) or (N, M), like y."""
         points = self._check_points(X)
         return self._shaped(np.sum([_predictions(models, points) for models in self.estimators_], axis=0))
 
     def staged_predict(self, X: npt.ArrayLike) -> Iterator[Array]:  # noqa: N803
-        """The sum after each layer, as :meth:`predict`."""
+        """Yield the sum after each layer, in the shape of :meth:`predict`."""
         points = self._check_points(X)
         total: Array = np.zeros((len(points), len(self.estimators_[0])))
         for models in self.estimators_:
@@ -197,7 +199,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         return given[:, 0] if self._single else given
 
     def _find_scales(self, inputs: Array, targets: Array) -> Array:
-        """σ of each layer."""
+        """Return σ of each layer."""
         self.depth_: DepthEstimate | None = None
         if self.scales is not None:
             return np.atleast_1d(real_array("scales", self.scales).astype(np.float64))
@@ -208,7 +210,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             if varying.shape[1] > MOST_INPUTS:
                 warnings.warn(
                     f"X has {varying.shape[1]} inputs: scales are estimated for {MOST_INPUTS} at most, so the first "
-                    "layer has that of gamma='scale'. Give scales.",
+                    "layer uses gamma='scale'. Pass scales.",
                     stacklevel=3,
                 )
             first = np.sqrt(inputs.shape[1] * inputs.var()) or 1.0
@@ -225,7 +227,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         return scales
 
     def _thin(self, inputs: Array, left: Array, scale: float) -> tuple[Array, Array]:
-        """Means of points and values over cells of the layer's scale."""
+        """Return means of points and values over cells proportional to the layer's scale."""
         assert self.samples_per_scale is not None
         side = scale / self.samples_per_scale
         cells = np.floor((inputs - inputs.min(axis=0)) / side)
@@ -235,7 +237,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
         return _means(inputs, index, counts), _means(left, index, counts)
 
     def _check_parameters(self) -> None:
-        """Raise ValueError for an argument out of its range; what concerns the spectrum is checked there."""
+        """Raise ValueError for an argument out of its range; :func:`estimate_depth` checks ``threshold``."""
         if self.n_layers is not None and not (is_count(self.n_layers) and self.n_layers <= MOST_LAYERS):
             raise ValueError(
                 f"n_layers must be a whole number ≥ 1 and ≤ {MOST_LAYERS}, or None, got {self.n_layers!r}."
@@ -251,7 +253,7 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             if (np.diff(scales.astype(np.float64)) >= 0).any():
                 raise ValueError(f"scales must decrease from layer to layer, got {self.scales!r}: sort them.")
             if self.n_layers not in (None, len(scales)):
-                raise ValueError(f"n_layers={self.n_layers!r}, but scales are {len(scales)}: leave one of them out.")
+                raise ValueError(f"n_layers={self.n_layers!r}, but scales has length {len(scales)}: leave one out.")
         check_rule(self.method, self.decay)
         check_flag("taper", self.taper)
         if not isinstance(self.verbose, (bool, np.bool_)) and not is_count(self.verbose, 0):
@@ -265,22 +267,22 @@ class HSVR(RegressorMixin, MultiOutputMixin, BaseEstimator):  # type: ignore[mis
             if not (is_number(value) and value > 0):
                 raise ValueError(f"{name} must be a number > 0, got {value!r}.")
         if self.tol < LEAST_TOL:
-            raise ValueError(f"tol must be at least {LEAST_TOL:g}, got {self.tol!r}: the solver would not end.")
+            raise ValueError(f"tol must be at least {LEAST_TOL:g}, got {self.tol!r}: the solver would not terminate.")
 
 
 def _detached(name: str, values: Any) -> Any:
-    """Tensors as arrays; raise ValueError for what is no array of numbers.  The rest is scikit-learn's to check."""
+    """Return tensors as arrays; raise ValueError for what is no array of numbers.  scikit-learn checks the rest."""
     if hasattr(values, "detach") or np.ma.isMaskedArray(values):
         return real_array(name, values)
-    words = values is not None and hold_words(values)  # which scikit-learn would read as numbers
+    words = values is not None and hold_words(values)  # scikit-learn would convert them to numbers
     if words or type(values) in (str, bytes, dict, set, bool) or callable(values):
-        kind = "words, records or None in it" if words else type(values).__name__
+        kind = "strings, records or None in it" if words else type(values).__name__
         raise ValueError(f"{name} must be an array of numbers, got {kind}: convert or reshape your data.")
     return values
 
 
 def _validated(model: HSVR, *given: Any, **options: Any) -> Any:
-    """Data as scikit-learn checks them, in float64; its messages do not always say whose they are."""
+    """Return data validated by scikit-learn, in float64; its errors are re-raised with the argument's name."""
     try:
         return validate_data(model, *given, dtype=np.float64, **options)
     except (TypeError, ValueError) as error:
@@ -289,12 +291,12 @@ def _validated(model: HSVR, *given: Any, **options: Any) -> Any:
 
 
 def _predictions(models: Sequence[SVR], points: Array) -> Array:
-    """What one layer predicts: (N, M)."""
+    """Return the predictions (N, M) of one layer."""
     return np.stack([model.predict(points) for model in models], axis=1)
 
 
 def _means(values: Array, index: npt.NDArray[np.intp], counts: npt.NDArray[np.intp]) -> Array:
-    """Mean of the rows that have the same index."""
+    """Return the mean of the rows with the same index."""
     sums = np.zeros((len(counts), values.shape[1]))
     np.add.at(sums, index.reshape(-1), values)
     return sums / counts[:, None]

@@ -1,4 +1,4 @@
-r"""Depth and scales of a fully connected network, before any training (paper, section 5)."""
+r"""Estimate depth and scales of a fully connected network before any training (paper, section 5)."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from lightning_koopman.sobolev.bands import check_scales
 
 @dataclass(frozen=True, eq=False)
 class MLPSuggestion:
-    r"""What :func:`suggest_mlp` returns.
+    r"""Result of :func:`suggest_mlp`.
 
     Attributes:
         n_layers: Number of hidden layers.
-        scales: Highest mode of each hidden layer's octave, in cycles per period; the last is that of the network's
-            output: what :class:`SobolevLoss` takes as ``scales``, with the first ``n_layers - 1`` hidden layers as
+        scales: Highest mode of each hidden layer's octave, in cycles per period; the last is also that of the network's
+            output.  Pass them to :class:`SobolevLoss` as ``scales``, with the first ``n_layers - 1`` hidden layers as
             ``layers``.
-        domain: The period of each input: what :class:`SobolevLoss` takes as ``domain``.
-        depth: The estimate that it comes from.
+        domain: The period of each input, to pass to :class:`SobolevLoss` as ``domain``.
+        depth: The estimate used.
 
     Example:
         >>> import numpy as np
@@ -47,22 +47,22 @@ class MLPSuggestion:
 def suggest_mlp(
     x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor, *, depth: DepthEstimate | None = None
 ) -> MLPSuggestion:
-    """Hidden layers for a fully connected network that is to learn the samples, one an octave of their spectrum.
+    """Suggest hidden layers of a fully connected network for the samples, one per octave of their spectrum.
 
-    A heuristic of the paper (section 6 takes nine layers where the estimate is seven), not a law: a network of another
-    depth may do as well.  See ``docs/depth.md``.
+    This is a heuristic of the paper (whose section 6 takes nine layers where the estimate is seven); a network of
+    another depth may do as well.  See ``docs/depth.md``.
 
     Args:
         x: Points, as for :func:`estimate_depth`.
         y: Samples, as for :func:`estimate_depth`.
-        depth: The estimate to go by (default: ``estimate_depth(x, y)``).  For noisy samples give one whose
+        depth: The estimate to use (default: ``estimate_depth(x, y)``).  For noisy samples pass one whose
             ``max_frequency`` is the last of :func:`suggest_scales` divided by the period.
 
     Returns:
         Number of layers, scales and period.
 
     Raises:
-        ValueError: As for :func:`estimate_depth`, or if ``depth`` is none.
+        ValueError: As for :func:`estimate_depth`, or if ``depth`` is not a :class:`DepthEstimate`.
 
     Example:
         >>> import numpy as np
@@ -77,12 +77,12 @@ def suggest_mlp(
     depth = estimate_depth(x, y) if depth is None else depth
     points, samples = as_samples(x, y, FEWEST)
     domain, grid = observe_domain(torch.as_tensor(points), "the points x"), find_grid(points, samples)
-    if grid is not None:  # ticks that differ by rounding are one
+    if grid is not None:  # coordinates that differ only by rounding are one
         lengths = np.multiply(grid.steps, grid.values.shape[:-1])
         domain = tuple((low, low + float(length)) for (low, _), length in zip(domain, lengths, strict=True))
     longest = max(high - low for low, high in domain)
     frequencies = depth.frequencies if depth.counts.any() else depth.layer_frequencies
-    ends = np.searchsorted(frequencies, depth.layer_frequencies[1:])  # of each layer's octave
+    ends = np.searchsorted(frequencies, depth.layer_frequencies[1:])  # ends of the layers' octaves
     reach = frequencies[np.append(ends - 1, -1)]
     # the ℓ1 norm of a mode is at most √D times the Euclidean one
     modes = np.maximum(1, np.ceil(reach * longest * np.sqrt(len(domain)) - 1e-6))

@@ -10,21 +10,21 @@ from functools import cache
 from threadpoolctl import ThreadpoolController
 
 _lock = threading.Lock()
-_inside: list[AbstractContextManager[object]] = []  # the limit that is set, once for each that is within it
+_inside: list[AbstractContextManager[object]] = []  # the limit in force, once per context that is open
 
 
 @cache
 def _controller() -> ThreadpoolController:
-    return ThreadpoolController()  # looks through the loaded libraries: milliseconds, so once
+    return ThreadpoolController()  # searches the loaded libraries, which takes milliseconds: once only
 
 
 @contextmanager
 def single_blas_thread() -> Iterator[None]:
     """Context in which NumPy's and SciPy's BLAS use one thread.
 
-    PyTorch's own workers spin for a while after each operation; where they fill the cores, BLAS threads that wait for
-    one another make a matrix of 100 × 100 take 100 ms instead of 4.  The limit is the whole process's: the first thread
-    to come sets it and the last to go lifts it.
+    PyTorch's workers spin for a while after each operation.  If they fill the cores, BLAS threads wait for one another,
+    and a 100 × 100 matrix takes 100 ms instead of 4.  The limit applies to the whole process: the first thread that
+    enters sets it, and the last that leaves lifts it.
     """
     with _lock:
         if not _inside:

@@ -1,13 +1,13 @@
-r"""From snapshots to the small factor ``R`` that every spectrum is computed from.
+r"""From snapshots to the small factor ``R`` from which every spectrum is computed.
 
-Dynamic mode decomposition never needs the snapshots :math:`W` (time, n) themselves, only some ``R`` with
-:math:`R^\top R = W W^\top`: any two matrices with equal Gram matrices have the same Ritz values, residuals and
-coefficients.  For a network, n is millions and R is at most (time, time).
+Dynamic mode decomposition does not need the snapshots :math:`W` (time, n) themselves, only some ``R`` with
+:math:`R^\top R = W W^\top`.  Any two matrices with equal Gram matrices have the same Ritz values, residuals and
+coefficients.  For a network, n is millions, but R is at most (time, time).
 
-A Gram matrix of the raw weights is useless in floating point, because successive weights differ in the third or fourth
-digit only.  The Gram matrix of the *increments* :math:`e_t = w_t - w_{t-1}` (with :math:`e_0 = w_0`), formed in
-float64, is not: Cholesky's error is relative to each increment's own norm.  A cumulative sum over the columns of its
-factor then gives back the factor of the snapshots.
+A Gram matrix of the raw weights is useless in floating point, because successive weights differ only in the third or
+fourth digit.  The Gram matrix of the *increments* :math:`e_t = w_t - w_{t-1}` (with :math:`e_0 = w_0`) in float64 is
+accurate: Cholesky's error is relative to each increment's own norm.  A cumulative sum over the columns of its factor
+then gives the factor of the snapshots.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from torch import Tensor
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.blas import single_blas_thread
 
-CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the second- and third-level cache
-CHUNKS = 64  # at least so many: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
-BLOCK = 2**21  # bytes of a block of float64 rows: about the second-level cache
-WIDTHS = 1024, 8192  # least and most columns of a block, whose products are summed in its own precision
-PRECISE = 2**19  # columns below which float64 throughout costs milliseconds
-EXACT_SIZE = 2**20  # below this many numbers a Householder QR costs milliseconds, so accuracy is free
-VANISHED = 1e-14  # relative size of a snapshot below which it is rounding
-EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: rank decisions finer than this need QR
+CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the L2 and L3 caches
+CHUNKS = 64  # minimum number: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
+BLOCK = 2**21  # bytes of a block of float64 rows: about the L2 cache
+WIDTHS = 1024, 8192  # minimum and maximum columns of a block, whose products are summed in its own precision
+PRECISE = 2**19  # with fewer columns, float64 throughout costs milliseconds
+EXACT_SIZE = 2**20  # up to this many elements, a Householder QR costs milliseconds, so accuracy is free
+VANISHED = 1e-14  # relative norm below which a snapshot is rounding error
+EXACT_TOL = 1e-6  # a Gram matrix squares the condition number: finer rank decisions need QR
 
 
 def power_of_two(peak: float, spare: int = 0) -> float:
-    """The power of two in which numbers up to ``peak`` are below 2^−spare; 1 where there are none, or infinite ones."""
+    """Return the power of two in which numbers up to ``peak`` are below 2^−spare; 1 if ``peak`` is 0 or infinite."""
     return 2.0 ** min(math.frexp(peak)[1] + spare, 1000) if 0 < peak < math.inf else 1.0
 
 
 def factor(snapshots: Tensor, *, exact: bool = False) -> Array:
-    r"""Factor ``R`` with :math:`R^\top R = W W^\top` of the snapshots ``W``.
+    r"""Return a factor ``R`` with :math:`R^\top R = W W^\top` of the snapshots ``W``.
 
     Args:
-        snapshots: Real tensor (time, n), float32 or float64, on any device: one row a snapshot.
+        snapshots: Real tensor (time, n), float32 or float64, on any device: one row per snapshot.
         exact: Factor by blocked Householder QR in float64 (on the CPU) instead of through the increment Gram matrix.
 
     Returns:
@@ -53,16 +53,16 @@ def factor(snapshots: Tensor, *, exact: bool = False) -> Array:
         ValueError: If a snapshot is not finite.
     """
     small = _blocked_qr(snapshots) if exact else increment_gram(snapshots)
-    if not np.isfinite(small).all():  # every NaN of the snapshots ends up in the small matrix: no pass of its own
+    if not np.isfinite(small).all():  # any NaN of the snapshots appears in the small matrix
         raise ValueError("snapshots holds NaN or infinite values: cut the trajectory before the first of them.")
     return small if exact else factor_from_increment_gram(small)
 
 
 def increment_gram(snapshots: Tensor) -> Array:
-    """Gram matrix (time, time) of the increments of snapshots (time, n), accumulated in float64 over column chunks."""
+    """Return the float64 Gram matrix (time, time) of the increments of snapshots (time, n), by chunks of columns."""
     rows = snapshots.shape[0]
     if snapshots.device.type != "cpu":
-        # LAPACK-free path: one matrix product a chunk, on the device that holds the snapshots
+        # one matrix product per chunk, on the device that holds the snapshots
         gram = torch.zeros(rows, rows, dtype=torch.float64, device=snapshots.device)
         for increments in _increment_chunks(snapshots, widest=2**18):
             gram.addmm_(increments, increments.T)
@@ -75,7 +75,7 @@ def increment_gram(snapshots: Tensor) -> Array:
 
 
 def _increment_chunks(snapshots: Tensor, widest: int = CHUNK) -> Iterator[Tensor]:
-    """Yield the float64 increments of the snapshots, a chunk of columns at a time, in one buffer."""
+    """Yield the float64 increments of the snapshots, a chunk of columns at a time, in one reused buffer."""
     increments = torch.empty(0)
     for wide in wide_chunks([snapshots], CHUNKS, widest):
         if increments.shape != wide.shape:
@@ -86,7 +86,7 @@ def _increment_chunks(snapshots: Tensor, widest: int = CHUNK) -> Iterator[Tensor
 
 
 def wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Iterator[Tensor]:
-    """Yield the concatenated segments in float64, a chunk of columns at a time, in one buffer."""
+    """Yield the concatenated segments in float64, a chunk of columns at a time, in one reused buffer."""
     rows = sum(segment.shape[0] for segment in segments)
     columns = segments[0].shape[1]
     width = min(widest, -(-columns // chunks) if columns > 2**14 else columns)
@@ -103,24 +103,24 @@ def wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Ite
 
 
 def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
-    """Inner products of a vector with stored rows, and with itself: one new row of a Gram matrix.
+    """Return the inner products of a vector with stored rows, and with itself: one new row of a Gram matrix.
 
-    One pass over the rows by BLAS, a block of columns at a time: in float64 below 524,288 columns and for float64 rows,
-    else in float32, whose sums over blocks are added up in float64.
+    Takes one pass over the rows by BLAS, in blocks of columns.  Computes in float64 below 524,288 columns, or for
+    float64 input; otherwise in float32, with the sums of the blocks accumulated in float64.
 
     Args:
         segments: CPU tensors (rows_i, n), of any dtype.
-        *addends: CPU tensors (n,) that add up to the vector.
+        *addends: CPU tensors (n,) whose sum is the vector.
 
     Returns:
-        Float64 array (rows + 1,), the vector's square last.
+        Float64 array (rows + 1,), the vector's squared norm last.
     """
     columns = addends[0].shape[0]
     wide = columns < PRECISE or any(each.dtype == torch.float64 for each in (*addends, *segments))
     work = torch.float64 if wide else torch.float32
     rows = sum(len(segment) for segment in segments)
     found = torch.zeros(rows + 1, dtype=torch.float64)
-    # float32 rows are read in place, so that no buffer has to fit into the cache
+    # float32 rows are read in place, without a buffer that has to fit into the cache
     width = min(max(WIDTHS[0], BLOCK // (8 * (rows + 1))), WIDTHS[1]) if wide else WIDTHS[1]
     buffer = torch.empty(max((len(each) for each in segments), default=0), width, dtype=work)
     for start in range(0, columns, width):
@@ -135,35 +135,35 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
                 block = buffer[: len(block), : stop - start].copy_(block)
             found[row : row + len(block)] += block.mv(vector)
             row += len(block)
-        exact = vector.double()  # a single long sum in float32 would err by a millionth
+        exact = vector.double()  # one long sum in float32 would have a relative error of 1e-6
         found[-1] += exact.dot(exact)
     return found.numpy()
 
 
 @single_blas_thread()
 def factor_from_increment_gram(gram: Array) -> Array:
-    """Factor ``R`` (r, time) of the snapshots from the Gram matrix (time, time) of their increments."""
+    """Return the factor ``R`` (r, time) of the snapshots from the Gram matrix (time, time) of their increments."""
     norms = np.sqrt(np.maximum(np.diag(gram), 0.0))
     if not len(gram):
         return np.zeros((0, 0))
     scale = np.where(norms > 0, norms, 1.0)
-    # unit diagonal first: Cholesky does not care, the eigendecomposition below does
+    # scale to a unit diagonal: Cholesky does not need it, the eigendecomposition below does
     scaled = gram / np.outer(scale, scale)
     try:
         root = scipy.linalg.cholesky(scaled, check_finite=False)
     except np.linalg.LinAlgError:
-        # dependent increments (constant weights, an exact period): the nearest positive semidefinite Gram matrix
+        # dependent increments (constant weights, an exact period): use the nearest positive semidefinite Gram matrix
         values, vectors = np.linalg.eigh(scaled)
         noise = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
         root = np.sqrt(np.where(values > noise, values, 0.0))[:, None] * vectors.T
     found = np.cumsum(root * scale, axis=1)
-    # a snapshot that is nothing beside those before it is known to no digit
+    # a snapshot negligible beside the increments before it has no correct digit
     found[:, np.linalg.norm(found, axis=0) < VANISHED * np.maximum.accumulate(norms)] = 0.0
     return found
 
 
 def merge_oldest(gram: Array, count: int) -> Array:
-    """Increment Gram without the oldest ``count`` snapshots: their increments add up to the new base."""
+    """Return the increment Gram matrix without the oldest ``count`` snapshots; increments 0 … count become the base."""
     merged = gram[count:, count:].copy()
     base = gram[: count + 1].sum(axis=0)
     merged[0, :] = merged[:, 0] = base[count:]
@@ -172,9 +172,9 @@ def merge_oldest(gram: Array, count: int) -> Array:
 
 
 def hankel(factor: Array, delays: int) -> Array:
-    """Factor of the delay-embedded snapshots ``[w_t, …, w_{t+delays-1}]`` from the factor of the plain ones.
+    """Return the factor of the delay-embedded snapshots ``[w_t, …, w_{t+delays-1}]`` from that of the plain ones.
 
-    Stacking shifted factors has the Gram matrix of the stacked snapshots, so the embedding never touches the snapshots.
+    Stacked, shifted factors have the Gram matrix of the stacked snapshots, so the snapshots themselves are not needed.
 
     Args:
         factor: Array (r, time).
@@ -191,12 +191,12 @@ def hankel(factor: Array, delays: int) -> Array:
 
 
 def triangle(matrix: Array) -> Array:
-    """Triangular factor R (min(r, c), c) of a Householder QR of an array (r, c)."""
+    """Return the triangular factor R (min(r, c), c) of a Householder QR of an array (r, c)."""
     return np.asarray(np.linalg.qr(matrix, mode="r"))
 
 
 def _blocked_qr(snapshots: Tensor) -> Array:
-    """R of a float64 Householder QR of ``snapshots.T``, by blocks of columns (tall-skinny QR), in bounded memory."""
+    """Return R of a float64 Householder QR of ``snapshots.T``, block by block (tall-skinny QR) in bounded memory."""
     rows, columns = snapshots.shape
     width = max(2 * rows, EXACT_SIZE // max(rows, 1))
     root: Array = np.empty((0, rows))

@@ -1,4 +1,4 @@
-"""The random walk that every spectrum is shown beside: what a training without any direction would look like."""
+"""The random walk that every spectrum is compared with: a training without any direction."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lightning_koopman._types import Array
 from lightning_koopman.dmd.rrr import check_options, decompose
 from lightning_koopman.dmd.spectrum import Spectrum
 
-MOST_WALK = 2**62  # dimensions: more make no difference
+MOST_WALK = 2**62  # dimensions: larger values make no difference
 
 
 def random_walk_spectrum(
@@ -24,13 +24,13 @@ def random_walk_spectrum(
     refine: bool = False,
     seed: int = 0,
 ) -> Spectrum:
-    r"""Spectrum of a random walk in n dimensions with given step lengths and independent, uniform directions.
+    r"""Return the spectrum of an n-dimensional random walk with given step lengths and independent, uniform directions.
 
-    A random walk too has one dominant eigenvalue at 1, so eigenvalues near 1 say something about a training only where
-    they differ from this surrogate's.
+    A random walk, too, has a dominant eigenvalue at 1.  So eigenvalues near 1 are evidence about a training only where
+    they differ from those of this surrogate.
 
-    Only the Gram matrix of the directions matters, and its law is known (Bartlett's decomposition of a Wishart matrix):
-    no n-dimensional vector is drawn, and the cost is O(time³) for any n.
+    Only the Gram matrix of the directions matters, and its distribution is known (Bartlett's decomposition of a Wishart
+    matrix).  Hence no n-dimensional vector is drawn, and the cost is O(time³) for any n.
 
     Args:
         step_norms: Array (time − 1,) of step lengths, ≥ 0, for instance :meth:`Trajectory.step_norms`.
@@ -43,7 +43,7 @@ def random_walk_spectrum(
         seed: Seed of the directions.
 
     Raises:
-        ValueError: If ``step_norms`` is not one-dimensional or ``n`` is not positive.
+        ValueError: If ``step_norms`` is not one-dimensional, or an argument is out of range.
 
     Example:
         >>> import numpy as np
@@ -55,7 +55,7 @@ def random_walk_spectrum(
     """
     steps = real_array("step_norms", step_norms).astype(np.float64)
     if steps.ndim != 1 or not steps.size or not np.isfinite(steps).all() or steps.min() < 0:
-        raise ValueError(f"step_norms must have shape (time - 1,) and be finite and ≥ 0, got the shape {steps.shape}.")
+        raise ValueError(f"step_norms must have shape (time - 1,) with finite values ≥ 0, got shape {steps.shape}.")
     start_norm, n = check_positive("start_norm", start_norm), min(check_count("n", n, 1), MOST_WALK)
     tol, max_rank, delays, refine = check_options(tol=tol, max_rank=max_rank, delays=delays, refine=refine)
     count = steps.size + 1
@@ -69,9 +69,9 @@ def random_walk_spectrum(
 
 
 def wishart_root(random: np.random.Generator, n: int, count: int) -> Array:
-    """Array (min(n, count), count) whose Gram matrix has the law of that of ``count`` standard normal n-vectors.
+    """Return an array (min(n, count), count) whose Gram matrix is distributed like that of standard normal n-vectors.
 
-    For n > count by Bartlett's decomposition: no n-dimensional vector is drawn.
+    For n > count this uses Bartlett's decomposition and draws no n-dimensional vector.
     """
     root = random.standard_normal((min(n, count), count))
     if n > count:

@@ -1,7 +1,7 @@
 r"""DMD_RRR: refined Rayleigh-Ritz data-driven modal decomposition.
 
 Z. Drmač, I. Mezić, R. Mohr, *Data driven modal decompositions: analysis and enhancements*, SIAM J. Sci. Comput. 40(4),
-A2253–A2285, 2018: the algorithm that the paper uses for every spectrum (its section 2, reference 7).
+A2253–A2285, 2018.  The paper uses this algorithm for every spectrum (its section 2, reference 7).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_koopman.dmd.spectrum import Complex, Real
 
 REFINE_COST = 2 * 10**9  # k³ summed over the refined pairs: about two seconds
-REFINE_MEMORY = 10**6  # entries k² of the matrices held at a time
+REFINE_MEMORY = 10**6  # matrix entries held at a time
 
 
 def dmd_rrr(
@@ -36,31 +36,31 @@ def dmd_rrr(
     delays: int = 1,
     refine: bool = True,
 ) -> Spectrum:
-    r"""Koopman spectrum of a trajectory by DMD_RRR (Drmač, Mezić, Mohr 2018, Algorithm 3).
+    r"""Compute the Koopman spectrum of a trajectory by DMD_RRR (Drmač, Mezić, Mohr 2018, Algorithm 3).
 
-    Finds the pairs :math:`(\lambda, z)` of the linear map A with :math:`w_{t+1} \approx A w_t`, each with its residual
+    Finds the pairs :math:`(\lambda, z)` of the linear map A with :math:`w_{t+1} \approx A w_t`, their residuals
     :math:`\|A z - \lambda z\|`, and the coefficients of the trajectory in those modes.
 
-    Large inputs go through the float64 Gram matrix of the increments, in one pass and almost no extra memory; small
-    ones, and all with ``tol`` below 1e-6, through Householder QR.
+    Large inputs use the float64 Gram matrix of the increments, in one pass with almost no extra memory.  Small inputs,
+    and all with ``tol`` below 1e-6, use Householder QR.
 
     Args:
-        snapshots: Array or tensor (time, n), or (time,) for a scalar: one row a snapshot, float32 or float64 (integers
-            and lists are read as float64), NumPy, or PyTorch on the CPU or an accelerator.
+        snapshots: Array or tensor (time, n), or (time,) for a scalar: one row per snapshot, float32 or float64
+            (integers and lists are read as float64), NumPy, or PyTorch on the CPU or an accelerator.
         tol: Singular values of the unit-norm snapshots below ``tol`` times the largest count as zero, 0 ≤ tol < 1.
             1e-3 suits training runs; float32 snapshots carry nothing below 1e-7.
         max_rank: Upper bound on the rank, ≥ 1 (default: none).
-        delays: Snapshots in one delay-embedded (Hankel) snapshot, ≥ 1.  For a scalar such as the loss take more than
-            half of the number of snapshots.
+        delays: Snapshots in one delay-embedded (Hankel) snapshot, ≥ 1.  For a scalar such as the loss, use more than
+            half the number of snapshots.
         refine: Replace each Ritz pair in ``eigenvalues`` and ``residuals`` by the refined one, whose residual is the
-            smallest that the data allow.  At O(k³) a pair, beyond rank 200 only the most important pairs are refined.
+            smallest that the data allow, at O(k³) per pair.  Beyond rank 200 only the most important are refined.
 
     Returns:
         The spectrum.
 
     Raises:
         ValueError: If there are fewer than ``delays + 1`` snapshots, a value is not finite, all snapshots are zero, or
-            an argument is out of its range.
+            an argument is out of range.
         TypeError: If the snapshots are complex or of half precision.
 
     Example:
@@ -81,7 +81,7 @@ def dmd_rrr(
     if values.shape[0] < delays + 1:
         raise ValueError(
             f"snapshots has {values.shape[0]} row(s), but delays={delays} needs at least {delays + 1}: "
-            "record more snapshots or take fewer delays."
+            "record more snapshots or use fewer delays."
         )
     exact = tol < EXACT_TOL or values.numel() <= EXACT_SIZE
     unit = _unit(float(values.abs().max())) if values.dtype == torch.float64 else 1.0  # squares of float32 fit anyway
@@ -92,7 +92,7 @@ def dmd_rrr(
 def check_options(
     *, tol: object, max_rank: object = None, delays: object = 1, refine: object = True
 ) -> tuple[float, int | None, int, bool]:
-    """The DMD options as plain numbers; raise ValueError for one out of its range."""
+    """Return the DMD options as plain numbers; raise ValueError if one is out of range."""
     return (
         check_fraction("tol", tol, "it is relative to the largest singular value"),
         None if max_rank is None else check_count("max_rank", max_rank, 1, "pass None for no bound"),
@@ -105,7 +105,7 @@ def check_options(
 def decompose(
     root: Real, *, tol: float = 1e-3, max_rank: int | None = None, delays: int = 1, refine: bool = True
 ) -> Spectrum:
-    """DMD_RRR of the trajectory with factor ``root`` (r, time); the arguments are those of :func:`dmd_rrr`."""
+    """Return the spectrum of the trajectory with factor ``root`` (r, time); arguments as for :func:`dmd_rrr`."""
     unit = _unit(float(np.abs(root).max(initial=0.0)))
     if unit != 1.0:
         found = decompose(root / unit, tol=tol, max_rank=max_rank, delays=delays, refine=refine)
@@ -114,12 +114,12 @@ def decompose(
     embedded = hankel(root, delays)
     x, y = embedded[:, :-1], embedded[:, 1:]
     norms = np.linalg.norm(x, axis=0)
-    tiny = norms < 1e-140  # whose squares are nothing, or have lost digits
+    tiny = norms < 1e-140  # their squares underflow or lose digits
     peaks = np.abs(x[:, tiny]).max(axis=0, initial=0.0)
     norms[tiny] = peaks * np.linalg.norm(x[:, tiny] / np.where(peaks > 0, peaks, 1.0), axis=0)
     if not norms.any():
         raise ValueError(f"all snapshots {'but the last ' if y.any() else ''}are zero: there is nothing to decompose.")
-    # unit columns: a decaying trajectory keeps its late, small snapshots
+    # unit columns, so that the late, small snapshots of a decaying trajectory count
     scale = np.where(norms > 0, norms, 1.0)
     left, singular, right = scipy.linalg.svd(x / scale, full_matrices=False, check_finite=False)
     rank = int(np.count_nonzero(singular > tol * singular[0]))
@@ -156,18 +156,18 @@ def decompose(
 
 
 def _unit(peak: float) -> float:
-    """A power of two in which numbers of a size have squares that neither over- nor underflow; 1 for usual sizes."""
+    """Return a power of two in units of which squares neither over- nor underflow; 1 for usual sizes."""
     return 1.0 if 1e-50 < peak < 1e50 else power_of_two(peak)
 
 
 def _conjugate_pairs(matrix: Real) -> tuple[Complex, Complex]:
-    """Eigenpairs of a real matrix with unit vectors; LAPACK lists λ (Im > 0) right before its exact conjugate."""
+    """Return the eigenpairs of a real matrix with unit vectors; LAPACK lists λ (Im > 0) right before its conjugate."""
     values, vectors = scipy.linalg.eig(matrix, check_finite=False)
     return np.asarray(values, dtype=np.complex128), np.asarray(vectors, dtype=np.complex128)
 
 
 def _least_squares(states: Real, values: Complex, vectors: Complex) -> Complex:
-    """Coefficients b that minimise Σ_t ‖s_t − Σ_j b_j λ_j^t v_j‖² over the projected snapshots ``states`` (k, time).
+    """Return the b that minimize Σ_t ‖s_t − Σ_j b_j λ_j^t v_j‖² over the projected snapshots ``states`` (k, time).
 
     Unknowns are scaled by the largest power of their λ, so that neither growth nor decay over- or underflows.
     """
@@ -181,7 +181,7 @@ def _least_squares(states: Real, values: Complex, vectors: Complex) -> Complex:
     norms = np.sqrt(np.diag(gram).real)
     lower, info = scipy.linalg.lapack.zpotrf(gram / np.outer(norms, norms), lower=True)
     if info or np.diag(lower).real.min() < 1e-6:
-        # nearly equal eigenvalues: the least-squares solution of least norm
+        # nearly equal eigenvalues: use the least-squares solution of minimum norm
         design = (vectors.T[:, :, None] * (powers / norms[:, None])[:, None, :]).reshape(rank, -1).T
         solution = np.linalg.lstsq(design, states.reshape(-1).astype(np.complex128), rcond=None)[0] / norms
     else:
@@ -196,7 +196,7 @@ def _least_squares(states: Real, values: Complex, vectors: Complex) -> Complex:
 
 
 def _by_importance(values: Complex, coefficients: Complex) -> npt.NDArray[np.intp]:
-    """Order of decreasing |b| that keeps each conjugate pair together, positive imaginary part first."""
+    """Return the order of decreasing |b| that keeps conjugate pairs together, positive imaginary part first."""
     importance = np.abs(coefficients)
     first = np.flatnonzero(values.imag > 0)
     importance[first + 1] = importance[first]
@@ -204,13 +204,13 @@ def _by_importance(values: Complex, coefficients: Complex) -> npt.NDArray[np.int
 
 
 def _residuals(rayleigh: Real, complement: Real, values: Complex, vectors: Complex) -> Real:
-    """‖A z − λ z‖ of unit vectors z = basis @ v, split into the parts inside and outside the span."""
+    """Return ‖A z − λ z‖ of unit vectors z = basis @ v, from its parts inside and outside the span."""
     inside = np.linalg.norm(rayleigh @ vectors - vectors * values, axis=0)
     return np.asarray(np.hypot(inside, np.linalg.norm(complement @ vectors, axis=0)))
 
 
 def _refine(rayleigh: Real, complement: Real, plain: tuple[Complex, Real]) -> tuple[Complex, Real]:
-    """Refined Ritz pairs: for each λ the unit vector of least residual, and its Rayleigh quotient with its residual."""
+    """Return the refined pairs: for each λ, Rayleigh quotient and residual of the unit vector of least residual."""
     values = plain[0]
     rank = values.size
     upper = np.flatnonzero(values.imag >= 0)
@@ -235,7 +235,7 @@ def _refine(rayleigh: Real, complement: Real, plain: tuple[Complex, Real]) -> tu
 
 
 def _as_matrix(snapshots: npt.ArrayLike | Tensor) -> Tensor:
-    """Snapshots as a real float32 or float64 tensor (time, n), without a copy where they already are one."""
+    """Return snapshots as a real float32 or float64 tensor (time, n), without a copy if they already are one."""
     if isinstance(snapshots, Tensor) and not snapshots.is_sparse and snapshots.device.type != "meta":
         values = snapshots.detach().resolve_neg()
         if not values.is_floating_point() and not values.is_complex():
@@ -245,14 +245,14 @@ def _as_matrix(snapshots: npt.ArrayLike | Tensor) -> Tensor:
         if kind == np.float16:
             raise TypeError("snapshots must be float32 or float64, got float16: half precision hides late updates.")
         with warnings.catch_warnings():
-            # a read-only memory map is only read here, and a copy of it may not fit
+            # a read-only memory map is only read here, and a copy may not fit into memory
             warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
             try:
                 array = real_array("snapshots", snapshots)
             except TypeError as error:
                 told = str(error).replace("must be real numbers", "must be numbers, real ones in float32 or float64")
                 raise TypeError(told) from error
-            backwards = any(stride < 0 for stride in array.strides)  # which PyTorch cannot view
+            backwards = any(stride < 0 for stride in array.strides)  # PyTorch cannot view negative strides
             values = torch.from_numpy(array.copy() if backwards else array)
     if values.dtype not in (torch.float32, torch.float64):
         raise TypeError(
@@ -263,7 +263,7 @@ def _as_matrix(snapshots: npt.ArrayLike | Tensor) -> Tensor:
         values = values[:, None]
     if values.ndim != 2:
         raise ValueError(
-            f"snapshots must have shape (time, n), one row a snapshot; got {tuple(values.shape)}. "
+            f"snapshots must have shape (time, n), one row per snapshot; got {tuple(values.shape)}. "
             "Flatten each snapshot first."
         )
     if values.shape[1] == 0:

@@ -20,29 +20,29 @@ from lightning_koopman._checks import (
 Real = npt.NDArray[np.float64]
 Complex = npt.NDArray[np.complex128]
 Mask = npt.NDArray[np.bool_]
-MOST_STEPS, MOST_TIME = 10**6, 10**9  # of a forecast, which take a row each; of single times
-PERSISTENT = ("cluster", "paper")  # which modes stay: see `Spectrum.persistent`
+MOST_STEPS, MOST_TIME = 10**6, 10**9  # steps of a forecast, which take a row each; times of a combination
+PERSISTENT = ("cluster", "paper")  # rules of `Spectrum.persistent`
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Spectrum:
-    r"""Koopman spectrum of a trajectory: what :func:`dmd_rrr` and :meth:`Trajectory.spectrum` return.
+    r"""Koopman spectrum of a trajectory, returned by :func:`dmd_rrr` and :meth:`Trajectory.spectrum`.
 
-    The trajectory is modelled as :math:`w_t \approx \sum_j b_j \lambda_j^t z_j` with unit modes :math:`z_j` (paper,
-    equation 4).  Pairs are sorted by importance :math:`|b_j|`, largest first, and complex ones come as conjugate pairs.
+    The trajectory is modeled as :math:`w_t \approx \sum_j b_j \lambda_j^t z_j` with unit modes :math:`z_j` (paper,
+    equation 4).  Pairs are sorted by importance :math:`|b_j|`, largest first.  Complex ones come as conjugate pairs.
 
     Attributes:
-        eigenvalues: Complex array (k,): refined Rayleigh quotients, or the plain Ritz values where ``refine=False``.
+        eigenvalues: Complex array (k,): refined Rayleigh quotients, or plain Ritz values with ``refine=False``.
         residuals: Array (k,), ≥ 0: :math:`\|A z - \lambda z\|_2` of each eigenvalue with its unit vector.
-        ritz_values: Complex array (k,): plain Ritz values; the ones that ``coefficients`` belong to.
+        ritz_values: Complex array (k,): plain Ritz values, to which ``coefficients`` belong.
         ritz_residuals: Array (k,), ≥ 0: residuals of the plain Ritz pairs.
         coefficients: Complex array (k,): least-squares :math:`b_j` over all snapshots, in the unit of the weights.
-        misfit: :math:`\|Y - A X\|_F / \|Y\|_F`, ≥ 0: what the model misses from one snapshot to the next; 0 at full
-            rank, whatever the data.
-        rank: Number k of pairs, the numerical rank of the scaled snapshots.
+        misfit: :math:`\|Y - A X\|_F / \|Y\|_F`, ≥ 0: relative error of the model from one snapshot to the next; 0 at
+            full rank, whatever the data.
+        rank: Number k of pairs: the numerical rank of the scaled snapshots.
         n_snapshots: Number of snapshots the spectrum was computed from.
         delays: Number of snapshots in one delay-embedded snapshot (1: no embedding).
-        sketch_errors: Array (k,), ≥ 0: standard error of each eigenvalue where it was computed from sketches of the
+        sketch_errors: Array (k,), ≥ 0: standard error of each eigenvalue if it was computed from sketches of the
             snapshots, else None.
 
     Example:
@@ -67,11 +67,11 @@ class Spectrum:
     delays: int = 1
     sketch_errors: Real | None = None
     mode_weights: Complex = field(kw_only=True)
-    """Complex array (n_snapshots − delays, k): unit modes as combinations of the (embedded) snapshots but the last."""
+    """Complex array (n_snapshots − delays, k): unit modes as combinations of all (embedded) snapshots but the last."""
     rayleigh: Real = field(kw_only=True)
     """Array (k, k): compression of A to the snapshots' span (its eigenvalues are the Ritz values)."""
     complement: Real = field(kw_only=True)
-    """Array (r, k): triangular factor of what A sends out of that span; it carries the residuals."""
+    """Array (r, k): triangular factor of the part of A's image outside that span, which gives the residuals."""
 
     def __post_init__(self) -> None:
         for value in vars(self).values():
@@ -89,23 +89,23 @@ class Spectrum:
     def full_rank(self) -> bool:
         """Whether the rank is as large as the number of snapshots allows.
 
-        Any data are then fitted without misfit, and small residuals certify nothing.
+        Then any data are fitted without misfit, and small residuals certify nothing.
         """
         return self.rank >= self.n_snapshots - self.delays
 
     @property
     def importance(self) -> Real:
-        """Array (k,): :math:`|b_j|`, the size of each mode's part in the trajectory (paper, section 3)."""
+        """Array (k,): :math:`|b_j|`, the size of each mode in the trajectory (paper, section 3)."""
         return np.abs(self.coefficients)
 
     def sketch_error(self) -> float:
-        """Mean standard error of the eigenvalues due to sketching, weighted by importance; NaN without sketches."""
+        """Return the mean standard error of the eigenvalues, weighted by importance; NaN without sketches."""
         if self.sketch_errors is None:
             return float("nan")
         return float(self.sketch_errors @ self.importance / (self.importance.sum() or 1.0))
 
     def unit_cluster(self, radius: float = 0.05) -> Mask:
-        """Boolean array (k,): which Ritz values lie within ``radius`` of 1, the paper's cluster at 1.
+        """Return a boolean array (k,): the Ritz values within ``radius`` of 1, the paper's cluster at 1.
 
         Args:
             radius: Radius of the disc around 1, > 0.
@@ -113,13 +113,13 @@ class Spectrum:
         return np.asarray(np.abs(self.ritz_values - 1.0) < check_positive("radius", radius))
 
     def persistent(self, radius: float = 0.05, *, rule: str = "cluster") -> Mask:
-        """Boolean array (k,): the modes that make up what stays of the trajectory (paper, section 4).
+        """Return a boolean array (k,): the modes of the persistent part of the trajectory (paper, section 4).
 
         Args:
             radius: Radius of the cluster at 1, > 0.
-            rule: ``"cluster"``: all Ritz values within ``radius`` of 1 and the modes ranked above the first of them; or
-                ``"paper"``: the one nearest 1 and those ranked above it.  A single one is ill-conditioned where several
-                lie close together.  Without any within ``radius`` the nearest one serves.
+            rule: ``"cluster"`` selects all Ritz values within ``radius`` of 1 (if there are none, the nearest) and the
+                modes ranked above the first of them.  ``"paper"`` selects the one nearest 1 and those ranked above it,
+                which is ill-conditioned if several lie close together.
 
         Raises:
             ValueError: If the rule is unknown.
@@ -135,9 +135,9 @@ class Spectrum:
         return np.asarray(chosen | np.isin(self.ritz_values, pairs))
 
     def unit_fraction(self, radius: float = 0.05) -> float:
-        """Share of the importance that lies in the cluster at 1, in [0, 1].
+        """Return the share of the importance in the cluster at 1, in [0, 1].
 
-        A value near 1 alone is no sign of convergence: a random walk has it too.  Read it beside the same figure of
+        A value near 1 alone does not show convergence: a random walk has one, too.  Compare it with the value of
         :func:`random_walk_spectrum`.
 
         Args:
@@ -147,7 +147,7 @@ class Spectrum:
         return float(self.importance[self.unit_cluster(radius)].sum()) / total if total > 0 else 0.0
 
     def trusted(self, max_residual: float = 3e-2) -> Mask:
-        """Boolean array (k,): which eigenvalues have a residual of at most ``max_residual``.
+        """Return a boolean array (k,): the eigenvalues with a residual of at most ``max_residual``.
 
         Args:
             max_residual: Largest residual to trust, > 0.
@@ -155,10 +155,10 @@ class Spectrum:
         return np.asarray(self.residuals <= check_positive("max_residual", max_residual))
 
     def slowest_modulus(self, max_residual: float = 3e-2) -> float:
-        """Largest modulus of the trusted eigenvalues that can be told from 1, or NaN where there is none.
+        """Return the largest modulus of the trusted eigenvalues distinguishable from 1, or NaN if there are none.
 
         If all eigenvalues but 1 lie inside the unit circle, this one sets the rate of convergence (paper, section 3).
-        An eigenvalue closer to 1 than its own residual cannot be told from 1 and is left out.
+        An eigenvalue closer to 1 than its own residual counts as 1 and is ignored.
 
         Args:
             max_residual: Largest residual to trust, > 0.
@@ -168,24 +168,24 @@ class Spectrum:
         return float(moduli.max()) if moduli.size else float("nan")
 
     def residual_at(self, point: complex) -> float:
-        r"""Smallest :math:`\|A z - \zeta z\|_2` over all unit z in the snapshots' span: 0 at an exact eigenvalue.
+        r"""Return the least :math:`\|A z - \zeta z\|_2` over unit z in the snapshots' span: 0 at an exact eigenvalue.
 
         Args:
-            point: The number ζ in the complex plane, for instance 1.
+            point: Complex number ζ, for instance 1.
         """
         if not (is_number(point) or (isinstance(point, (complex, np.complexfloating)) and np.isfinite(point))):
-            raise ValueError(f"point must be a finite number in the complex plane, got {point!r}.")
+            raise ValueError(f"point must be a finite real or complex number, got {point!r}.")
         shifted = np.concatenate([self.rayleigh - complex(point) * np.eye(self.rank), self.complement])
         return float(np.linalg.svd(shifted, compute_uv=False)[-1])
 
     def combination(self, times: npt.ArrayLike, *, modes: npt.ArrayLike | None = None, clip: bool = False) -> Real:
-        r"""Weights that combine the snapshots into the model's state at the given times.
+        r"""Return the weights that combine the snapshots into the model's state at the given times.
 
-        ``spectrum.combination(times) @ snapshots`` is the reconstruction :math:`\sum_j b_j \lambda_j^t z_j`; only this
+        ``spectrum.combination(times) @ snapshots`` is the reconstruction :math:`\sum_j b_j \lambda_j^t z_j`.  Only this
         small matrix depends on the spectrum, so it applies to snapshots of any size, on any device.
 
         Args:
-            times: Integers (s,): times in snapshots since the first one; ``n_snapshots - 1`` is the last seen.
+            times: Integers (s,): times in snapshots since the first one; ``n_snapshots - 1`` is the last snapshot.
             modes: Boolean (k,): the modes to include, closed under conjugation (default: all).
             clip: Hold growing modes at their size at the last snapshot (|λ| clipped to 1 beyond it).
 
@@ -198,23 +198,23 @@ class Spectrum:
         at, clip = whole_numbers("times", times, -MOST_TIME, MOST_TIME), check_flag("clip", clip)
         chosen = np.ones(self.rank, dtype=bool) if modes is None else _flags("modes", modes)
         if chosen.shape != (self.rank,):
-            raise ValueError(f"modes must have shape ({self.rank},), one entry a mode; got {chosen.shape}.")
+            raise ValueError(f"modes must have shape ({self.rank},), one entry per mode; got {chosen.shape}.")
         selected = self.ritz_values[chosen]
         if np.count_nonzero(selected.imag > 0) != np.count_nonzero(selected.imag < 0):
-            raise ValueError("modes splits a conjugate pair: select both of λ and its conjugate, or neither.")
+            raise ValueError("modes splits a conjugate pair: select both λ and its conjugate, or neither.")
         columns = self.n_snapshots - self.delays
         weights = np.zeros((at.size, self.n_snapshots))
         for row, time in enumerate(at):
-            block = int(np.clip(time, 0, self.delays - 1))  # which of the embedded snapshot's parts shows this time
+            block = int(np.clip(time, 0, self.delays - 1))  # the part of the embedded snapshot that holds this time
             powers = _powers(selected, int(time) - block, self.n_snapshots - 1 - block if clip else None)
             state = self.mode_weights[:, chosen] @ (self.coefficients[chosen] * powers)
             weights[row, block : block + columns] = state.real
         if not np.isfinite(weights).all():
-            raise ValueError(f"times reach from {at.min()} to {at.max()}, where the modes are too large for numbers.")
+            raise ValueError(f"the modes overflow at times from {at.min()} to {at.max()}: pass times closer to 0.")
         return weights
 
     def reconstruct(self, snapshots: npt.ArrayLike, *, modes: npt.ArrayLike | None = None) -> Real:
-        """The model's values at the times of the snapshots it was computed from.
+        """Return the model's values at the times of the snapshots.
 
         Args:
             snapshots: Array (n_snapshots, n), the same that the spectrum was computed from.
@@ -226,12 +226,12 @@ class Spectrum:
         return self.combination(np.arange(self.n_snapshots), modes=modes) @ self._matching(snapshots)
 
     def forecast(self, snapshots: npt.ArrayLike, steps: int, *, clip: bool = True) -> Real:
-        """The model's values after the last snapshot.
+        """Return the model's values after the last snapshot.
 
         Args:
             snapshots: Array (n_snapshots, n), the same that the spectrum was computed from.
             steps: Number of snapshots to look ahead, ≥ 1.
-            clip: Let no mode grow beyond the last snapshot.
+            clip: Hold growing modes at their size at the last snapshot.
 
         Returns:
             Array (steps, n).
@@ -256,22 +256,22 @@ class Spectrum:
             raise ValueError("snapshots holds NaN or infinite values: pass those that the spectrum was computed from.")
         if values.ndim != 2 or not values.size or values.shape[0] != self.n_snapshots:
             raise ValueError(
-                f"snapshots has the shape {values.shape} but the spectrum was computed from {self.n_snapshots}: "
+                f"snapshots has shape {values.shape}, but the spectrum was computed from {self.n_snapshots} snapshots: "
                 "pass the same snapshots, time first."
             )
         return values
 
 
 def _flags(name: str, value: npt.ArrayLike) -> Mask:
-    """Booleans as an array; raise TypeError if they are none."""
+    """Return booleans as an array; raise TypeError for anything else."""
     array = np.asarray(value.detach().cpu() if hasattr(value, "detach") else value)
     if array.dtype != bool or np.ma.isMaskedArray(value):
-        raise TypeError(f"{name} must be booleans, one a mode, got {array.dtype}: `modes[index] = True` makes them.")
+        raise TypeError(f"{name} must be booleans, one per mode, got {array.dtype}: pass a boolean mask.")
     return array
 
 
 def _powers(values: Complex, exponent: int, clip_beyond: int | None) -> Complex:
-    """λ^exponent; with ``clip_beyond``, growing λ keep turning but stop growing after that exponent."""
+    """Return λ^exponent; with ``clip_beyond``, growing λ rotate on but stop growing after that exponent."""
     if clip_beyond is None or exponent <= clip_beyond:
         return np.asarray(values**exponent)
     clipped = values / np.maximum(np.abs(values), 1.0)

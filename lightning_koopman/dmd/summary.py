@@ -1,4 +1,4 @@
-"""A spectrum in plain words."""
+"""Summary of a spectrum in plain words."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def summarize(
     every: int = 1,
     unit: str = "epochs",
 ) -> str:
-    """Several lines that say what a spectrum and its random-walk surrogate tell of a training, and what they do not.
+    """Return a few lines on what a spectrum and its random-walk surrogate show about a training, and what they do not.
 
     Args:
-        spectrum: The training's spectrum, or None while there is none.
-        surrogate: The random walk's spectrum.
+        spectrum: The training's spectrum, or None if there is none yet.
+        surrogate: The random walk's spectrum, or None.
         observable: What was observed.
         radius: Radius of the disc around 1.
         max_residual: Largest residual of a trusted eigenvalue.
-        every: Epochs, or what the unit is, between two snapshots.
+        every: Epochs or steps between two snapshots, in the given unit.
         unit: ``"epochs"`` or ``"steps"``.
 
     Example:
@@ -63,14 +63,14 @@ def summarize(
 def _model(spectrum: Spectrum, observable: str) -> str:
     text = f"Koopman spectrum of {observable} from the last {spectrum.n_snapshots} snapshots: rank {spectrum.rank}"
     if spectrum.full_rank:
-        return f"{text}, as large as it can be: any data would be fitted, so small residuals certify nothing."
-    return f"{text}; from one snapshot to the next this linear model misses {_percent(spectrum.misfit)} of the state."
+        return f"{text}, the largest possible: any data would be fitted, so small residuals certify nothing."
+    return f"{text}; the linear model's relative error from one snapshot to the next is {_percent(spectrum.misfit)}."
 
 
 def _fixed_point(spectrum: Spectrum) -> str:
     nearest = abs(spectrum.eigenvalues - 1.0).argmin()
     distance, residual = abs(spectrum.eigenvalues[nearest] - 1.0), spectrum.residuals[nearest]
-    same = "it cannot be told from 1. A random walk has such an eigenvalue too."
+    same = "it cannot be told from 1. A random walk has such an eigenvalue, too."
     return (
         f"Fixed direction: the eigenvalue nearest to 1 is {_number(spectrum.eigenvalues[nearest])} with residual "
         f"{residual:.1e}: {same if distance <= residual else 'it is not 1.'}"
@@ -84,18 +84,18 @@ def _cluster(spectrum: Spectrum, surrogate: Spectrum, radius: float) -> str:
         f"same step lengths it is {_percent(walk)}"
     )
     if abs(ours - walk) < 0.1:
-        return f"{text}. The two are alike, so this figure alone says nothing about convergence."
+        return f"{text}. The two are alike, so this alone is no evidence of convergence."
     if ours > walk:
-        return f"{text}. More of the training stands still than of the walk."
-    return f"{text}. Less of the training stands still than of the walk."
+        return f"{text}. The training has a larger stationary part than the walk."
+    return f"{text}. The training has a smaller stationary part than the walk."
 
 
 def _rate(spectrum: Spectrum, max_residual: float, every: int, unit: str) -> str:
     slowest = math.nan if spectrum.full_rank else spectrum.slowest_modulus(max_residual)
     if math.isnan(slowest):
-        return "Rate: no other eigenvalue is certain enough to name a rate of convergence."
+        return "Rate: no other eigenvalue is certain enough to give a rate of convergence."
     if slowest == 0.0:
-        return "Rate: every trusted eigenvalue other than 1 is 0: that part of the trajectory is gone in one step."
+        return "Rate: every trusted eigenvalue other than 1 is 0: that part of the trajectory vanishes in one step."
     if slowest >= 1.0:
         return f"Rate: the slowest trusted eigenvalue other than 1 has |λ| = {slowest:.4f}: that part does not decay."
     halving = every * math.log(0.5) / math.log(slowest)

@@ -1,4 +1,4 @@
-"""Cosines and sines at the sample points: made, kept for the next step, and bounded in memory."""
+"""Cosines and sines at the sample points, cached between steps and bounded in memory."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from torch import Tensor
 
 from lightning_koopman.fourier.domain import Interval, to_torus
 
-WHOLE = 2**28  # bytes: a basis up to this size is formed at once, and kept
-PIECE = 2**24  # bytes: a larger one is formed piece by piece, twice a step
+WHOLE = 2**28  # bytes: a basis up to this size is computed at once, and cached
+PIECE = 2**24  # bytes: a larger one is computed piece by piece, twice per step
 
 
 def fourier_basis(torus_points: Tensor, modes: Tensor) -> Tensor:
-    """Cosines, then sines, of the modes: (2m, N) from points (N, D) in units of the period and modes (m, D)."""
+    """Return cosines, then sines, of the modes: (2m, N) from points (N, D) in units of the period and modes (m, D)."""
     turns = torch.zeros(len(modes), len(torus_points), dtype=torus_points.dtype, device=torus_points.device)
     for mode, coordinate in zip(
         modes.unbind(1), torus_points.unbind(1), strict=True
-    ):  # no product of reduced precision
+    ):  # a matrix product may have reduced precision
         turns = turns + mode.to(turns.dtype)[:, None] * coordinate
-    angles = (turns - turns.round()).mul(2 * math.pi)  # reduced before the cosine: exact where turns are
+    angles = (turns - turns.round()).mul(2 * math.pi)  # reduced before the cosine, without rounding
     return torch.cat([angles.cos(), angles.sin()])
 
 
 def modes_at_once(n_modes: int, n_points: int, dtype: torch.dtype) -> int:
-    """How many modes to take at a time."""
+    """Return the number of modes to process at a time."""
     return n_modes if 2 * n_modes * n_points * dtype.itemsize <= WHOLE else piece(n_points, dtype)
 
 
 def piece(n_points: int, dtype: torch.dtype) -> int:
-    """Modes whose basis is one piece."""
+    """Return the number of modes in one piece of the basis."""
     return max(1, PIECE // (2 * n_points * dtype.itemsize))
 
 
 class BasisCache:
-    """The bases of the points seen last, found again by the values of the points.
+    """Cache of the bases of the last points, looked up by the values of the points.
 
-    Full batches come again every step, validation data every epoch; shuffled mini-batches never do.  Nothing of it is
+    Full batches recur every step and validation data every epoch; shuffled mini-batches never do.  The cache is not
     copied, pickled or saved.
     """
 
@@ -52,11 +52,11 @@ class BasisCache:
 
     @property
     def n_bytes(self) -> int:
-        """Size of all bases kept, in bytes."""
+        """Size of all cached bases, in bytes."""
         return sum(basis.nbytes for *_, basis in self._kept)
 
     def get(self, points: Tensor, box: Sequence[Interval], modes: Tensor) -> Tensor:
-        """The whole basis (2m, N) of the modes (m, D) at the points (N, D) in the box."""
+        """Return the whole basis (2m, N) of the modes (m, D) at the points (N, D) in the box."""
         key = (tuple(box), points.shape, points.dtype, points.device)
         for index, (known, their, values, basis) in enumerate(self._kept):
             if their is modes and known == key and torch.equal(values, points):
@@ -65,7 +65,7 @@ class BasisCache:
         size = 2 * len(modes) * points.nbytes // points.shape[1]
         while self._kept and (len(self._kept) == self.KEPT or self.n_bytes + size > WHOLE):
             self._kept.pop(0)
-        with torch.inference_mode(mode=False), torch.no_grad():  # usable for training wherever it was made
+        with torch.inference_mode(mode=False), torch.no_grad():  # usable for training even if made for inference
             values = points.detach().clone()
             basis = _whole_basis(to_torus(values, box), modes)
         self._kept.append((key, modes, values, basis))
@@ -73,7 +73,7 @@ class BasisCache:
 
 
 def _whole_basis(torus_points: Tensor, modes: Tensor) -> Tensor:
-    """:func:`fourier_basis`, without temporary tensors of its size."""
+    """Compute :func:`fourier_basis` without temporary tensors of its size."""
     basis = torus_points.new_empty(2, len(modes), len(torus_points))
     step = piece(len(torus_points), torus_points.dtype)
     for some, cosines, sines in zip(*(torch.split(each, step) for each in (modes, *basis)), strict=True):

@@ -1,4 +1,4 @@
-"""How the points of samples lie: on an equidistant grid, or scattered."""
+"""Detection of equidistant grids among sample points."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from lightning_koopman._types import Array
 
-JITTER = 1e-2  # of a step: how far a point of an equidistant grid may be off
+JITTER = 1e-2  # tolerance for points of an equidistant grid, in steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,7 +17,7 @@ class Grid:
 
     Attributes:
         values: Array (n_1, …, n_D, M).
-        steps: Distance of neighbors along each input.
+        steps: Distance between neighbors along each input.
     """
 
     values: Array
@@ -25,7 +25,7 @@ class Grid:
 
 
 def find_grid(x: Array, y: Array) -> Grid | None:
-    """The grid that the points (N, D) form, in whatever order they come; None where they form none."""
+    """Return the grid that the points (N, D) form, in any order, or None if they form none."""
     ticks, steps = [], []
     for column in x.T:
         step = _step(np.unique(column))
@@ -44,7 +44,7 @@ def find_grid(x: Array, y: Array) -> Grid | None:
 
 
 def _step(different: Array) -> float | None:
-    """The step of sorted values that differ, if it is always the same; values nearer than rounding are one."""
+    """Return the step of sorted, distinct values, or None if it varies; values that differ by rounding are one."""
     extent = different[-1] - different[0]
     apart = np.diff(different) > 1e-6 * extent / len(different)
     count = int(apart.sum())

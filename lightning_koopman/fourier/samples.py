@@ -1,4 +1,4 @@
-"""Samples of a function as arrays, checked."""
+"""Samples of a function as validated arrays."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from lightning_koopman._types import Array
 
 
 def as_samples(x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor, fewest: int) -> tuple[Array, Array]:
-    """Points (N, D) and samples (N, M) in float64.
+    """Return points (N, D) and samples (N, M) in float64.
 
     Raises:
-        ValueError: If they are not real and finite, do not match, or are fewer than ``fewest``.
+        ValueError: If they are not real and finite, differ in number, or are fewer than ``fewest``.
     """
     points, samples = _as_columns("x", x), _as_columns("y", y)
     if len(points) != len(samples) or len(points) < fewest:
@@ -25,10 +25,10 @@ def as_samples(x: npt.ArrayLike | Tensor, y: npt.ArrayLike | Tensor, fewest: int
 
 
 def _as_columns(name: str, given: npt.ArrayLike | Tensor) -> Array:
-    """Real, finite numbers as (N, columns)."""
+    """Return real, finite numbers as an array (N, columns)."""
     try:
         values = real_array(name, given).astype(np.float64)
-    except TypeError as error:  # scikit-learn's kind of error, and ours from the beginning
+    except TypeError as error:  # ValueError, as in scikit-learn
         raise ValueError(str(error)) from error
     if values.ndim not in (1, 2) or (values.ndim == 2 and not values.shape[1]) or not np.isfinite(values).all():
         raise ValueError(

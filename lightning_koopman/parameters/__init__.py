@@ -1,1 +1,1 @@
-"""Which weights are observed, which process holds them, and how they are drawn."""
+"""Which weights are observed, which process holds them, and how they are reinitialized."""

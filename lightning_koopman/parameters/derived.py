@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-STEMS = ("g", "v", "orig")  # what the older utilities append to a weight's name
+STEMS = ("g", "v", "orig")  # suffixes that the older utilities append to a weight's name
 
 
 def underlying(module: nn.Module) -> dict[str, list[str]]:
-    """By name of a weight that the older utilities compute, the names of the module's parameters that it comes from."""
+    """Return, by weight that the older utilities compute, the names of the parameters that it is computed from."""
     found: dict[str, list[str]] = {}
     for name in module._parameters:
         stem, _, kind = name.rpartition("_")
@@ -24,20 +24,21 @@ def underlying(module: nn.Module) -> dict[str, list[str]]:
 
 
 def check_can_be_set(module: nn.Module, name: str) -> None:
-    """Raise ValueError if a module computes a weight in a way that cannot be undone, so that it cannot be drawn."""
+    """Raise ValueError if a module computes a weight in a way that cannot be inverted to set it."""
     for leaf, steps in getattr(module, "parametrizations", {}).items():
         if not all(hasattr(step, "right_inverse") for step in steps):
             raise ValueError(
                 f"the {leaf} of module {name!r} is computed by {type(steps[-1]).__name__}, which has no "
-                "`right_inverse`, so it cannot be drawn anew: exclude the module from `modules` with '!'."
+                "`right_inverse`, so it cannot be reinitialized: exclude the module from `modules` with '!'."
             )
 
 
 @contextmanager
 def plain_weights(module: nn.Module) -> Iterator[None]:
-    """Context in which the weights of a module are parameters of their own; what they then hold is set through others.
+    """Context in which all weights of a module are plain parameters, also those computed from other parameters.
 
-    Outside, the module's parameters are the same objects as before.
+    On exit, the parameters that a weight is computed from are set to reproduce its value.  They are the same objects as
+    before.
     """
     old = underlying(module)
     new = dict(getattr(module, "parametrizations", {}))
@@ -74,7 +75,7 @@ def plain_weights(module: nn.Module) -> Iterator[None]:
 
 
 def _set_older(module: nn.Module, leaf: str, value: Tensor) -> None:
-    """Set the parameters that a weight is computed from by the older utilities."""
+    """Set the parameters from which the older utilities compute a weight."""
     gain, direction = module._parameters.get(f"{leaf}_g"), module._parameters.get(f"{leaf}_v")
     if gain is None or direction is None:
         original = module._parameters[f"{leaf}_orig"]

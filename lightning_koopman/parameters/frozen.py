@@ -1,4 +1,4 @@
-"""What nobody draws: frozen parameters and buffers, as they were when training began."""
+"""Frozen parameters and buffers as they were when training began: reinitialization does not reset them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-MOST = 2  # times the memory of the trained parameters
+MOST = 2  # copies take at most this many times the memory of the trained parameters
 
 
 class FrozenTensors:
-    """Copies of a module's frozen parameters and buffers, as many as take twice the memory of its trained ones.
+    """Copies of a module's frozen parameters and buffers, up to twice the memory of its trained parameters.
 
-    A teacher that follows a network which has become NaN stays NaN, whatever is done to the network.
+    They are needed where, for example, a teacher follows a network that became NaN: only a copy makes it finite again.
     """
 
     def __init__(self) -> None:
         self._copies: dict[str, Tensor] = {}
 
-    def __getstate__(self) -> dict[str, dict[str, Tensor]]:  # a copy elsewhere makes its own
+    def __getstate__(self) -> dict[str, dict[str, Tensor]]:  # a pickled or deep-copied object makes its own copies
         return {"_copies": {}}
 
     def keep(self, module: nn.Module) -> None:
-        """Copy what can become non-finite."""
+        """Copy the tensors that can become non-finite, the smallest first, while they fit."""
         room = MOST * sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
         self.forget()
         for name, tensor in sorted(_untrained(module).items(), key=lambda item: item[1].numel()):
@@ -33,10 +33,10 @@ class FrozenTensors:
             self._copies[name] = tensor.clone()
 
     def restore(self, module: nn.Module) -> list[str]:
-        """Set back what is no longer finite.
+        """Restore the tensors that are no longer finite.
 
         Returns:
-            The names of those of which there is no copy.
+            Names of those without a copy.
         """
         lost = []
         for name, tensor in _untrained(module).items():
@@ -54,7 +54,7 @@ class FrozenTensors:
 
 
 def _untrained(module: nn.Module) -> dict[str, Tensor]:
-    """Frozen parameters and buffers of floating point, detached, by name."""
+    """Return the frozen parameters and buffers of floating-point or complex type, detached, by name."""
     named = chain(module.named_parameters(), module.named_buffers())
     return {
         name: tensor.detach()

@@ -1,4 +1,4 @@
-"""The processes of a run, as far as the analysis needs them: small sums, each agreed on before it is made."""
+"""The processes of a run, and small sums over them, each preceded by a check that no process has failed."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from torch import Tensor
 
 from lightning_koopman._types import Array
 
-TOLD = "_koopman_told"  # marks an error that the other processes know of
+TOLD = "_koopman_told"  # marks an error that the other processes know about
 
 
 class ProcessLostError(RuntimeError):
-    """Another process does not answer: this one cannot go on either."""
+    """Another process does not respond, so this one cannot continue."""
 
 
 class OtherProcessError(RuntimeError):
-    """What was done together failed in another process, which says why."""
+    """Joint work failed in another process, which reports why."""
 
 
 @dataclass(frozen=True)
 class Processes:
     """This process among all that train one network.
 
-    They talk over connections of their own, from CPU to CPU, so that nothing of theirs gets between the collectives of
-    the training.  Before each sum they agree that none has failed, so that none waits for a sum that never comes: see
+    They communicate in a gloo group of their own, from CPU to CPU, so as not to interfere with the collectives of the
+    training.  Before each sum they check that none has failed, so that none waits for a sum that never comes: see
     :meth:`together`.
 
     Attributes:
-        rank: Its number, 0 ≤ rank < size.
+        rank: Index of this process, 0 ≤ rank < size.
         size: Number of processes.
     """
 
@@ -43,11 +43,11 @@ class Processes:
     group: Any = None
 
     def __reduce__(self) -> tuple[type[Processes], tuple[()]]:
-        return Processes, ()  # connections belong to this process: a copy elsewhere begins alone
+        return Processes, ()  # connections belong to this process: a copy is a single process
 
     @classmethod
     def of_run(cls) -> Processes:
-        """All processes of PyTorch's default group, together; or this one alone where there is none."""
+        """Return all processes of PyTorch's default group, or this one alone if there is none."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
@@ -56,8 +56,8 @@ class Processes:
     def together(self) -> Iterator[None]:
         """Context of work that succeeds in all processes, or raises in all of them.
 
-        Whatever fails in one process, wherever in the block, the others are told when they next want to sum something,
-        at the latest at the end of the block.
+        If one process fails anywhere in the block, the others learn of it at their next sum, or at the end of the block
+        at the latest.
 
         Raises:
             OtherProcessError: If another process failed and this one did not.
@@ -79,25 +79,25 @@ class Processes:
         self._agree(failed=False)
 
     def _agree(self, *, failed: bool) -> None:
-        """Tell the others whether this process failed, and hear it from them."""
+        """Tell the other processes whether this one failed; raise OtherProcessError if any did."""
         count = int(self._reduce(torch.tensor([float(failed)]), None))
         if count:
-            raise OtherProcessError(f"it failed in {count} of {self.size} processes: see the warning there")
+            raise OtherProcessError(f"it failed in {count} of {self.size} processes: see their warnings")
 
     def all_sum(self, values: Array) -> Array:
-        """Sum of a float64 array over the processes; the same numbers in each of them."""
+        """Return the sum of a float64 array over the processes, the same in each of them."""
         if self.size == 1:
             return values
         return self.add_up(torch.from_numpy(np.array(values, dtype=np.float64))).numpy()
 
     def add_up(self, values: Tensor, group: Any = None) -> Tensor:
-        """Sum of a CPU tensor, which is overwritten, over the processes or those of a group.
+        """Return the sum of a CPU tensor over all processes, or over a group; the tensor is overwritten.
 
-        All processes have to call this, also those of no group, with an empty tensor.
+        All processes must call this; those outside any group pass an empty tensor.
 
         Raises:
-            OtherProcessError: If one of them has failed in what they do :meth:`together`.
-            ProcessLostError: If one of them has ended.
+            OtherProcessError: If a process has failed within :meth:`together`.
+            ProcessLostError: If a process has ended.
         """
         if self.size == 1:
             return values
@@ -112,17 +112,17 @@ class Processes:
         return values
 
     def copy_from_first(self, values: Tensor) -> None:
-        """Give a tensor, on any device, the first process's values in all of them."""
+        """Overwrite a tensor, on any device, with the first process's values, over the default group."""
         if self.size > 1:
             self._agree(failed=False)
             dist.broadcast(values, src=0)
 
     def table(self, row: Array) -> Array:
-        """What every process has in a row (p,), as an array (size, p)."""
+        """Return the rows (p,) of all processes as an array (size, p)."""
         rows = np.zeros((self.size, len(row)))
         rows[self.rank] = row
         return self.all_sum(rows)
 
     def any(self, flag: bool) -> bool:
-        """Whether a flag is set in a process."""
+        """Return whether a flag is set in any process."""
         return bool(self.all_sum(np.array([float(flag)]))[0] > 0)

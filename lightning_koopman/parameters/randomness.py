@@ -1,4 +1,4 @@
-"""Random draws that can be repeated and leave the run's own alone."""
+"""Reproducible random draws that do not change the run's random state."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 
 @contextlib.contextmanager
 def seeded(seed: int, devices: Iterable[torch.device] = ()) -> Iterator[None]:
-    """Context in which PyTorch, NumPy and Python draw what the seed says; their states are restored afterwards.
+    """Context in which PyTorch, NumPy and Python are seeded; their random states are restored afterwards.
 
     Args:
-        seed: Of all three.
-        devices: Whose generators are seeded beside the processor's; only CUDA has others.
+        seed: Seed of all three.
+        devices: Devices whose generators are restored besides the CPU's; only CUDA devices matter.
     """
-    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002  # what users' code draws from
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002  # users' code draws from these
     try:
         with torch.random.fork_rng({device for device in devices if device.type == "cuda"}):
             torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Draw the weights of chosen modules anew."""
+"""Reinitialize the weights of chosen modules."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ SCHEMES: dict[str, Callable[[Tensor], Any]] = {
 
 
 def check_scheme(scheme: object) -> None:
-    """Raise ValueError unless there is such a way to draw weights."""
+    """Raise ValueError unless ``scheme`` is a known way to initialize weights."""
     if not (scheme is None or callable(scheme) or (isinstance(scheme, str) and scheme in SCHEMES)):
         raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
 
 
 def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, scheme: Scheme) -> dict[str, nn.Module]:
-    """Modules by name that own parameters and can be initialised anew.
+    """Return the modules, by name, that own parameters and are to be reinitialized.
 
     Args:
         module: Any module.
         patterns: Shell-style patterns over the names of ``module.named_modules()``, such as ``"head*"`` or
-            ``["*", "!backbone.*"]``; one that begins with ``!`` excludes (default: all that own a parameter which
-            requires a gradient).
+            ``["*", "!backbone.*"]``; one that begins with ``!`` excludes (default: all that own a parameter that
+            requires a gradient, and norms without parameters).
         scheme: As for :func:`reinitialize`.
 
     Raises:
-        ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be initialised.
+        ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be reinitialized.
     """
     parts = named_parts(module)
     inside = {id(each) for part in parts.values() for each in getattr(part, "parametrizations", {}).values()}
@@ -55,13 +55,15 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
             name: owner
             for name, owner in owners.items()
             if any(parameter.requires_grad for parameter in _own(owner))
-            or not list(_own(owner))  # a norm without weights, which keeps statistics
+            or not list(_own(owner))  # a norm without parameters, which keeps running statistics
         }
     else:
         names = match_names(owners, patterns, argument="modules", kind="module that owns parameters")
         chosen = {name: owners[name] for name in names}
     if not any(list(_own(owner)) for owner in chosen.values()):
-        raise ValueError("modules=None selects the modules with trainable parameters, but there are none: name them.")
+        raise ValueError(
+            f"modules={patterns!r} selects no module with trainable parameters: pass names of such modules."
+        )
     for name, owner in chosen.items():
         check_can_be_set(owner, name)
     if not callable(scheme):
@@ -69,7 +71,7 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
             if _own_reset(owner) is None and not (scheme and _matrices(owner)):
                 raise ValueError(
                     f"module {name or 'itself'!r} ({type(owner).__name__}) owns parameters but has no "
-                    "`reset_parameters`: give it one, pass a callable `scheme`, or exclude it from `modules` with '!'."
+                    "`reset_parameters`: define it, pass a callable `scheme`, or exclude it from `modules` with '!'."
                 )
     return chosen
 
@@ -81,16 +83,16 @@ def reinitialize(
     seed: int,
     chunks: Sequence[Mapping[str, Chunk]] | None = None,
 ) -> None:
-    """Draw the parameters of modules anew, reproducibly; the global random state stays as it was.
+    """Reinitialize the parameters of modules reproducibly, without changing the global random state.
 
     Args:
-        modules: The modules; only what they own themselves is touched.
+        modules: The modules; only parameters that they own themselves are changed.
         scheme: None for each module's own ``reset_parameters``; ``"he"``, ``"xavier"`` or ``"orthogonal"`` for its
-            matrices and kernels, with zero biases (modules without any, such as norms, and embeddings use their own);
+            matrices and kernels, with zero biases (embeddings, and modules without matrices, use their own);
             or a callable that is given each module.
-        seed: Seed of the draw.
+        seed: Seed of the random draws.
         chunks: For each module, what this process holds of its parameters, by their names in the module.  Sharded ones
-            are drawn whole, a module at a time, and cut: every process draws the same, and what a single one would.
+            are drawn whole, a module at a time, and cut, so that all processes draw what a single one would.
 
     Example:
         >>> import torch
@@ -112,14 +114,14 @@ def reinitialize(
 def reinitialize_by_name(
     root: nn.Module, names: Sequence[str], scheme: Scheme, *, seed: int, processes: Processes
 ) -> None:
-    """Reinitialize some modules of a network, the same in all processes, or leave it as it was where that fails.
+    """Reinitialize some modules of a network, alike in all processes; if that fails, restore the network.
 
     Args:
         root: The network; under FSDP the outermost wrapped module.
-        names: Names of the modules, without what wrappers add.
+        names: Names of the modules, without wrappers' prefixes.
         scheme: As for :func:`reinitialize`.
         seed: As for :func:`reinitialize`.
-        processes: All that train the network.
+        processes: All processes that train the network.
     """
     chunks = local_chunks(root, remove_duplicate=False)
     owned: dict[str, dict[str, Chunk]] = {}
@@ -133,17 +135,17 @@ def reinitialize_by_name(
     try:
         with processes.together():
             reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=own)
-    except Exception:  # in any process: nothing has changed then
+    except Exception:  # in any process: restore what was changed
         for tensor, value in before:
             tensor.copy_(value)
         raise
     whole = {id(chunk.tensor): chunk.tensor.detach() for chunk in chunks.values() if chunk.whole}
-    for tensor in (*whole.values(), *root.buffers()):  # other kinds of processors may draw otherwise
+    for tensor in (*whole.values(), *root.buffers()):  # other hardware may draw other numbers
         processes.copy_from_first(tensor)
 
 
 def _draw_whole(module: nn.Module, scheme: Scheme, chunks: Mapping[str, Chunk]) -> None:
-    """Draw what one module owns with whole parameters in place of sharded ones, and keep this process's part."""
+    """Reinitialize what one module owns as whole parameters in place of sharded ones, and keep this process's part."""
     twin: nn.Module = object.__new__(type(module))  # FSDP's layers cannot be copied
     vars(twin).update({name: value for name, value in vars(module).items() if name not in chunks})
     fresh = {name: torch.full(each.shape, math.nan).to(each.tensor) for name, each in chunks.items()}
@@ -152,11 +154,11 @@ def _draw_whole(module: nn.Module, scheme: Scheme, chunks: Mapping[str, Chunk]) 
     for name, chunk in chunks.items():
         drawn = chunk.take(twin._parameters[name].detach())  # type: ignore[union-attr]
         held = chunk.tensor.detach()
-        held.copy_(torch.where(torch.isnan(drawn), held, drawn))  # what a scheme leaves alone stays
+        held.copy_(torch.where(torch.isnan(drawn), held, drawn))  # NaN where the scheme set nothing
 
 
 def _draw(module: nn.Module, scheme: Scheme) -> None:
-    """Draw what one module owns; weights that are computed from other parameters through those."""
+    """Reinitialize what one module owns; computed weights are set through the parameters they come from."""
     with plain_weights(module):
         _draw_plain(module, scheme)
 
@@ -167,7 +169,7 @@ def _draw_plain(module: nn.Module, scheme: Scheme) -> None:
         return
     own = _own_reset(module)
     if own is not None:
-        own()  # with a named scheme too: it resets what is neither matrix nor bias, such as running statistics
+        own()  # with a named scheme, too: resets all but matrices and biases, such as running statistics
     matrices = _matrices(module)
     if scheme is None or not matrices or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return
@@ -179,14 +181,14 @@ def _draw_plain(module: nn.Module, scheme: Scheme) -> None:
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters that a module owns itself, those that its weights are computed from included."""
+    """Yield the parameters that a module owns itself, including those that its weights are computed from."""
     yield from module.parameters(recurse=False)
     for each in getattr(module, "parametrizations", {}).values():
         yield from each.parameters()
 
 
 def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
-    """The module's own way to draw its parameters (``nn.MultiheadAttention`` has it under a private name)."""
+    """Return the module's own initialization (``nn.MultiheadAttention`` has it under a private name)."""
     found: Callable[[], Any] | None = getattr(module, "reset_parameters", None) or getattr(
         module, "_reset_parameters", None
     )

@@ -1,4 +1,4 @@
-"""Which of a network's parameters are observed, and how they become one flat vector."""
+"""Selection of the parameters of a network that are observed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_koopman.parameters.sharded_modules import local_chunks
 
 
 def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Parameters of a module by name; shared ones appear once.
+    """Return the parameters of a module by name; shared ones appear once.
 
     Args:
         module: Any module; under FSDP the outermost wrapped one.
@@ -40,8 +40,8 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
         chosen = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         if not chosen:
             raise ValueError(
-                f"parameters=None selects the trainable parameters, but the module has none among "
-                f"{_listed(list(named)) or 'no parameters at all'}: name the ones to observe, or unfreeze some."
+                f"parameters=None selects the trainable parameters, but the module has none (it has "
+                f"{_listed(list(named)) or 'no parameters at all'}): name the ones to observe, or unfreeze some."
             )
     else:
         names = match_names(named, patterns, argument="parameters", kind="parameter")
@@ -52,7 +52,7 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
 
 
 def as_patterns(patterns: str | Sequence[str] | None, argument: str = "parameters") -> tuple[str, ...] | None:
-    """Patterns as the user gives them, one or several or none, in one form; raise TypeError if they are no text."""
+    """Return patterns, one or several or none, as a tuple or None; raise TypeError unless they are strings."""
     if patterns is None or isinstance(patterns, str):
         return None if patterns is None else (str(patterns),)
     loose: Any = patterns
@@ -66,26 +66,26 @@ def as_patterns(patterns: str | Sequence[str] | None, argument: str = "parameter
 
 
 def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument: str, kind: str) -> list[str]:
-    """The names that match one of the shell-style patterns and none of those that begin with ``!``, in their order.
+    """Return the names that match a shell-style pattern and none of those that begin with ``!``, in their order.
 
     Args:
         names: All names.
-        patterns: One pattern or several; ``"*"`` is understood where all exclude.
-        argument: The user's name of ``patterns``, for messages.
-        kind: What the names are names of, for messages.
+        patterns: One pattern or several; if all exclude, ``"*"`` is added.
+        argument: Name of the user's argument, for messages.
+        kind: What the names denote, for messages.
 
     Raises:
-        ValueError: If a pattern matches nothing, or nothing is left.
+        ValueError: If there is no pattern, one matches nothing, or nothing is left.
     """
     known = list(names)
     wanted = list(as_patterns(patterns, argument) or ())
     if not wanted:
-        raise ValueError(f"{argument}={patterns!r} names nothing: give patterns, or leave it out.")
+        raise ValueError(f"{argument}={patterns!r} is empty: pass one or more patterns, or None for the default.")
     for pattern in wanted:
         if not any(fnmatchcase(name, pattern.removeprefix("!")) for name in known):
             raise ValueError(
                 f"{argument}={pattern!r} matches no {kind}; the module has {_listed(known) or 'none'}: "
-                "mend the patterns."
+                "fix the patterns."
             )
     include = [pattern for pattern in wanted if not pattern.startswith("!")] or ["*"]
     exclude = [pattern[1:] for pattern in wanted if pattern.startswith("!")]
@@ -97,7 +97,7 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
     ]
     if not chosen:
         raise ValueError(
-            f"{argument}={wanted!r} selects nothing: the exclusions remove every match, so mend the patterns."
+            f"{argument}={wanted!r} selects nothing: the exclusions remove every match, so fix the patterns."
         )
     return chosen
 
@@ -105,11 +105,10 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
 def _check_observable(name: str, parameter: nn.Parameter) -> None:
     if isinstance(parameter, UninitializedParameter):
         raise ValueError(
-            f"parameter {name!r} is a lazy parameter without a shape yet: run one batch through the module before "
-            "fitting."
+            f"parameter {name!r} is lazy and has no shape yet: run one batch through the module before fitting."
         )
 
 
 def _listed(names: list[str]) -> str:
-    """The first few names, for messages."""
+    """Return the first few names, for messages."""
     return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

@@ -1,4 +1,4 @@
-"""What this process holds of a module's parameters, whatever wrapper shards them."""
+"""What this process holds of a module's parameters, whichever wrapper shards them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch.nn.parameter import UninitializedParameter
 
 from lightning_koopman.parameters.shards import Chunk, Indices, one_run
 
-# parts of names that a plain network does not have
+# components of names that wrappers add
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod")
 
 
 def local_chunks(module: nn.Module, *, remove_duplicate: bool = True) -> dict[str, Chunk]:
-    """What this process holds of a module's parameters, by the names that they have without any wrapper.
+    """Return what this process holds of a module's parameters, by their names without wrappers.
 
     Args:
-        module: Any module; under FSDP the outermost wrapped one.  Layers that FSDP has left gathered are sharded again.
+        module: Any module; under FSDP the outermost wrapped one.  Layers that FSDP left gathered are resharded.
         remove_duplicate: Whether a shared parameter appears once, under its first name.
     """
     _reshard(module)
@@ -42,7 +42,7 @@ def local_chunks(module: nn.Module, *, remove_duplicate: bool = True) -> dict[st
 
 
 def named_tensors(root: nn.Module, module: nn.Module) -> dict[str, Tensor]:
-    """What this process holds of a module's parameters, and its buffers, by the names that they have without wrappers.
+    """Return what this process holds of a module's parameters, and its buffers, by their names without wrappers.
 
     Args:
         root: The module, or FSDP's wrapper around it.
@@ -53,12 +53,12 @@ def named_tensors(root: nn.Module, module: nn.Module) -> dict[str, Tensor]:
 
 
 def is_sharded(root: nn.Module) -> bool:
-    """Whether this process holds less than all of a parameter."""
+    """Return whether this process holds less than all of some parameter."""
     return any(not chunk.whole for chunk in local_chunks(root).values())
 
 
 def _chunk(parameter: nn.Parameter) -> Chunk:
-    """The chunk of a plain parameter or of a DTensor."""
+    """Return the chunk of a plain parameter or of a DTensor."""
     if isinstance(parameter, UninitializedParameter):
         return Chunk(parameter, parameter, (), *one_run(0, 0))
     if not hasattr(parameter, "device_mesh"):
@@ -72,17 +72,15 @@ def _chunk(parameter: nn.Parameter) -> Chunk:
         lengths.append(length)
     found = Chunk(parameter, local, shape, np.concatenate(starts), np.concatenate(lengths))
     if int(found.lengths.sum()) != local.numel():
-        raise ValueError(
-            f"a parameter of shape {shape} is sharded in a way that is not understood: {sharded.placements}."
-        )
+        raise ValueError(f"a parameter of shape {shape} has a sharding that is not supported: {sharded.placements}.")
     return found
 
 
 def _flat_chunks(path: str, handle: Any) -> Iterator[tuple[str, Chunk]]:
-    """The chunks of the parameters that FSDP has joined into one flat parameter."""
+    """Yield the chunks of the parameters that FSDP has joined into one flat parameter."""
     flat = handle.flat_param
     if flat._params is None:
-        raise ValueError("FSDP with use_orig_params=False hides the parameters: leave it at Lightning's default, True.")
+        raise ValueError("FSDP with use_orig_params=False hides the parameters: use Lightning's default, True.")
     shard = getattr(flat, "_local_shard", flat).detach()
     infos = zip(flat._fqns, flat._params, flat._shapes, flat._shard_param_infos, strict=True)
     for name, parameter, shape, info in infos:
@@ -93,10 +91,10 @@ def _flat_chunks(path: str, handle: Any) -> Iterator[tuple[str, Chunk]]:
 
 
 def _box_runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int, ...]) -> tuple[Indices, Indices]:
-    """Runs of the flat indices of a box within a tensor."""
+    """Return the runs of the flat indices of a box within a tensor."""
     if not math.prod(sizes):
         return one_run(0, 0)
-    whole = len(shape)  # trailing dimensions from here on lie in one piece
+    whole = len(shape)  # trailing dimensions from here on are contiguous
     while whole > 0 and sizes[whole - 1] == shape[whole - 1]:
         whole -= 1
     inner = max(0, whole - 1)
@@ -109,7 +107,7 @@ def _box_runs(shape: tuple[int, ...], offsets: tuple[int, ...], sizes: tuple[int
 
 
 def _reshard(module: nn.Module) -> None:
-    """Let FSDP free what a forward pass without a backward pass has left gathered."""
+    """Free what FSDP left gathered after a forward pass without a backward pass."""
     for part in module.modules():
         if is_kind(part, "FSDPModule"):
             part.reshard()  # type: ignore[operator]
@@ -122,15 +120,15 @@ def _reshard(module: nn.Module) -> None:
 
 
 def is_kind(value: object, *kinds: str) -> bool:
-    """Whether an object is of one of some classes, which versions and import roots have elsewhere or not at all."""
+    """Return whether a class of the object has one of these names; its module differs between versions and packages."""
     return any(base.__name__ in kinds for base in type(value).__mro__)
 
 
 def clean_name(name: str) -> str:
-    """A module's or parameter's name without the parts that wrappers add."""
+    """Return a module's or parameter's name without the components that wrappers add."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def named_parts(module: nn.Module) -> dict[str, nn.Module]:
-    """All modules by the names that they have without any wrapper; the wrapped one, not the wrapper."""
+    """Return all modules by their names without wrappers: the wrapped module, not the wrapper."""
     return {clean_name(name): part for name, part in module.named_modules()}

@@ -1,8 +1,8 @@
-"""What each process holds of a network's parameters, and which of it counts as its own.
+"""What each process holds of a network's parameters, and which part of it counts as its own.
 
-Under FSDP each process holds a chunk of a parameter, under DDP all of it, under hybrid schemes a chunk that others hold
-too.  Processes that hold the same chunk share it out, so that every number counts once, and memory and work of the
-analysis divide by the number of processes.
+Under FSDP each process holds a chunk of a parameter, under DDP all of it, and under hybrid schemes a chunk that others
+hold, too.  Replicas of a chunk divide it among themselves.  So every element counts once, and the memory and work of
+the analysis are divided by the number of processes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_koopman.parameters.process_group import Processes
 
 Indices = npt.NDArray[np.int64]
-EXACT = 2**50  # hashes below it are whole numbers in float64
+EXACT = 2**50  # hashes below it are exact in float64
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,10 +31,10 @@ class Chunk:
 
     Attributes:
         parameter: The parameter as the optimizers know it.
-        tensor: Its numbers here, sharing the parameter's memory.
+        tensor: The elements held here, sharing the parameter's memory.
         shape: Shape of the whole parameter.
-        starts: Array (runs,): where in the whole, flattened parameter each run of successive numbers begins.
-        lengths: Array (runs,): their lengths; the runs are in the order of ``tensor.reshape(-1)``.
+        starts: Array (runs,): index in the flattened whole parameter at which each run of contiguous elements begins.
+        lengths: Array (runs,): lengths of the runs, which follow the order of ``tensor.reshape(-1)``.
     """
 
     parameter: nn.Parameter
@@ -45,29 +45,29 @@ class Chunk:
 
     @classmethod
     def of(cls, tensor: Any) -> Chunk:
-        """All of a tensor that is not sharded; complex numbers are pairs of real ones."""
+        """Return all of a tensor that is not sharded; complex elements are pairs of real ones."""
         held = torch.view_as_real(tensor.detach()) if tensor.is_complex() else tensor
         return cls(tensor, held, tuple(held.shape), *one_run(0, held.numel()))
 
     @property
     def numel(self) -> int:
-        """Number of numbers of the whole parameter."""
+        """Number of elements of the whole parameter."""
         return math.prod(self.shape)
 
     @property
     def whole(self) -> bool:
-        """Whether the parameter is an ordinary one, all of which is here."""
+        """Whether the parameter is not sharded: all of it is here."""
         return self.tensor is self.parameter or self.parameter.is_complex()
 
     def like(self, value: Tensor | None) -> Tensor | None:
-        """This process's numbers of a tensor that is sharded as the parameter is, such as its gradient."""
+        """Return this process's part of a tensor that is sharded like the parameter, such as its gradient, or None."""
         if value is None:
             return None
         local: Tensor = value.to_local() if hasattr(value, "to_local") else value
         return local if local.numel() == self.tensor.numel() else None
 
     def take(self, whole: Tensor) -> Tensor:
-        """What this process holds, from a tensor of the whole parameter's shape."""
+        """Return what this process holds of a tensor of the whole parameter's shape."""
         if self.tensor.shape == whole.shape:
             return whole
         return _gathered(whole, self.starts, self.lengths).reshape(self.tensor.shape)
@@ -75,14 +75,14 @@ class Chunk:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What of one parameter counts as this process's own.
+    """The part of one parameter that counts as this process's own.
 
     Attributes:
         chunk: What the process holds.
-        start: First of its numbers in the flattened chunk.
-        stop: One after the last.
-        starts: As the chunk's, of these numbers only.
-        lengths: As the chunk's, of these numbers only.
+        start: Index of the part's first element in the flattened chunk.
+        stop: Index after the last.
+        starts: As in the chunk, for this part only.
+        lengths: As in the chunk, for this part only.
     """
 
     chunk: Chunk
@@ -93,15 +93,15 @@ class Part:
 
     @property
     def values(self) -> Tensor:
-        """The numbers, a flat view (or copy where the chunk's memory has gaps)."""
+        """The elements, as a flat view (or a copy if the chunk's memory has gaps)."""
         return self.chunk.tensor.detach().reshape(-1)[self.start : self.stop]
 
     def take(self, whole: Tensor) -> Tensor:
-        """The own numbers, flat, from a tensor of the whole parameter's shape."""
+        """Return the own elements, flat, of a tensor of the whole parameter's shape."""
         return _gathered(whole, self.starts, self.lengths)
 
     def places(self, local: Tensor) -> Tensor:
-        """Flat indices in the whole parameter of numbers given by their indices here."""
+        """Return the flat indices in the whole parameter of elements given by their indices in this part."""
         ends = torch.from_numpy(np.cumsum(self.lengths))
         run = torch.searchsorted(ends, local, right=True)
         before = ends - torch.from_numpy(self.lengths)
@@ -109,12 +109,12 @@ class Part:
 
 
 class Shards(Mapping[str, Part]):
-    """The own parts of some parameters, by name.
+    """This process's own parts of some parameters, by name.
 
     Args:
-        chunks: What this process holds of each; the same names in the same order in every process.
-        processes: All processes that hold something of them.
-        like: Earlier ones: where the chunks are of the same kind, nothing needs to be asked of the other processes.
+        chunks: What this process holds of each parameter; the same names in the same order in every process.
+        processes: All processes that hold a part of them.
+        like: Earlier shards: if no process's chunks have changed since, the table of replicas is not exchanged again.
     """
 
     def __init__(
@@ -153,11 +153,11 @@ class Shards(Mapping[str, Part]):
 
     @property
     def numel(self) -> int:
-        """Number of own numbers."""
+        """Number of own elements."""
         return sum(part.stop - part.start for part in self.values())
 
     def runs(self) -> Iterator[tuple[int, Tensor]]:
-        """The own numbers in runs: where each begins in the sequence of all parameters, and its values."""
+        """Yield the own elements in runs: the index of each among all parameters' elements, and its values."""
         for name, part in self.items():
             at, values = 0, part.values
             for start, length in zip(part.starts.tolist(), part.lengths.tolist(), strict=True):
@@ -165,12 +165,12 @@ class Shards(Mapping[str, Part]):
                 at += length
 
     def split(self, flat: Tensor) -> dict[str, Tensor]:
-        """A vector of all own numbers, by parameter."""
+        """Split a vector of all own elements by parameter."""
         sizes = [part.stop - part.start for part in self.values()]
         return dict(zip(self, torch.split(flat, sizes), strict=True))
 
     def complete(self, name: str, own: Tensor) -> Tensor:
-        """Numbers of the chunk that this process holds, from those of its own part and of its replicas' parts."""
+        """Return the chunk that this process holds, from the values of its own part and of its replicas' parts."""
         chunk, part = self.chunks[name], self[name]
         filled = torch.zeros(chunk.tensor.numel(), dtype=own.dtype)
         filled[part.start : part.stop] = own.cpu()
@@ -180,7 +180,7 @@ class Shards(Mapping[str, Part]):
         return (filled if group is None else shared).reshape(chunk.tensor.shape)
 
     def assemble(self, name: str, own: Tensor) -> Tensor:
-        """Mask of the whole parameter's shape from all processes' parts: a byte a weight is sent, no weights."""
+        """Return a mask of the whole parameter from all processes' parts; sends one byte per weight, no weights."""
         part = self[name]
         whole = torch.zeros(part.chunk.numel, dtype=torch.uint8)
         at = 0
@@ -196,9 +196,9 @@ class Shards(Mapping[str, Part]):
         return Part(chunk, start, stop, *_cut(chunk.starts, chunk.lengths, start, stop))
 
     def _make_groups(self) -> None:
-        """A group of processes for each set of replicas; made by all processes together, at first need."""
+        """Create a process group for each set of replicas, in all processes together, when first needed."""
         if self._sharing and not self._groups:
-            self.processes.any(False)  # all of them are here
+            self.processes.any(False)  # check that no process has failed before creating groups
         everyone = tuple(range(self.processes.size))
         for ranks in self._sharing if not self._groups else ():
             own = ranks == everyone
@@ -206,7 +206,7 @@ class Shards(Mapping[str, Part]):
 
 
 def _sharing(table: npt.NDArray[np.float64]) -> list[tuple[int, ...]]:
-    """The sets of processes that hold the same chunk of something, from all their marks; the same in each of them."""
+    """Return the sets of processes that hold the same chunk, from all their marks; the same in each of them."""
     found = set()
     for column in table.T:
         for mark in np.unique(column[column > 0]):
@@ -221,13 +221,13 @@ def one_run(start: int, length: int) -> tuple[Indices, Indices]:
 
 
 def _gathered(whole: Tensor, starts: Indices, lengths: Indices) -> Tensor:
-    """The numbers of some runs, one after the other."""
+    """Return the elements of some runs, concatenated."""
     flat, runs = whole.reshape(-1), zip(starts.tolist(), lengths.tolist(), strict=True)
     return torch.cat([flat[:0], *(flat[start : start + length] for start, length in runs)])
 
 
 def _cut(starts: Indices, lengths: Indices, start: int, stop: int) -> tuple[Indices, Indices]:
-    """The runs of the numbers start … stop − 1 in their order."""
+    """Return the runs of the elements ``start`` … ``stop − 1``, in order."""
     ends = np.cumsum(lengths)
     begins = ends - lengths
     left, right = np.maximum(begins, start), np.minimum(ends, stop)
@@ -236,7 +236,7 @@ def _cut(starts: Indices, lengths: Indices, start: int, stop: int) -> tuple[Indi
 
 
 def _mark(name: str, chunk: Chunk) -> float:
-    """Hash of what is held of a parameter, 0 where that is nothing."""
+    """Return a hash of what is held of a parameter; 0 if nothing is."""
     if not chunk.tensor.numel():
         return 0.0
     digest = hashlib.blake2b(name.encode(), digest_size=8)

@@ -1,1 +1,1 @@
-"""Figures.  The only folder that needs matplotlib; no figure is registered with pyplot, so nothing has to be closed."""
+"""Figures, drawn with matplotlib.  None is registered with pyplot, so none has to be closed."""

@@ -1,4 +1,4 @@
-"""A figure of a depth estimate."""
+"""Figure of a depth estimate."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 def plot_depth(estimate: DepthEstimate, *, ax: Axes | None = None) -> Figure:
-    """Amplitudes over frequencies, the cutoff, and where each layer begins.
+    """Plot amplitudes over frequency, the cutoff, and the frequency at which each layer begins.
 
     Args:
-        estimate: What :func:`estimate_depth` found; of several outputs the largest amplitude relative to its cutoff is
-            drawn.
+        estimate: What :func:`estimate_depth` returned.  For several outputs, the largest amplitude relative to its
+            cutoff is drawn.
         ax: Axes to draw into (default: a new figure).
 
     Returns:
@@ -33,7 +33,7 @@ def plot_depth(estimate: DepthEstimate, *, ax: Axes | None = None) -> Figure:
         >>> len(plot_depth(estimate_depth(x, x**2)).axes)
         1
     """
-    check_instance("estimate", estimate, DepthEstimate, "what estimate_depth returns")
+    check_instance("estimate", estimate, DepthEstimate, "a DepthEstimate")
     figure, axis = axes_of(ax, (6.4, 3.6))
     from matplotlib.ticker import NullFormatter
 

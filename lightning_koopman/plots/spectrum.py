@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-RESIDUALS = (1e-4, 1.0)  # ends of the colour scale
+RESIDUALS = (1e-4, 1.0)  # ends of the color scale
 
 
 def plot_spectrum(
@@ -27,17 +27,17 @@ def plot_spectrum(
     title: str = "training",
     ax: Axes | None = None,
 ) -> Figure:
-    """Eigenvalues in the unit circle: area by importance, colour by residual, the surrogate beside them.
+    """Plot eigenvalues in the unit circle, area by importance and color by residual, with the surrogate beside them.
 
-    Of sketched trajectories, a thin circle around each eigenvalue shows its standard error.
+    For sketched trajectories, a thin circle around each eigenvalue shows its standard error.
 
     Args:
         spectrum: The training's spectrum.
-        surrogate: Spectrum of the random walk with the same step lengths (default: none drawn).
-        reading: Draw the spectral density of its steps as well.
-        radius: Radius of the disc around 1 that is outlined.
+        surrogate: Spectrum of the random walk with the same step lengths (default: not drawn).
+        reading: Reading whose spectral density of the steps is drawn as well (default: not drawn).
+        radius: Radius of the outlined disc around 1.
         title: Heading of the training's panel.
-        ax: Axes to draw the training's eigenvalues into, and nothing else (default: a new figure).
+        ax: Axes for the training's eigenvalues only, without the other panels (default: a new figure).
 
     Returns:
         The figure.
@@ -55,7 +55,7 @@ def plot_spectrum(
         check_instance("surrogate", surrogate, Spectrum, "a Spectrum")
     if reading is not None:
         check_instance("reading", reading, TrainingReading, "a TrainingReading")
-    radius, title = check_positive("radius", radius), str(check_instance("title", title, str, "a text"))
+    radius, title = check_positive("radius", radius), str(check_instance("title", title, str, "a string"))
     from matplotlib import colors
     from matplotlib.cm import ScalarMappable
     from matplotlib.figure import Figure
@@ -88,13 +88,13 @@ def plot_spectrum(
 
 
 def plot_steps(reading: TrainingReading, *, ax: Axes | None = None) -> Figure:
-    """Koopman spectral density of the steps over the angle of the eigenvalue, with a random walk's as a band.
+    """Plot the Koopman spectral density of the steps over the angle of the eigenvalue, with a random walk's as a band.
 
-    Weight at angle 0 goes somewhere, weight at other angles comes back; at the noise floor of a learning rate the
-    density lies below the walk's at 0.
+    Density at angle 0 is movement in a direction, density at other angles is movement that comes back.  At the noise
+    floor of a learning rate, the density at angle 0 lies below the walk's.
 
     Args:
-        reading: What :func:`read_training` returned, with its steps.
+        reading: What :func:`read_training` returned.
         ax: Axes to draw into (default: a new figure).
 
     Returns:
@@ -124,7 +124,7 @@ def plot_steps(reading: TrainingReading, *, ax: Axes | None = None) -> Figure:
     axis.plot(angles, steps.density, color=TRAINING, linewidth=1.6, label="training")
     axis.set(xlim=(0, 180), ylim=(0, None))
     axis.set_xticks([0, 45, 90, 135, 180], ["0\nλ = 1", "45", "90", "135", "180\nλ = −1"])
-    axis.set_xlabel("angle of λ in degrees a snapshot", fontsize=9, color=INK)
+    axis.set_xlabel("angle of λ in degrees per snapshot", fontsize=9, color=INK)
     axis.set_ylabel("spectral density of the steps", fontsize=9, color=INK)
     axis.set_title(f"newest {steps.count} steps: {reading.phase.value}", fontsize=10, color=INK)
     axis.legend(fontsize=8, frameon=False)

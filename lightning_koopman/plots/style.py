@@ -1,4 +1,4 @@
-"""Colours and axes that all figures share."""
+"""Colors and axes that all figures share."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PHASES = {
 
 
 def check_matplotlib() -> None:
-    """Raise ModuleNotFoundError, with the mend, where matplotlib is not installed."""
+    """Raise ModuleNotFoundError, with the command to install it, if matplotlib is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ModuleNotFoundError(
             "figures need matplotlib, which is not installed: pip install 'lightning_koopman[plots]'", name="matplotlib"
@@ -34,11 +34,11 @@ def check_matplotlib() -> None:
 
 
 def axes_of(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
-    """The axes that are given and their figure, or new ones of that size in inches.
+    """Return the given axes and their figure, or new ones of ``size`` in inches.
 
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
-        TypeError: If ``ax`` is no axes of matplotlib.
+        TypeError: If ``ax`` is not Axes of matplotlib.
     """
     check_matplotlib()
     from matplotlib.axes import Axes
@@ -48,13 +48,13 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
         figure = Figure(figsize=size, layout="constrained")
         return figure, figure.subplots()
     if not isinstance(ax, Axes):
-        raise TypeError(f"ax must be axes of matplotlib, got {type(ax).__name__}: `figure.subplots()` makes some.")
+        raise TypeError(f"ax must be Axes of matplotlib, got {type(ax).__name__}: use `figure.subplots()`.")
     found: Any = ax.figure
     return found, ax
 
 
 def plain(axis: Axes) -> None:
-    """Small labels, a light grid, no box."""
+    """Style axes with small labels, a light grid and no box."""
     axis.tick_params(which="both", labelsize=8, colors=INK)
     axis.grid(color=MUTED, alpha=0.25, linewidth=0.5)
     axis.spines[["top", "right"]].set_visible(False)

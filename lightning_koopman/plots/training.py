@@ -1,4 +1,4 @@
-"""Figures of a whole training: its losses with the phases, and its path through them."""
+"""Figures of a whole training: its losses with the phases, and its phase portrait."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ NEEDED = "epoch", "train_loss", "step_length", "step_correlation", "step_correla
 
 
 def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
-    """Training loss over epochs or steps below a strip of the phases, and the numbers that tell them.
+    """Plot the training loss below a strip of the phases, and the numbers behind the phases.
 
-    Where a new trajectory begins (another learning rate, pruned, restarted, other weights) there is a dotted line, with
-    the new learning rate where that has changed.
+    A dotted line marks where a new trajectory begins (another learning rate, pruned, restarted, other weights), with
+    the new learning rate if that has changed.
 
     Args:
         history: Rows such as :attr:`KoopmanSpectrumMonitor.history`, with ``epoch``, ``train_loss``, ``phase``,
             ``step_length``, ``step_correlation``, ``step_correlation_error`` and ``slowing``.
-        ax: Axes to draw the loss and the strip into, without the numbers (default: a new figure).
+        ax: Axes for the loss and the strip only, without the numbers (default: a new figure).
 
     Returns:
         The figure.
 
     Raises:
-        ValueError: If there are no such rows.
+        ValueError: If the history is empty or lacks one of these columns.
 
     Example:
         >>> from lightning_koopman import plot_history
@@ -66,9 +66,7 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
     )
     bottom.axhline(0, color=WALK, linewidth=1, linestyle="--")
     bottom.plot(at, correlation, color=TRAINING, linewidth=1.6, label="step correlation")
-    bottom.plot(
-        at, values["slowing"], color=MUTED, linewidth=1.4, label="slowing: share of the greatest pace that is gone"
-    )
+    bottom.plot(at, values["slowing"], color=MUTED, linewidth=1.4, label="slowing (0: at full pace, 1: at rest)")
     bottom.set(ylim=(-0.85, 1.05))
     begins = _begins(history, at)
     for where, told in begins.items():
@@ -77,7 +75,7 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
         place = {"xytext": (3, 0), "textcoords": "offset points", "rotation": 90, "fontsize": 8, "color": INK}
         top.annotate(told, (where, 0.35), xycoords=top.get_xaxis_transform(), **place)
     if begins:
-        bottom.plot([], [], ":", color=INK, label="a new trajectory: another rate, pruned, restarted or other weights")
+        bottom.plot([], [], ":", color=INK, label="new trajectory: another rate, pruned, restarted or other weights")
     bottom.set_xlabel(name, fontsize=9, color=INK)
     bottom.legend(fontsize=8, frameon=False, loc="lower right", ncols=2)
     plain(bottom)
@@ -85,10 +83,10 @@ def plot_history(history: Rows, *, ax: Axes | None = None) -> Figure:
 
 
 def plot_portrait(history: Rows, *, ax: Axes | None = None) -> Figure:
-    """Phase portrait: step correlation over relative step length, the path of the training drawn through it.
+    """Plot the phase portrait of a training: its path in step correlation over relative step length.
 
-    A training comes in at the right, with long steps in one direction.  It leaves to the left where it settles, and
-    falls below the walk's band where it hovers.
+    A training starts at the right, with long steps in one direction.  It moves to the left as it settles, and falls
+    below the walk's band when it hovers.
 
     Args:
         history: Rows such as :attr:`KoopmanSpectrumMonitor.history`; see :func:`plot_history`.
@@ -98,7 +96,7 @@ def plot_portrait(history: Rows, *, ax: Axes | None = None) -> Figure:
         The figure.
 
     Raises:
-        ValueError: If there are no such rows.
+        ValueError: If the history is empty or lacks one of these columns.
 
     Example:
         >>> from lightning_koopman import plot_portrait
@@ -132,14 +130,14 @@ def plot_portrait(history: Rows, *, ax: Axes | None = None) -> Figure:
         axis.annotate(f"{row['epoch']}", (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8, color=INK)
     axis.set_xscale("log")
     axis.set_xlabel("step length relative to the longest", fontsize=9, color=INK)
-    axis.set_ylabel("step correlation\n(below: turns back; above: goes somewhere)", fontsize=9, color=INK)
+    axis.set_ylabel("step correlation\n(below 0: turns back; above 0: keeps its direction)", fontsize=9, color=INK)
     axis.legend(fontsize=8, frameon=False)
     plain(axis)
     return figure
 
 
 def _check_rows(history: object) -> None:
-    """Raise ValueError where these are no rows with a phase and the numbers needed."""
+    """Raise ValueError unless these are rows with a phase and the numbers needed."""
     whole = isinstance(history, Sequence) and len(history) and all(isinstance(row, Mapping) for row in history)
     rows: Any = history
     if not whole or not all(isinstance(row.get(key), Real) for row in rows for key in NEEDED):
@@ -153,7 +151,7 @@ def _check_rows(history: object) -> None:
 
 
 def _draw_losses(axis: Axes, history: Rows, at: np.ndarray[Any, np.dtype[np.float64]]) -> None:
-    """The losses, and above them a strip of the phases."""
+    """Draw the losses, and above them a strip of the phases."""
     from matplotlib.patches import Patch, Rectangle
 
     losses = np.array([row["train_loss"] for row in history], dtype=float)
@@ -173,7 +171,7 @@ def _draw_losses(axis: Axes, history: Rows, at: np.ndarray[Any, np.dtype[np.floa
 
 
 def _begins(history: Rows, at: np.ndarray[Any, np.dtype[np.float64]]) -> dict[float, str]:
-    """Where a new trajectory begins, and its learning rate if that is another one."""
+    """Find where new trajectories begin, with the new learning rate if it has changed."""
     found = {}
     for before, now, where in zip(history, history[1:], at, strict=False):
         if now.get("n_snapshots", 0) < before.get("n_snapshots", 0):

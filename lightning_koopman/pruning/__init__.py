@@ -1,1 +1,1 @@
-"""Masks and channel removal, for any PyTorch loop."""
+"""Masks and channel removal for any PyTorch training loop."""

@@ -1,4 +1,4 @@
-"""Which channels of a network can be removed, and what is left without them."""
+"""Find the channels that can be removed from a network, choose among them and remove them."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ from lightning_koopman.pruning.channel_tracing import (
 )
 from lightning_koopman.pruning.channel_trial import OUTPUT, Copy, agrees, check_repeats
 
-MIXING = {  # operations that do more than pass channels through
+MIXING = {  # operations that mix channels
     "Bmm": "attention or a product",
     "ScaledDotProduct": "attention",
     "Softmax": "a softmax",
     "Opaque": "a module that is traced as a whole",
 }
 FROZEN = "frozen"
-ARGUMENTS = {"in_features": "nx", "out_features": "nf"}  # of a layer with a transposed weight
+ARGUMENTS = {"in_features": "nx", "out_features": "nf"}  # names in `Conv1D` of transformers
 
 
 @dataclass(frozen=True)
 class Coupled:
-    """Layers whose channels go together.
+    """Layers whose channels have to be removed together.
 
     Attributes:
-        group: Torch-Pruning's.
-        closures: Channels of the first layer that cannot go without one another.
-        uses: Array (layers, closures): how many channels each of the layers has in each closure.
+        group: The group of Torch-Pruning.
+        closures: Sets of channels of the first layer that can only be removed together.
+        uses: Array (layers, closures): number of channels that each layer has in each closure.
     """
 
     group: Any
@@ -55,7 +55,7 @@ class Coupled:
 
     @classmethod
     def of(cls, group: Any) -> Coupled:
-        """From a group of all channels of a layer."""
+        """Build from a group that holds all channels of a layer."""
         place = {channel: at for at, closure in enumerate(group.closures) for channel in closure}
         rows = [
             np.bincount([place[channel] for channel in item.root_idxs], minlength=len(group.closures))
@@ -66,21 +66,21 @@ class Coupled:
 
     @property
     def channels(self) -> int:
-        """Channels of the first layer."""
+        """Number of channels of the first layer."""
         return sum(map(len, self.closures))
 
 
 class Structure:
-    """Groups of channels that have to go together, found by tracing a copy of the network.
+    """Groups of channels that have to be removed together, found by tracing a copy of the network.
 
     Args:
         module: The network.
         run: As for :func:`~lightning_koopman.remove_channels`.
         layers: As for :func:`~lightning_koopman.remove_channels`.
         copy: As for :func:`~lightning_koopman.remove_channels`.
-        refused: Layers to leave alone, with the reason.
-        also: Further things the network is used for, which must not fail without the channels, whatever they return.
-        argument: The user's name of ``layers``, for messages.
+        refused: Layers to skip, with the reason by name.
+        also: Further functions of the network that must run without the channels too; their results are ignored.
+        argument: Name of ``layers`` in error messages.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Structure:
 
     @property
     def channels(self) -> dict[str, int]:
-        """By name of each group's first layer, the number of its channels."""
+        """Number of channels by the name of each group's first layer."""
         return {name: coupled.channels for name, coupled in self.groups.items()}
 
     def choose(
@@ -139,7 +139,7 @@ class Structure:
         scope: str = "tensor",
         originals: Mapping[str, int] | None = None,
     ) -> dict[str, list[int]]:
-        """The channels of least importance; the arguments are those of :func:`remove_channels`."""
+        """Choose the least important channels; the arguments are those of :func:`remove_channels`."""
         importance = self._importance_by(scores or {})
         channels = self.channels
         full = {name: (originals or {}).get(name, count) for name, count in channels.items()}
@@ -151,7 +151,7 @@ class Structure:
         return self._pick(importance, spare)
 
     def _importance_by(self, scores: Mapping[str, Tensor]) -> dict[str, npt.NDArray[np.float64]]:
-        """Importance of each closure of each group, judged by scores in place of some parameters."""
+        """Return the importance of each closure of each group, with scores in place of some parameters."""
         own = dict(self._tracing.twin.named_parameters())
         turned = {f"{name}.weight" for name in self._tracing.transposed}
         oriented = {name: value.T if name in turned else value for name, value in scores.items()}
@@ -175,7 +175,7 @@ class Structure:
         return found
 
     def _pick(self, importance: Mapping[str, npt.NDArray[np.float64]], quota: int) -> dict[str, list[int]]:
-        """Channels of the least important closures, as many as a quota allows; each layer keeps at least one."""
+        """Pick about ``quota`` channels, by the least important closures; each layer keeps at least one channel."""
         picked: dict[str, list[int]] = {name: [] for name in importance}
         left = {name: self.groups[name].uses.sum(axis=1) for name in importance}
         places = [(name, at) for name, values in importance.items() for at in range(len(values))]
@@ -191,10 +191,10 @@ class Structure:
         return {name: sorted(gone) for name, gone in picked.items()}
 
     def remove(self, chosen: Mapping[str, Sequence[int]]) -> ChannelRemoval:
-        """What remains without the chosen channels; uses the traced copy up, the network itself is not touched.
+        """Remove the chosen channels from the traced copy, which is then used up; the network is unchanged.
 
         Raises:
-            ValueError: If a layer would be left without a channel.
+            ValueError: If a layer would keep no channel.
         """
         graph, channels = self._tracing.graph, self.channels
         parts = {name: part for part, name in self._tracing.names.items()}
@@ -203,7 +203,7 @@ class Structure:
         sizes = {}
         for name, tensor in _tensors_of(self._tracing.twin):
             sizes[name] = tensor.shape
-            # each entry its own index in the network: what is left of them tells what was kept
+            # each element becomes its own index in the network, so that the remaining ones show what was kept
             index = torch.arange(tensor.numel(), dtype=torch.float64)
             tensor.data = index.reshape(tensor.T.shape).T if name in turned else index.reshape(tensor.shape)
         removed: dict[str, list[int]] = {name: [] for name in chosen}
@@ -217,7 +217,7 @@ class Structure:
         for name, tensor in _tensors_of(self._tracing.twin):
             if tensor.shape != sizes[name]:
                 if not tensor.numel():
-                    raise ValueError(f"{name!r} would be left without a channel")
+                    raise ValueError(f"{name!r} would keep no channel")
                 oriented = tensor.T if name in turned else tensor
                 kept[name] = (oriented.detach().reshape(-1).round().long(), oriented.shape)
         changes = {}
@@ -230,16 +230,16 @@ class Structure:
         return ChannelRemoval(changes, removed, channels, self.left_alone, kept)
 
     def unfit(self, *, thaw: bool = False) -> dict[str, str]:
-        """Layers whose channels cannot be removed without side effects, with the reason, by trying on copies.
+        """Try removals on copies; return the layers where they have side effects, with the reason.
 
         Args:
-            thaw: Whether layers that are frozen now may be unfrozen later.
+            thaw: Whether frozen layers may be unfrozen later.
 
         Raises:
-            ValueError: If no layer is left, or the network computes something else each time.
+            ValueError: If no layer is left, or the network's output is not reproducible.
         """
         self._check_repeats()
-        drawn = np.random.default_rng(0)  # a regular pattern would hide what is regular, such as heads
+        drawn = np.random.default_rng(0)  # random: a regular choice could match attention heads
         halves: dict[str, list[int]] = {}
         for name, coupled in self.groups.items():
             halves |= self._pick({name: drawn.random(len(coupled.closures))}, coupled.channels // 2)
@@ -252,26 +252,28 @@ class Structure:
         left_alone = {**self.left_alone, **refused}
         if len(refused) == len(self.groups) and not (thaw and FROZEN in left_alone.values()):
             table = left_alone_table(left_alone, most=8)
-            raise ValueError(f"no channel of the network can be removed. {table or 'It has no such layer.'}")
+            raise ValueError(
+                f"no channel of the network can be removed. {table or 'It has no convolution or linear layer.'}"
+            )
         return refused
 
     def without_unfit(self) -> Structure:
-        """The structure with what cannot be removed left alone; raises what :meth:`unfit` raises."""
+        """Return the structure without the layers that :meth:`unfit` returns; raise what it raises."""
         refused = self.unfit()
         return self._again(refused=refused) if refused else self
 
     def problem(self, chosen: Mapping[str, Sequence[int]]) -> str | None:
-        """Why the chosen channels cannot be removed, or None; uses the traced copy up."""
+        """Return why the chosen channels cannot be removed, or None; the traced copy is then used up."""
         try:
             alike = self._agrees(self.remove(chosen))
-        except Exception as error:  # whatever the user's code raises at an unexpected shape
+        except Exception as error:  # user code may raise anything at an unexpected shape
             return f"the network fails without its channels: {type(error).__name__}: {error}".splitlines()[0]
         return None if alike else "removing its channels is not the same as setting them to zero"
 
     def _obstacle(
         self, group: Any, outputs: Sequence[str], weights: Mapping[str, nn.Parameter], counts: Mapping[int, int]
     ) -> str | None:
-        """Why a group is left alone, or None."""
+        """Return why a group is skipped, or None."""
         kinds, names = torch_pruning().ops.OPTYPE, self._tracing.names
         allowed = {
             kinds.CONV, kinds.DEPTHWISE_CONV, kinds.LINEAR, kinds.BN, kinds.PRELU, kinds.CONCAT, kinds.SPLIT,
@@ -312,11 +314,11 @@ class Structure:
             return "not selected" if len(apart) == len(own) else f"coupled with {apart[0]!r}, which is not selected"
         if not group.closures or not all(weights[name].numel() for name in own):
             return "it is empty"
-        return "it has a single channel, or all go together" if len(group.closures) == 1 else None
+        return "it has one channel, or all its channels are coupled" if len(group.closures) == 1 else None
 
 
 def _not_seen(names: Mapping[nn.Module, str], found: set[str]) -> dict[str, str]:
-    """Other parts with matrices of their own, and why no channel of theirs can be removed."""
+    """Return the other modules that have matrices, and why their channels cannot be removed."""
     reasons = {}
     for part, name in names.items():
         matrices = [leaf for leaf, each in part._parameters.items() if each is not None and each.ndim >= 2]
@@ -325,11 +327,11 @@ def _not_seen(names: Mapping[nn.Module, str], found: set[str]) -> dict[str, str]
         elif not matrices or name in found or isinstance(part, nn.utils.parametrize.ParametrizationList):
             continue
         elif isinstance(part, LAYERS):
-            reasons[name] = "not reached, or inside a module that is traced as a whole"
+            reasons[name] = "not run, or inside a module that is traced as a whole"
         elif list(part.children()) and not type(part).__module__.startswith("torch.nn"):
             reasons |= {f"{name}.{leaf}".lstrip("."): "a parameter that belongs to no layer" for leaf in matrices}
         else:
-            reasons[name] = f"no layer of a known kind ({type(part).__name__})"
+            reasons[name] = f"unsupported layer type ({type(part).__name__})"
     return reasons
 
 
@@ -338,7 +340,7 @@ def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _arguments(part: nn.Module) -> dict[str, Any]:
-    """Attributes that may be sizes."""
+    """Return the attributes that may be sizes: integers and tuples."""
     return {
         key: value
         for key, value in vars(part).items()

@@ -1,4 +1,4 @@
-"""What is left of a network without some of its channels, and giving another network the same sizes."""
+"""The result of a channel removal, and resizing another network to the same sizes."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from lightning_koopman.pruning.optimizer_state import replacement
 
 @dataclass(frozen=True)
 class ChannelRemoval:
-    """Channels and neurons removed from a network: what :func:`remove_channels` returns.
+    """Channels and neurons removed from a network: the result of :func:`remove_channels`.
 
     Attributes:
         changes: By module name, the constructor arguments that changed: ``{"0": {"out_features": (32, 8)}}``.
-        removed: By layer name, the channels removed, as a sorted list of their old indices.
-        channels: By layer name, how many channels it had.
-        left_alone: By layer name, why no channel of it was removed.
+        removed: By layer name, a sorted list of the removed channels' old indices.
+        channels: By layer name, the number of channels before the removal.
+        left_alone: By name of each skipped layer, the reason.
 
     Example:
         >>> import torch
@@ -33,7 +33,7 @@ class ChannelRemoval:
         >>> removal = remove_channels(network, lambda network: network(torch.zeros(2, 8)), sparsity=0.75)
         >>> removal.changes["0"], len(removal.removed["0"]), removal.share
         ({'out_features': (32, 8)}, 24, 0.75)
-        >>> mask = torch.ones(32, 8)  # of the layer as it was
+        >>> mask = torch.ones(32, 8)  # of the original layer
         >>> removal.left_of("0.weight", mask).shape
         torch.Size([8, 8])
     """
@@ -43,33 +43,33 @@ class ChannelRemoval:
     channels: dict[str, int]
     left_alone: dict[str, str]
     kept: dict[str, tuple[Tensor, torch.Size]] = field(repr=False)
-    """By name of a changed parameter or buffer: flat indices of what is kept, and the new shape."""
+    """By name of a changed parameter or buffer: flat indices of the kept elements, and the new shape."""
 
     @property
     def share(self) -> float:
-        """Share of the removable channels that was removed, in [0, 1)."""
+        """Removed share of the removable channels, in [0, 1)."""
         return sum(map(len, self.removed.values())) / max(1, sum(self.channels.values()))
 
     def left_of(self, name: str, values: Tensor) -> Tensor:
-        """What is left of values that belong to a parameter or buffer, such as scores or a mask."""
+        """Return the kept elements of values that belong to a parameter or buffer, such as scores or a mask."""
         if not check_instance("name", name, str, "the name of a parameter or buffer"):
-            raise ValueError("name is empty: give that of a parameter or buffer.")
+            raise ValueError("name is empty: pass the name of a parameter or buffer.")
         check_instance("values", values, Tensor, "a tensor")
         if name not in self.kept:
             return values
         index, shape = self.kept[name]
         if len(index) and int(index.max()) >= values.numel():
-            raise ValueError(f"values has {values.numel()} numbers, fewer than {name!r} had: give one for each.")
+            raise ValueError(f"values has {values.numel()} elements, fewer than {name!r} had: pass one for each.")
         return values.reshape(-1)[index.to(values.device)].reshape(shape)
 
     def apply(
         self, module: nn.Module, optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = ()
     ) -> None:
-        """Remove the same channels from a network of the same structure; where that fails, nothing is changed.
+        """Remove the same channels from a network of the same structure; if that fails, nothing is changed.
 
         Args:
-            module: The network; its changed parameters are new objects.
-            optimizers: Optimizers that hold its parameters; what they remember is carried over.
+            module: The network; its changed parameters are replaced by new objects.
+            optimizers: Optimizers of its parameters; their state is carried over.
         """
         check_instance("module", module, nn.Module, "a torch.nn.Module")
         held = as_optimizers(optimizers)
@@ -99,24 +99,24 @@ class ChannelRemoval:
         commit()
 
     def table(self) -> str:
-        """What changed, a line a layer, and what was left alone, a line a reason."""
+        """Return a table of the changed layers, and of the skipped layers by reason."""
         return changes_table(self.changes, self.left_alone)
 
 
 def as_optimizers(optimizers: object) -> list[torch.optim.Optimizer]:
-    """An optimizer or several as a list; raise TypeError if they are none."""
+    """Return one or several optimizers as a list; raise TypeError for anything else."""
     one = isinstance(optimizers, torch.optim.Optimizer)
     several = isinstance(optimizers, (list, tuple, set, frozenset, Iterator))
     held = [optimizers] if one else list(optimizers) if several else [None]  # type: ignore[call-overload]
     if not all(isinstance(each, torch.optim.Optimizer) for each in held):
-        raise TypeError(f"optimizers must be an optimizer or several, got {type(optimizers).__name__}.")
+        raise TypeError(f"optimizers must be an optimizer or a list of them, got {type(optimizers).__name__}.")
     return held  # type: ignore[return-value]
 
 
 def changes_table(
     changes: Mapping[str, Mapping[str, tuple[Any, Any]]], left_alone: Mapping[str, str] | None = None
 ) -> str:
-    """Changed constructor arguments by module name, a line each, and what was left alone, a line a reason."""
+    """Format the changed constructor arguments, one line per module, and the skipped layers, one line per reason."""
     texts = {
         name: ", ".join(f"{key} {old} → {now}" for key, (old, now) in arguments.items())
         for name, arguments in changes.items()
@@ -127,7 +127,7 @@ def changes_table(
 
 
 def left_alone_table(left_alone: Mapping[str, str], most: int | None = None) -> str:
-    """Names of layers by the reason why they are left alone, a line a reason; of each the first ones where asked."""
+    """Format the names of skipped layers, one line per reason, with at most ``most`` names each."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in left_alone.items():
         by_reason.setdefault(reason, []).append(name)
@@ -139,23 +139,23 @@ def left_alone_table(left_alone: Mapping[str, str], most: int | None = None) -> 
 
 
 def is_transposed(part: nn.Module) -> bool:
-    """Whether it is the ``Conv1D`` of ``transformers``: a linear layer with its weight transposed."""
+    """Return whether a module is the ``Conv1D`` of ``transformers``, a linear layer with a transposed weight."""
     return is_kind(part, "Conv1D") and hasattr(part, "nf")
 
 
 def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, tuple[Any, Any]]]:
-    """Give the layers of a network the sizes that a state dict has, so that it can be loaded.
+    """Resize the layers of a network to the sizes in a state dict, so that it can be loaded.
 
     Args:
         module: The network as its constructor builds it.
-        state_dict: That of the same network with channels removed, for instance ``checkpoint["state_dict"]``.
+        state_dict: State dict of the same network with channels removed, for instance ``checkpoint["state_dict"]``.
 
     Returns:
         By module name, the constructor arguments that changed, old and new.
 
     Raises:
-        ValueError: If a tensor of another size belongs to a module that is no convolution, linear layer, batch norm or
-            PReLU, or differs in more than its channels.
+        ValueError: If a tensor of another size does not belong to a convolution, linear layer, batch norm or PReLU,
+            or differs in more than its channels.
 
     Example:
         >>> from torch import nn
@@ -168,7 +168,7 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
     check_instance("state_dict", state_dict, Mapping, "a mapping from names to tensors")
     for name, value in state_dict.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise TypeError(f"state_dict[{name!r}] must be a tensor by name, got {type(value).__name__}.")
+            raise TypeError(f"state_dict[{name!r}] must be a tensor under a string key, got {type(value).__name__}.")
     plan = []
     shapes = {clean_name(name): value.shape for name, value in state_dict.items()}
     for path, part in named_parts(module).items():
@@ -184,8 +184,8 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
             old, name = getattr(part, leaf).shape, f"{path}.{leaf}".removeprefix(".")
             if len(shape) != len(old) or shape[2:] != old[2:]:
                 raise ValueError(
-                    f"state_dict[{name!r}] has the shape {tuple(shape)}, the network's {tuple(old)}: they may "
-                    "differ in the first two dimensions, which are channels; build it as the other was built."
+                    f"state_dict[{name!r}] has the shape {tuple(shape)}, the network's {tuple(old)}: only the "
+                    "first two dimensions (channels) may differ. Build the network as the saved one was built."
                 )
     for _, part, own, arguments in plan:
         for leaf, shape in own.items():
@@ -199,15 +199,15 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
 
 
 def _put(part: nn.Module, leaf: str, values: Tensor) -> None:
-    """Exchange a parameter or a buffer, whether or not it is one that state dicts hold."""
+    """Replace a parameter or a buffer, persistent or not."""
     own: dict[str, Any] = part._parameters if isinstance(values, nn.Parameter) else part._buffers
     own[leaf] = values
 
 
 def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Any, Any]]:
-    """Constructor arguments of a layer whose tensors get other shapes, old and new."""
+    """Return the constructor arguments that change with the shapes of a layer's tensors, old and new."""
     now: dict[str, Any] = {}
-    shape = next(iter(shapes.values()))  # the weight's, or that of a statistic
+    shape = next(iter(shapes.values()))  # of the weight, or of a batch norm's statistic
     if is_transposed(part) and "weight" in shapes:
         now = {"nx": shape[0], "nf": shape[1]}
     elif isinstance(part, nn.Linear) and "weight" in shapes:
@@ -225,6 +225,6 @@ def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> di
     else:
         raise ValueError(
             f"{path!r} ({type(part).__name__}) has another size in the state dict: only convolutions, linear layers, "
-            "batch norms and PReLU can be resized. Build it with the size that the state dict has."
+            "batch norms and PReLU can be resized. Build the network with that size."
         )
     return {key: (getattr(part, key), value) for key, value in now.items() if getattr(part, key) != value}

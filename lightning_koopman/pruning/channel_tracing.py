@@ -1,4 +1,4 @@
-"""Which channels of a network go together, traced through a copy by Torch-Pruning."""
+"""Trace a copy of a network with Torch-Pruning to find channels that must be removed together."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lightning_koopman.parameters.randomness import seeded
 from lightning_koopman.parameters.sharded_modules import named_parts
 from lightning_koopman.pruning.channel_removal import is_transposed
 
-LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose outputs are removed
-KNOWN = (*LAYERS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)  # to the tracing
-SECONDS = 60.0  # that tracing may take: networks of a thousand layers take a few
+LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose output channels are removed
+KNOWN = (*LAYERS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)  # traceable
+SECONDS = 60.0  # time limit of tracing: a thousand layers take a few seconds
 Run = Callable[[nn.Module], Any]
 
 
 def is_layer(part: nn.Module) -> bool:
-    """Whether it is a convolution or a linear layer, a transposed one of ``transformers`` too."""
+    """Return whether a module is a convolution or a linear layer, including ``Conv1D`` of ``transformers``."""
     return isinstance(part, LAYERS) or is_transposed(part)
 
 
 def eager_copy(module: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """A copy without compiled parts, which would be compiled anew for each size, and without caches of keys.
+    """Copy a module without compiled parts, which would recompile for each size, and without key-value caches.
 
     Raises:
         ValueError: If the module cannot be copied.
@@ -39,7 +39,7 @@ def eager_copy(module: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.
         twin = copy(module)
     except Exception as error:
         raise ValueError(
-            f"the module cannot be copied, so nothing can be tried out: {type(error).__name__}: {error}"
+            f"the module cannot be copied, which trial removals need: {type(error).__name__}: {error}"
         ) from error
     twin = getattr(twin, "_orig_mod", twin)
     for part in [each for each in twin.modules() if not isinstance(each, torch.jit.ScriptModule)]:
@@ -53,28 +53,28 @@ def eager_copy(module: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Context in which compiled functions run as they were written."""
-    stance = getattr(torch.compiler, "set_stance", None)  # since 2.6
+    """Context in which compiled functions run eagerly."""
+    stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
     with nullcontext() if stance is None else stance("force_eager"):
         yield
 
 
 class Tracing:
-    """A copy of a network and the groups of its channels that go together.
+    """A traced copy of a network, and the groups of channels that must be removed together.
 
     Args:
-        twin: The copy; its transposed linear layers are replaced by plain ones.
-        run: Called with the copy; returns what it computes, with a graph.
+        twin: The copy; its transposed linear layers are replaced by ordinary ones.
+        run: Called with the copy; returns outputs or a loss, with a graph.
 
     Attributes:
         twin: The copy.
-        names: Names of its modules.
+        names: Name of each of its modules.
         transposed: Names of the layers whose weight is transposed in the network.
-        graph: Torch-Pruning's.
-        groups: Of all channels of a layer, with :attr:`closures`.
+        graph: The dependency graph of Torch-Pruning.
+        groups: Groups of all channels of a layer, each with an attribute ``closures``.
 
     Raises:
-        ValueError: If it cannot be traced, or not within a minute.
+        ValueError: If the network cannot be traced, or not within a minute.
     """
 
     def __init__(self, twin: nn.Module, run: Run) -> None:
@@ -84,7 +84,7 @@ class Tracing:
             for leaf, part in owner._modules.items():
                 owner._modules[leaf] = _readable(part) if part is not None else None
         self.names = {part: name for name, part in named_parts(twin).items()}
-        for parameter in twin.parameters():  # what is frozen is read all the same
+        for parameter in twin.parameters():  # frozen parameters must be traced too
             parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
         hooks = [part.register_forward_hook(_hide) for part in _unknown(twin)]
 
@@ -98,7 +98,7 @@ class Tracing:
         try:
             devices = {parameter.device for parameter in twin.parameters()}
             with warnings.catch_warnings(), seeded(0, devices), torch.enable_grad(), eagerly(), _Spelled():
-                warnings.simplefilter("ignore")  # about bare parameters and unknown operations: they are left alone
+                warnings.simplefilter("ignore")  # about bare parameters and unknown operations, which are skipped
                 self.graph.build_dependency(twin, (), forward_fn=traced, verbose=False)
                 self.groups = list(self.graph.get_all_groups(root_module_types=list(LAYERS)))
         except Exception as error:
@@ -111,7 +111,7 @@ class Tracing:
 
 
 def torch_pruning() -> Any:
-    """The package that traces which channels go together."""
+    """Import Torch-Pruning; raise ModuleNotFoundError if it is missing or too old."""
     try:
         import torch_pruning as package
         from torch_pruning.dependency import index_mapping  # noqa: F401 - since 1.6
@@ -125,7 +125,7 @@ def torch_pruning() -> Any:
 
 @cache
 def _graph_type() -> Any:
-    """Torch-Pruning's graph, whose groups say which channels of the first layer cannot go without one another."""
+    """Return a dependency graph class whose groups know which channels can only be removed together."""
     pruning = torch_pruning()
     from torch_pruning._helpers import GroupItem, _HybridIndex
     from torch_pruning.dependency import Dependency, Group, index_mapping
@@ -137,7 +137,7 @@ def _graph_type() -> Any:
             super().__init__()
             self.deadline = time.monotonic() + SECONDS
 
-        def get_pruner_of_module(self, module: nn.Module) -> Any:  # called by all that may take long
+        def get_pruner_of_module(self, module: nn.Module) -> Any:  # called in every long loop
             if time.monotonic() > self.deadline:
                 raise TimeoutError(f"it took more than {SECONDS:.0f} s")
             return super().get_pruner_of_module(module)
@@ -149,12 +149,12 @@ def _graph_type() -> Any:
             super()._build_dependency(module2node)
 
         def get_pruning_group(self, module: nn.Module, pruning_fn: Any, idxs: Sequence[int]) -> Any:
-            # its own visits channels again and again where a group meets itself, and forgets that it does
+            # Torch-Pruning's own revisits channels when a group meets itself, and does not record which ones coincide
             if isinstance(module, nn.modules.conv._ConvNd) and module.groups == module.out_channels > 1:
                 pruning_fn = pruning.function.prune_depthwise_conv_out_channels
             index_mapping.update_index_mapping(self)
             root = self.module2node[module]
-            meeting = {int(index): int(index) for index in idxs}  # by channel of the first layer, one it goes with
+            meeting = {int(index): int(index) for index in idxs}  # by channel of the first layer, one coupled to it
 
             def leader(channel: int) -> int:
                 while meeting.setdefault(channel, channel) != channel:
@@ -181,7 +181,7 @@ def _graph_type() -> Any:
                     channels = (self.get_out_channels if is_out else self.get_in_channels)(part)
                 new = []
                 for index in indices:
-                    if index.idx >= (channels or widest):  # of an operation that was misread: it may grow without end
+                    if index.idx >= (channels or widest):  # of a misread operation: may grow without end
                         misread = misread or channels is not None
                     elif index.idx in known:
                         meeting[leader(known[index.idx])] = leader(index.root_idx)
@@ -211,7 +211,7 @@ def _graph_type() -> Any:
 
 
 def _split_of_channels(operation: Any) -> Any:
-    """A split of the last dimension, where linear layers have their channels, as one of the dimension that is read."""
+    """Present a split of the last dimension, where linear layers have their channels, as one of dimension 1."""
     sizes = getattr(operation, "_saved_self_sym_sizes", getattr(operation, "_saved_self_sizes", ()))
     if len(sizes) < 3 or getattr(operation, "_saved_dim", None) not in (len(sizes) - 1, 2**64 - 1, -1):
         return operation
@@ -223,8 +223,8 @@ def _split_of_channels(operation: Any) -> Any:
 
 
 def _readable(part: nn.Module) -> nn.Module:
-    """What stands for a module in the copy: a plain linear layer for a transposed one, a wrapper for a scripted one."""
-    if isinstance(part, torch.jit.ScriptModule):  # it takes no hooks
+    """Return a traceable stand-in: an ordinary linear layer for a transposed one, a wrapper for a scripted module."""
+    if isinstance(part, torch.jit.ScriptModule):  # it does not support hooks
         return Scripted(part)
     if not is_transposed(part):
         return part
@@ -237,7 +237,7 @@ def _readable(part: nn.Module) -> nn.Module:
 
 
 class _Spelled(TorchFunctionMode):
-    """Context in which gated linear units are made of the operations that the tracing knows."""
+    """Context that replaces gated linear units by operations that the tracing knows."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not nn.functional.glu:
@@ -246,24 +246,24 @@ class _Spelled(TorchFunctionMode):
         return first * second.sigmoid()
 
 
-def _halves(input: Tensor, dim: int = -1) -> tuple[Tensor, ...]:  # noqa: A002  # the names of torch.nn.functional.glu
+def _halves(input: Tensor, dim: int = -1) -> tuple[Tensor, ...]:  # noqa: A002  # named as in torch.nn.functional.glu
     return input.chunk(2, dim % input.ndim)
 
 
 class Scripted(nn.Module):
-    """Runs a scripted module, whose parts are out of reach."""
+    """Wrapper of a scripted module, whose submodules cannot be traced."""
 
     def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        self.inside = (part,)  # not a child: its parts would be looked at
+        self.inside = (part,)  # in a tuple, so that it is not registered as a child
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the module computes."""
+        """Return the module's output."""
         return _hide(self, [args, kwargs], self.inside[0](*args, **kwargs))
 
 
 def _unknown(twin: nn.Module) -> list[nn.Module]:
-    """The modules that are traced as a whole, for their own graph cannot be read."""
+    """Return the modules that are traced as a whole, because their own graph cannot be read."""
     return [
         part
         for part in twin.modules()
@@ -273,7 +273,7 @@ def _unknown(twin: nn.Module) -> list[nn.Module]:
 
 
 class _Opaque(torch.autograd.Function):
-    """A node of the graph that stands for all that a module does."""
+    """A single graph node that stands for a whole module."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, *_: Tensor) -> Tensor:  # noqa: ARG004
@@ -281,7 +281,7 @@ class _Opaque(torch.autograd.Function):
 
 
 def _hide(_: nn.Module, inputs: Any, outputs: Any) -> Any:
-    """Forward hook: put one node in place of a module's own graph, which tracing could not read."""
+    """Forward hook: replace a module's own graph, which cannot be traced, by a single node."""
     if isinstance(outputs, Tensor):
         given = tensors(inputs)
         return _Opaque.apply(outputs.detach(), *given) if outputs.is_floating_point() and given else outputs
@@ -289,7 +289,7 @@ def _hide(_: nn.Module, inputs: Any, outputs: Any) -> Any:
 
 
 def tensors(values: Any) -> list[Tensor]:
-    """All tensors of floating point in a nested structure."""
+    """Return all floating-point tensors in a nested structure."""
     if isinstance(values, Tensor):
         return [values] if values.is_floating_point() else []
     if isinstance(values, Mapping):

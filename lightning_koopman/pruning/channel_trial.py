@@ -1,4 +1,4 @@
-"""Trying out on copies whether channels can be removed."""
+"""Trial removals of channels on copies of a network."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Copy = Callable[[nn.Module], nn.Module]
 
 
 def agrees(module: nn.Module, run: Run, removal: ChannelRemoval, copy: Copy, also: Sequence[Run] = ()) -> bool:
-    """Whether a copy without the channels computes the same as one in which their weights are zero.
+    """Return whether a copy without the channels computes the same as one with their weights set to zero.
 
-    Both are given the same random weights: the present ones may be zero where it matters.  The copy must also not fail
-    in training mode, nor at what else the network is used for.
+    Both get the same random weights, because the present ones may be zero where it matters.  The smaller copy must also
+    run in training mode, and in all other uses of the network.
     """
     zeroed, smaller = eager_copy(module, copy), eager_copy(module, copy)
     for network in (zeroed, smaller):
@@ -39,14 +39,14 @@ def agrees(module: nn.Module, run: Run, removal: ChannelRemoval, copy: Copy, als
     for use in (run, *also):
         try:
             _outputs(eager_copy(module, copy).train(), use, [])
-        except Exception:  # it fails with all channels too, so it tells nothing
+        except Exception:  # it fails with all channels too
             continue
         _outputs(smaller.train(), use, [])
     return True
 
 
 def check_repeats(module: nn.Module, run: Run, copy: Copy) -> None:
-    """Raise ValueError if two equal copies compute different things, so that no comparison of copies means anything."""
+    """Raise ValueError if two equal copies compute different outputs, so that copies cannot be compared."""
     twice = []
     for _ in range(2):
         network = eager_copy(module, copy)
@@ -54,24 +54,24 @@ def check_repeats(module: nn.Module, run: Run, copy: Copy) -> None:
         twice.append(_outputs(network.eval(), run, []))
     if not _alike(twice[0], twice[1], module):
         raise ValueError(
-            "the step disagrees with itself: two equal copies of the network, given the same batch and the same state "
-            "of PyTorch's, NumPy's and Python's random generators, computed different things. Let it draw from those, "
-            "or from a generator that the module holds."
+            "the step is not reproducible: two equal copies of the network, with the same batch and the same seeds of "
+            "PyTorch, NumPy and Python, gave different outputs. Draw random numbers from these generators, or from one "
+            "that the module holds."
         )
 
 
 def _alike(expected: Sequence[Tensor], found: Sequence[Tensor], module: nn.Module) -> bool:
-    """Whether outputs are equal up to rounding."""
+    """Return whether outputs are equal up to rounding."""
     if [values.shape for values in expected] != [values.shape for values in found]:
         return False
     half = any(parameter.dtype.itemsize < 4 for parameter in module.parameters())
-    allowed = 0.05 if half else 1e-3  # of the largest output
+    allowed = 0.05 if half else 1e-3  # relative to the largest output
     pairs = zip(expected, found, strict=True)
     return all(bool((a - b).abs().max() <= allowed * a.abs().max()) for a, b in pairs if a.numel())
 
 
 def _draw(network: nn.Module) -> None:
-    """Give a network random weights of the usual size, the same for the same structure."""
+    """Set random weights of the usual size, equal for networks of the same structure."""
     drawn = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         values = torch.randn(parameter.shape, generator=drawn)
@@ -83,7 +83,7 @@ def _draw(network: nn.Module) -> None:
 
 
 def _outputs(network: nn.Module, run: Run, heads: Sequence[str]) -> list[Tensor]:
-    """What some layers and the network as a whole compute."""
+    """Return the outputs of some layers and of the whole network."""
     outputs: list[Tensor] = []
     parts = named_parts(network)
     hooks = [

@@ -1,4 +1,4 @@
-"""Remove whole channels and neurons from a network, so that it really gets smaller and faster."""
+"""Remove whole channels and neurons from a network, which makes it smaller and faster."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ def remove_channels(
     optimizers: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] = (),
     copy: Callable[[nn.Module], nn.Module] = copy.deepcopy,
 ) -> ChannelRemoval:
-    """Remove the channels and neurons of least importance from a network, in place.
+    """Remove the least important channels and neurons from a network, in place.
 
-    Layers that are coupled (by residual connections, batch norms, concatenations) lose the same channels; Torch-Pruning
-    finds them by tracing.  Only what can be removed without any side effect is: before the network is touched, a copy
-    with the channels removed must give the outputs of one in which they are zero, with weights drawn at random.
+    Layers coupled by residual connections, batch norms or concatenations lose the same channels; Torch-Pruning finds
+    them by tracing.  Only removals without side effects are made: before the network is touched, a copy without the
+    channels must give the same outputs as one with the channels set to zero, both with random weights.
 
     Args:
-        module: The network: convolutions, linear layers, batch norms and what lies between them.  Layers that are
-            coupled to anything else (attention, layer and group norms, grouped convolutions, embeddings, bare
-            parameters) and those whose outputs leave the network are left alone.
-        run: Called with copies of the network; returns what it computes from an example, a loss or outputs, with a
-            graph: for instance ``lambda network: network(images)``.  Layers that it does not reach keep their inputs:
-            let it run all that the network is used for.
+        module: The network: convolutions, linear layers, batch norms and the operations between them.  Layers coupled
+            to anything else (attention, layer and group norms, grouped convolutions, embeddings, bare parameters) and
+            layers whose outputs leave the network are skipped.
+        run: Called with copies of the network; returns outputs or a loss for an example, with a graph: for instance
+            ``lambda network: network(images)``.  It should run everything the network is used for: layers that it does
+            not reach are not resized.
         sparsity: Share of the channels to remove, in (0, 1); each layer keeps at least one.
-        scores: Values to judge by, in place of the parameters of the same names: for instance the Koopman
-            reconstruction of the weights.  A channel's importance is the mean square of all weights that belong to it,
-            relative to its layer's mean (Torch-Pruning's group magnitude).
-        scope: ``"tensor"``: the share is removed from each layer; ``"global"``: from all together.
+        scores: Values to rank by, in place of the parameters of the same names: for instance the Koopman
+            reconstruction of the weights.  A channel's importance is the sum of squares of its weights in all coupled
+            layers, relative to the mean over the channels (Torch-Pruning's group magnitude).
+        scope: ``"tensor"`` removes the share from each layer, ``"global"`` from all layers together.
         layers: Shell-style patterns of the names of the layers' weights; ``!`` excludes (default: all).
-        originals: By layer name, the channels that ``sparsity`` refers to, where earlier removals took some.
-        optimizers: Optimizers that hold the network's parameters; what they remember is carried over.
-        copy: How to copy the network.
+        originals: By layer name, the number of channels that ``sparsity`` refers to, if earlier removals took some.
+        optimizers: Optimizers of the network's parameters; their state is carried over.
+        copy: Function that copies the network.
 
     Raises:
         ModuleNotFoundError: If Torch-Pruning is not installed, or is too old.
@@ -74,14 +74,14 @@ def remove_channels(
     held = as_optimizers(optimizers)
     structure = Structure(module, run, layers=layers, copy=copy).without_unfit()
     removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
-    if not agrees(module, run, removal, copy):  # never seen where each group by itself agreed
+    if not agrees(module, run, removal, copy):  # not seen so far if each group agrees by itself
         raise ValueError("removing the chosen channels is not the same as setting them to zero: nothing was removed.")
     removal.apply(module, held)
     return removal
 
 
 def _check_mappings(scores: object, originals: object) -> None:
-    """Raise TypeError or ValueError unless scores are real tensors by name, and originals counts."""
+    """Raise TypeError or ValueError unless ``scores`` are real tensors by name, and ``originals`` are counts."""
     for name, value in (("scores", scores), ("originals", originals)):
         if value is not None:
             check_instance(name, value, Mapping, "a mapping by name")

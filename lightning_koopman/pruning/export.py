@@ -1,4 +1,4 @@
-"""Hand a pruned network over to those who do not have this library."""
+"""Export a pruned network for use without this library."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ def export_network(
     """Write a network as a plain state dict, or as ONNX.
 
     Args:
-        network: The network, masked or with channels removed.  Of a module that holds a :class:`SobolevLoss` the
-            loss's own parameters are left out.
-        path: File to write.  With the suffix ``.onnx`` it is ONNX with a batch dimension of any size; else a file for
-            ``torch.load`` that holds a dict: ``state_dict``, and ``arguments``, by module name the constructor
-            arguments that differ from the original network.
+        network: The network, masked or with channels removed.  The parameters of a :class:`SobolevLoss` inside it are
+            left out.
+        path: File to write.  With the suffix ``.onnx``: ONNX with a batch dimension of any size.  Otherwise a dict for
+            ``torch.load``: ``state_dict``, and ``arguments``, which holds by module name the constructor arguments
+            that differ from the original network.
         changes: :attr:`KoopmanPruner.changes` or :attr:`ChannelRemoval.changes`, the source of ``arguments``.
-        example: For ONNX: a tensor (batch, …), or a tuple of all that ``forward`` takes (default: the module's
-            ``example_input_array``).  Tensors as long as the first one share its batch dimension; others and numbers
-            are passed as they are.
+        example: For ONNX: a tensor (batch, …), or a tuple of all inputs of ``forward`` (default: the module's
+            ``example_input_array``).  Tensors as long as the first one share its batch dimension; other tensors and
+            numbers are passed unchanged.
 
     Returns:
         The path.
 
     Raises:
-        ModuleNotFoundError: If ONNX is asked for and not installed.
-        ValueError: If ONNX is asked for without an example, or the network fails on it.
+        ModuleNotFoundError: If ONNX is requested and not installed.
+        ValueError: If ONNX is requested without an example, or the network fails on it.
 
     Example:
         >>> import tempfile, torch
@@ -76,7 +76,7 @@ def export_network(
         )
     example = getattr(network, "example_input_array", None) if example is None else example
     if example is None:
-        raise ValueError("example=None: ONNX is made by running the network, so give an input that `forward` takes.")
+        raise ValueError("example=None: ONNX export runs the network, so pass an input of `forward`.")
     if isinstance(example, dict):
         raise ValueError(
             "example must be a tensor or a tuple of tensors in the order that `forward` takes, got a dict."
@@ -88,13 +88,13 @@ def export_network(
     given = tuple(value.to(device) if isinstance(value, Tensor) else value for value in given)
     size = next((len(value) for value in given if isinstance(value, Tensor) and value.ndim), None)
     batched = [isinstance(value, Tensor) and value.ndim > 0 and len(value) == size for value in given]
-    if size == 1:  # a batch of one would be taken for a fixed size
+    if size == 1:  # torch.export takes a batch of one for a fixed size
         given = tuple(
             value.expand(2, *value.shape[1:]) if each else value for value, each in zip(given, batched, strict=True)
         )
-    if any(hasattr(part, "_orig_mod") for part in network.modules()):  # what is compiled cannot be exported
+    if any(hasattr(part, "_orig_mod") for part in network.modules()):  # compiled modules cannot be exported
         network = eager_copy(network, copy.deepcopy)
-    run_once(network, given, ())  # its errors tell more than the export's
+    run_once(network, given, ())  # its errors are clearer than those of the export
     modes = {part: part.training for part in network.modules()}
     network.eval()
     try:

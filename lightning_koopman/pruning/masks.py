@@ -24,13 +24,13 @@ SCOPES = ("global", "tensor")
 
 
 class MaskSet(Mapping[str, Tensor]):
-    """Boolean masks of a network's parameters by name: True survives, False is pruned.
+    """Boolean masks of a network's parameters by name: True keeps a weight, False prunes it.
 
-    The network stays an ordinary one: its parameters are set to zero in place, the names in its state dict do not
-    change, and loading a checkpoint without this library gives the sparse network.
+    The network stays an ordinary one: weights are set to zero in place, the names in its state dict do not change, and
+    a checkpoint loaded without this library gives the sparse network.
 
     Args:
-        masks: Boolean tensors by parameter name, each of its parameter's shape; copied to the CPU.
+        masks: Boolean tensors by parameter name, each in the shape of its parameter; copied to the CPU.
 
     Raises:
         ValueError: If there is no mask, or one is not boolean.
@@ -41,7 +41,7 @@ class MaskSet(Mapping[str, Tensor]):
         >>> network = torch.nn.Linear(8, 4)
         >>> optimizer = torch.optim.Adam(network.parameters())
         >>> masks = MaskSet.from_scores({"weight": network.weight}, sparsity=0.75)
-        >>> pin = masks.pin(network, optimizer)  # from now on, whatever the optimizer does
+        >>> pin = masks.pin(network, optimizer)  # keeps them at zero in all steps from now on
         >>> network(torch.ones(2, 8)).sum().backward()
         >>> optimizer.step()
         >>> int((network.weight == 0).sum()), masks.sparsity
@@ -52,9 +52,9 @@ class MaskSet(Mapping[str, Tensor]):
         _check_tensors("masks", masks)
         for name, mask in masks.items():
             if mask.dtype != torch.bool:
-                raise ValueError(f"masks[{name!r}] must be boolean (True survives), got {mask.dtype}.")
+                raise ValueError(f"masks[{name!r}] must be boolean (True keeps a weight), got {mask.dtype}.")
         self._shapes = {name: tuple(mask.shape) for name, mask in masks.items()}
-        # a bit a weight: in a sharded run every process holds the masks of the whole network
+        # one bit per weight, because every process of a sharded run holds the masks of the whole network
         self._bits = {name: np.packbits(mask.detach().cpu().numpy()) for name, mask in masks.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -78,15 +78,15 @@ class MaskSet(Mapping[str, Tensor]):
 
     @cached_property
     def pruned(self) -> int:
-        """Number of weights pruned."""
+        """Number of pruned weights."""
         return sum(mask.numel() - int(mask.sum()) for mask in self.values())
 
     @property
     def sparsity(self) -> float:
-        """Share of the masked tensors' weights that is pruned, in [0, 1]."""
+        """Pruned share of the masked tensors' weights, in [0, 1]."""
         return self.pruned / max(1, self.numel)
 
-    # -- choosing -----------------------------------------------------------------------------------------------------
+    # -- selection ----------------------------------------------------------------------------------------------------
 
     @classmethod
     def from_scores(
@@ -100,25 +100,25 @@ class MaskSet(Mapping[str, Tensor]):
         allow_empty: bool = False,
         shards: Shards | None = None,
     ) -> MaskSet:
-        """Prune the weights whose score is smallest in magnitude (paper, Algorithms 1 and 2).
+        """Prune the weights whose scores are smallest in magnitude (paper, Algorithms 1 and 2).
 
-        With the Koopman reconstruction for scores (:func:`averaged_weights` with ``"persistent"``) this is the paper's
-        rule, with the weights themselves it is magnitude pruning, with random numbers the baseline of a random mask.
+        With the Koopman reconstruction as scores (:func:`averaged_weights` with ``"persistent"``) this is the paper's
+        rule; with the weights themselves it is magnitude pruning; with random numbers it gives a random mask.
 
         Args:
             scores: Real tensors by parameter name.
-            sparsity: Share to prune, in (0, 1), hit exactly up to rounding to whole weights; or
-            threshold: the paper's ε > 0: what is smaller in magnitude is pruned.
-            scope: ``"global"``: one quantile over all tensors; ``"tensor"``: the share is pruned in each tensor.
-            within: Masks of earlier rounds: what they prune stays pruned, also where it is more than the share, or has
-                no scores any more.
+            sparsity: Share to prune, in (0, 1), exact up to rounding to whole weights; an alternative to ``threshold``.
+            threshold: The paper's ε > 0: weights with a score of smaller magnitude are pruned.
+            scope: ``"global"`` takes one quantile over all tensors, ``"tensor"`` prunes the share in each tensor.
+            within: Masks of earlier rounds: their pruned weights stay pruned, even if they exceed the share, or no
+                longer have scores.
             allow_empty: Whether a tensor may lose all its weights.
-            shards: Where several processes train the network: the scores are then flat, each process's own part, and
-                all processes have to call this together.  The masks are those of the whole network, equal in all.
+            shards: For a network trained by several processes: the scores are then flat, each process passes its own
+                part, and all processes must call this together.  All get the same masks of the whole network.
 
         Raises:
-            ValueError: If not exactly one of ``sparsity`` and ``threshold`` is given, one is out of range, a score is
-                not finite, or a tensor would lose all its weights.
+            ValueError: If not exactly one of ``sparsity`` and ``threshold`` is given, an argument is out of range, a
+                score is not finite, or a tensor would lose all its weights.
         """
         check_amount(sparsity, threshold, scope)
         allow_empty = check_flag("allow_empty", allow_empty)
@@ -135,7 +135,7 @@ class MaskSet(Mapping[str, Tensor]):
         all_sum = parts.processes.all_sum
         for name, count in zip(sizes, all_sum(finite), strict=True):
             if count:
-                raise ValueError(f"scores[{name!r}] holds NaN or infinite values: they give no order.")
+                raise ValueError(f"scores[{name!r}] holds NaN or infinite values, which cannot be ranked.")
         before = {name: parts[name].take(earlier[name]) if name in earlier else None for name in sizes}
         if threshold is not None:
             kept = {name: size.cpu() >= threshold for name, size in sizes.items()}
@@ -154,41 +154,41 @@ class MaskSet(Mapping[str, Tensor]):
         if empty and not allow_empty:
             asked = f"sparsity={sparsity}" if threshold is None else f"threshold={threshold}"
             spread = sparsity is not None and scope == "global"
-            itself = "prune each tensor by itself (scope='tensor'), " if spread else ""
+            itself = "use scope='tensor', " if spread else ""
             raise ValueError(
                 f"{asked} prunes all weights of {', '.join(map(repr, empty[:4]))}{', …' if len(empty) > 4 else ''}: "
-                f"nothing would pass through. Take a smaller one, leave them out, {itself}or set allow_empty=True."
+                f"lower it, exclude these tensors, {itself}or set allow_empty=True."
             )
         masks = {name: parts.assemble(name, mask) for name, mask in kept.items()}
         return cls({**{name: mask for name, mask in earlier.items() if name not in masks}, **masks})
 
     @classmethod
     def from_zeros(cls, module: nn.Module, parameters: str | Sequence[str] | None = None) -> MaskSet:
-        """The masks that a sparse network already has: where its weights are zero.
+        """Return the masks of a network that is already sparse: False where its weights are zero.
 
         Args:
-            module: For instance one loaded from a checkpoint that holds weights only.
+            module: The network, for instance loaded from a checkpoint that holds only weights.
             parameters: As for :func:`prunable_parameters`.
 
         Raises:
-            ValueError: As :func:`prunable_parameters`.
+            ValueError: As for :func:`prunable_parameters`.
         """
         return cls({name: weight.detach() != 0 for name, weight in prunable_parameters(module, parameters).items()})
 
     def agreement(self, other: MaskSet) -> float:
-        """Share of the weights in [0, 1] on which two sets of masks over the same tensors agree."""
+        """Return the share of weights, in [0, 1], on which two sets of masks over the same tensors agree."""
         check_instance("other", other, MaskSet, "a MaskSet")
         if other._shapes != self._shapes:
-            raise ValueError(f"other has masks of {list(other)}, of other names or shapes than {list(self)}.")
+            raise ValueError(f"other has masks of {list(other)}, which differ in name or shape from {list(self)}.")
         return sum(int((mask == other[name]).sum()) for name, mask in self.items()) / self.numel
 
-    # -- holding ------------------------------------------------------------------------------------------------------
+    # -- pruning ------------------------------------------------------------------------------------------------------
 
     def apply(self, module: nn.Module) -> None:
         """Set the pruned weights to zero, in place.
 
         Raises:
-            ValueError: If a parameter is missing or has another shape; nothing is changed then.
+            ValueError: If a parameter is missing or has another shape; then nothing is changed.
         """
         for chunk, bits in self._matched(module).values():
             _clear(chunk.tensor, bits)
@@ -201,20 +201,20 @@ class MaskSet(Mapping[str, Tensor]):
     ) -> Pin:
         """Keep the pruned weights at zero while the network is trained.
 
-        They are set to zero now and after every step of the optimizers, of whatever kind; their gradients are zero
-        before anything reads them, and so is what the optimizers remember of them (momentum), now and later.
+        They are set to zero now and after every step of any of the optimizers.  Their gradients are set to zero before
+        anything reads them, so that optimizer state such as momentum, which is cleared now, stays zero.
 
         Args:
             module: The network.
-            *optimizers: All optimizers that step it.
-            on_error: Called with what fails in the middle of a step, in place of raising it there.
+            *optimizers: All optimizers of the network.
+            on_error: Called with an exception raised in the middle of a step, instead of raising it there.
 
         Returns:
-            A handle; :meth:`Pin.remove` or leaving a ``with`` block lets go.
+            A handle; :meth:`Pin.remove`, or leaving its ``with`` block, releases the weights.
 
         Raises:
-            ValueError: As :meth:`apply`.
-            TypeError: If an optimizer takes no step hooks.
+            ValueError: As for :meth:`apply`.
+            TypeError: If an optimizer does not support step hooks.
         """
         if on_error is not None:
             check_function("on_error", on_error, "a function of an error")
@@ -222,13 +222,13 @@ class MaskSet(Mapping[str, Tensor]):
             if not takes_hooks(optimizer):
                 raise TypeError(
                     f"optimizers: {type(optimizer).__name__} takes no step hooks (it did not call "
-                    "torch.optim.Optimizer.__init__): leave it out, and call `clear` of what `pin` returns after "
+                    "torch.optim.Optimizer.__init__): leave it out, and call `clear` on the result of `pin` after "
                     "its steps."
                 )
         return Pin(self._matched(module), optimizers, on_error)
 
     def _matched(self, module: nn.Module) -> dict[str, tuple[Chunk, Tensor]]:
-        """What this process holds of the parameters, with their masks as bits, on the parameters' devices."""
+        """Return this process's part of each parameter, with its mask as bits on the parameter's device."""
         check_instance("module", module, nn.Module, "a torch.nn.Module")
         named = local_chunks(module, remove_duplicate=False)
         for name, shape in self._shapes.items():
@@ -238,20 +238,20 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ValueError(f"the mask of {name!r} has shape {shape}, but the parameter {named[name].shape}.")
         return {name: (named[name], _bits(named[name].take(mask), named[name].tensor)) for name, mask in self.items()}
 
-    # -- telling ------------------------------------------------------------------------------------------------------
+    # -- reporting ----------------------------------------------------------------------------------------------------
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a tensor: ``parameter``, ``shape``, ``pruned``, ``weights`` and ``sparsity`` in [0, 1]."""
+        """Return one dict per tensor: ``parameter``, ``shape``, ``pruned``, ``weights`` and ``sparsity`` in [0, 1]."""
         return [
             _row(name, "×".join(map(str, mask.shape)), mask.numel() - int(mask.sum()), mask.numel())
             for name, mask in self.items()
         ]
 
     def table(self, module: nn.Module | None = None) -> str:
-        """The sparsity of each tensor and overall, as a table.
+        """Return a table of the sparsity of each tensor and overall.
 
         Args:
-            module: The network; its total then counts the parameters without masks too.
+            module: The network; adds a line that counts the parameters without masks too.
         """
         if module is not None:
             check_instance("module", module, nn.Module, "a torch.nn.Module")
@@ -272,10 +272,10 @@ class MaskSet(Mapping[str, Tensor]):
         ]  # fmt: skip
         return "\n".join(text)
 
-    # -- storing ------------------------------------------------------------------------------------------------------
+    # -- saving -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """One bit a weight with names and shapes, safe for ``torch.load(weights_only=True)``."""
+        """Return names, shapes and one bit per weight, safe for ``torch.load(weights_only=True)``."""
         flat = np.concatenate([mask.reshape(-1).numpy() for mask in self.values()])
         return {
             "names": list(self),
@@ -285,13 +285,13 @@ class MaskSet(Mapping[str, Tensor]):
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MaskSet:
-        """The masks from :meth:`state_dict`; raise ValueError for what is none of its states."""
-        check_instance("state", state, Mapping, "what state_dict() returned")
+        """Restore the masks from :meth:`state_dict`; raise ValueError for an invalid state."""
+        check_instance("state", state, Mapping, "the result of state_dict()")
         bits, shapes, names = (cast("Any", state.get(key)) for key in ("bits", "shapes", "names"))
         whole = isinstance(shapes, list) and all(isinstance(each, list) for each in shapes)
         good = whole and isinstance(names, list) and isinstance(bits, Tensor) and len(names) == len(shapes)
         if not good or not all(is_count(size, 0) for shape in shapes for size in shape):
-            raise ValueError("state is no state of a MaskSet: give what state_dict() returned.")
+            raise ValueError("state is not that of a MaskSet: pass the result of state_dict().")
         counts = [math.prod(shape) for shape in shapes]
         if 8 * bits.numel() < sum(counts) or 8 * bits.numel() > sum(counts) + 8:
             raise ValueError(f"state holds {8 * bits.numel()} bits for {sum(counts)} weights: it is damaged.")
@@ -303,7 +303,7 @@ class MaskSet(Mapping[str, Tensor]):
 def _keep_largest(
     given: Mapping[str, tuple[Tensor, Part, Tensor | None]], sparsity: float, all_sum: AllSum
 ) -> dict[str, Tensor]:
-    """Boolean tensors by name: all but the share of the smallest sizes; among equal ones the first are pruned."""
+    """Return boolean tensors by name, False for the share of smallest sizes; ties prune the first elements."""
     places, at = [], 0
     for _, part, _ in given.values():
         places.append(lambda local, part=part, at=at: part.places(local) + at)
@@ -314,14 +314,14 @@ def _keep_largest(
 
 
 def _check_tensors(name: str, tensors: object) -> None:
-    """Raise TypeError or ValueError unless it is a mapping from names to real tensors."""
+    """Raise TypeError or ValueError unless ``tensors`` maps names to real tensors."""
     check_instance(name, tensors, Mapping, "a mapping from parameter names to tensors")
     assert isinstance(tensors, Mapping)
     if not tensors:
-        raise ValueError(f"{name} must not be empty: give a tensor by parameter name.")
+        raise ValueError(f"{name} must not be empty: pass a tensor for each parameter name.")
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
-            raise TypeError(f"{name}[{key!r}] must be a real tensor by a parameter's name, got {type(value).__name__}.")
+            raise TypeError(f"{name}[{key!r}] must map a name to a real tensor, got {type(value).__name__}.")
 
 
 def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:
@@ -329,7 +329,7 @@ def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:
 
 
 def check_share(sparsity: object) -> None:
-    """Raise ValueError unless a sparsity is in its range."""
+    """Raise ValueError unless ``sparsity`` lies in (0, 1)."""
     if not is_number(sparsity) or not 0 < float(sparsity) < 1:  # type: ignore[arg-type]
         raise ValueError(f"sparsity must lie in (0, 1), got {sparsity!r}: it is the share to prune, such as 0.75.")
 
@@ -339,13 +339,11 @@ def check_amount(sparsity: object, threshold: object, scope: str) -> None:
     if sparsity is not None and threshold is not None:
         raise ValueError(f"sparsity={sparsity} and threshold={threshold} exclude each other: give one of them.")
     if sparsity is None and threshold is None:
-        raise ValueError(
-            "sparsity=None and threshold=None say nothing: give the share to prune, such as sparsity=0.75."
-        )
+        raise ValueError("sparsity and threshold are both None: give the share to prune, such as sparsity=0.75.")
     if sparsity is not None:
         check_share(sparsity)
     if threshold is not None and (not is_number(threshold) or not float(threshold) > 0):  # type: ignore[arg-type]
         raise ValueError(f"threshold must be positive and finite, got {threshold!r}: smaller weights are pruned.")
     check_choice("scope", scope, SCOPES)
     if threshold is not None and scope != "global":
-        raise ValueError(f"scope={scope!r} goes with a sparsity, got threshold={threshold}: it is the same everywhere.")
+        raise ValueError(f"scope={scope!r} needs sparsity, got threshold={threshold}: use scope='global'.")

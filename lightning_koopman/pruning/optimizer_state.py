@@ -1,4 +1,4 @@
-"""What optimizers remember of parameters that are drawn anew or get smaller."""
+"""Optimizer state of parameters that are reinitialized or get smaller."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 def forget(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.Parameter]) -> None:
-    """Let optimizers treat parameters as if they had never stepped them.
+    """Reset the optimizer state of parameters, as if they had never been stepped.
 
     Args:
         optimizers: The optimizers.
@@ -21,9 +21,9 @@ def forget(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.
         for group in optimizer.param_groups:
             held = [parameter for parameter in group["params"] if id(parameter) in fresh]
             if held and isinstance(optimizer, torch.optim.LBFGS):
-                optimizer.state.clear()  # one memory for all parameters together
+                optimizer.state.clear()  # one memory for all parameters
             for parameter in held:
-                if isinstance(optimizer, torch.optim.Adagrad):  # which fills its state when it is built
+                if isinstance(optimizer, torch.optim.Adagrad):  # its constructor creates the state
                     optimizer.state[parameter]["step"].zero_()
                     optimizer.state[parameter]["sum"].fill_(group["initial_accumulator_value"])
                 else:
@@ -31,11 +31,11 @@ def forget(optimizers: Iterable[torch.optim.Optimizer], parameters: Iterable[nn.
 
 
 def hand_over(before: Sequence[torch.optim.Optimizer], after: Sequence[torch.optim.Optimizer]) -> None:
-    """Let optimizers that were built anew step what had been added to those before, such as unfrozen layers.
+    """Give newly built optimizers the parameters that had been added to the old ones, such as unfrozen layers.
 
     Args:
-        before: The optimizers until now.
-        after: Those in their place, in the same order.
+        before: The old optimizers.
+        after: The new optimizers, in the same order.
     """
     stepped = {id(each) for optimizer in after for group in optimizer.param_groups for each in group["params"]}
     for old, new in zip(before, after, strict=False):
@@ -48,14 +48,14 @@ def hand_over(before: Sequence[torch.optim.Optimizer], after: Sequence[torch.opt
 def replacement(
     optimizers: Iterable[torch.optim.Optimizer], exchanged: Sequence[tuple[nn.Parameter, nn.Parameter, Tensor]]
 ) -> Callable[[], None]:
-    """Prepare optimizers to step smaller parameters in place of the old ones, remembering what they knew of the rest.
+    """Prepare optimizers to step smaller parameters in place of the old ones, with the state of the kept elements.
 
     Args:
         optimizers: The optimizers.
-        exchanged: Old parameters, new ones, and the flat indices of the old entries that the new ones keep.
+        exchanged: Old parameters, new ones, and the flat indices of the old elements that the new ones keep.
 
     Returns:
-        A function that makes the exchange; everything that can fail has been done by then.
+        A function that makes the exchange; everything that can fail is done before it is returned.
     """
     known = {id(old): (old, new, index) for old, new, index in exchanged}
     held = list(optimizers)
@@ -68,13 +68,13 @@ def replacement(
 
     def commit() -> None:
         for number, optimizer in enumerate(held):
-            flat = isinstance(optimizer, torch.optim.LBFGS)  # one memory for all parameters together
+            flat = isinstance(optimizer, torch.optim.LBFGS)  # one memory for all parameters
             for group in optimizer.param_groups:
                 for position, parameter in enumerate(group["params"]):
                     if id(parameter) not in known:
                         continue
                     old, new, _ = known[id(parameter)]
-                    group["params"][position] = new  # in place: some optimizers keep the list
+                    group["params"][position] = new  # in place, because some optimizers keep the list
                     optimizer.state.pop(old, None)
                     if flat:
                         optimizer.state.clear()
@@ -86,10 +86,11 @@ def replacement(
 
 
 def check_replacement(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """See that optimizers go on after a parameter got smaller, each by a twin with a parameter of its own.
+    """Check that optimizers can step a parameter that got smaller, by trying it on a twin of each.
 
     Raises:
-        ValueError: If one does not.  What cannot be built from its defaults, or steps no such parameter, is not tried.
+        ValueError: If one cannot.  An optimizer whose twin cannot be built from its defaults, or cannot take a first
+            step, is skipped.
     """
     for optimizer in optimizers:
         given = next((each for group in optimizer.param_groups for each in group["params"]), None)
@@ -100,7 +101,7 @@ def check_replacement(optimizers: Iterable[torch.optim.Optimizer]) -> None:
         try:
             twin = type(optimizer)([old], **optimizer.defaults)
             _step(twin, old)
-        except Exception:  # its own needs, which are no concern of a pruning
+        except Exception:  # it has requirements of its own
             continue
         try:
             replacement([twin], [(old, new, torch.arange(6, device=given.device))])()
@@ -114,13 +115,13 @@ def check_replacement(optimizers: Iterable[torch.optim.Optimizer]) -> None:
 
 
 def _step(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-    """One step along a gradient of ones."""
+    """Take one step with a gradient of ones."""
     parameter.grad = torch.ones_like(parameter)
     optimizer.step(lambda: float(parameter.detach().sum()))
 
 
 def _smaller(state: Mapping[str, Any], old: Tensor, new: Tensor, index: Tensor) -> dict[str, Any]:
-    """What is left of an optimizer's memory of a parameter; nothing where its shapes are the optimizer's own."""
+    """Return the optimizer state of the kept elements; empty if its tensors have other shapes than the parameter."""
     tensors = [value for value in state.values() if isinstance(value, Tensor) and value.numel() > 1]
     if any(value.shape != old.shape for value in tensors):  # such as Adafactor's sums over rows and columns
         return {}

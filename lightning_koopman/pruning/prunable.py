@@ -1,4 +1,4 @@
-"""Which parameters of a network can be pruned."""
+"""Selection of the parameters to prune."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ NORMS = (
 
 
 def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
-    """Parameters to prune by name; a tied one appears once, under its first name.
+    """Select the parameters to prune, by name; a tied parameter appears once, under its first name.
 
     Args:
         module: Any module.
-        patterns: Shell-style patterns over the parameters' names, all of a tied one's too; one that begins with ``!``
-            excludes.  Default: matrices and kernels, that is what has two dimensions or more, requires a gradient, is
-            real, no part of a norm and no parameter that others are computed from (weight norm and the like).
+        patterns: Shell-style patterns of parameter names, of which a tied parameter has several; ``!`` excludes.
+            Default: trainable, real matrices and kernels (two dimensions or more), without norms and parameters that
+            other weights are computed from (weight norm and the like).
 
     Raises:
         ValueError: If nothing is selected, a pattern matches nothing, or a selected parameter is lazy, complex,
-            frozen, or one that others are computed from.
+            frozen, or one that other weights are computed from.
 
     Example:
         >>> from torch import nn
@@ -56,12 +56,12 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
         ]
         if not chosen:
             raise ValueError(
-                "parameters=None selects trainable matrices and kernels, but the module has none: name what to prune."
+                "parameters=None selects trainable matrices and kernels, but the module has none: pass patterns."
             )
     else:
         chosen = match_names(named, patterns, argument="parameters", kind="parameter")
     selected = {first[id(named[name])]: named[name] for name in chosen}
-    select_parameters(module, list(selected))  # refuses what cannot be observed
+    select_parameters(module, list(selected))  # raises for parameters that cannot be observed
     for name, parameter in selected.items():
         if parameter.is_complex():
             raise ValueError(
@@ -70,19 +70,19 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
         if id(parameter) in derived:
             raise ValueError(
                 f"parameters={patterns!r} selects {name!r}, from which a weight is computed (a parametrization), so "
-                "that zeros in it are none in the weight: exclude it with '!', or remove the parametrization first."
+                "its zeros are not zeros of the weight: exclude it with '!', or remove the parametrization first."
             )
     frozen = [name for name, parameter in selected.items() if not parameter.requires_grad]
     if frozen:
         raise ValueError(
             f"parameters={patterns!r} selects {frozen[0]!r}, which is frozen (requires_grad=False) and so has no "
-            "trajectory to be pruned by: unfreeze it, or exclude it with '!'."
+            "trajectory to rank it by: unfreeze it, or exclude it with '!'."
         )
     return selected
 
 
 def _underlying(module: nn.Module) -> set[int]:
-    """Ids of the parameters that weights are computed from: parametrizations, weight norm, PyTorch's own pruning."""
+    """Return ids of parameters that weights are computed from: parametrizations, weight norm, PyTorch's own pruning."""
     lists = (part for part in module.modules() if isinstance(part, nn.utils.parametrize.ParametrizationList))
     found = {id(parameter) for part in lists for parameter in part.parameters()}
     for part in module.modules():

@@ -1,4 +1,4 @@
-"""The smallest of many numbers, wherever they lie: exact quantiles by histograms, which processes can add up."""
+"""Exact quantiles of distributed values, by histograms that are summed over processes."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 from lightning_koopman._types import AllSum
 
-DIGIT = 16  # bits looked at in one pass
-PIECE = 2**22  # numbers turned into keys at a time
-PLACES = 48  # bits of a place: room for 2.8e14 weights
+DIGIT = 16  # bits per pass
+PIECE = 2**22  # elements converted to keys at a time
+PLACES = 48  # bits of an index: enough for 2.8e14 weights
 
 
 class Ranked:
-    """Magnitudes to be ranked, with the places that decide between equal ones: the first counts as the smaller.
+    """Magnitudes to rank; of equal ones, the one with the lower index counts as smaller.
 
     Args:
         magnitudes: Real, finite tensors (n,).
-        places: For each, a function that gives the numbers' places from their indices (tensor of int64); those in all
-            tensors, in all processes, are distinct.
-        earlier: For each, None or a boolean tensor (n,): where False, the number counts as smaller than all others.
+        places: For each, a function from local to global indices (int64 tensors); global indices are distinct over all
+            tensors and processes.
+        earlier: For each, None or a boolean tensor (n,): elements with False count as smaller than all others.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Ranked:
         self._bits = 64 if any(part.dtype == torch.float64 for part in magnitudes) else 32
 
     def kept(self, count: int, all_sum: AllSum) -> list[Tensor]:
-        """Boolean tensors (n,): all but the ``count`` smallest of the numbers in all processes."""
+        """Return boolean tensors (n,), False for the ``count`` smallest elements over all processes."""
         if count <= 0:
             return [torch.ones(part.numel(), dtype=torch.bool) for part, _, _ in self._parts]
         bound, below = _select([self._keys(at) for at in range(len(self._parts))], self._bits, count, all_sum)
@@ -49,21 +49,21 @@ class Ranked:
                 start += keys.numel()
             kept.append(torch.cat(mask))
             found.append((torch.cat(ties), places(torch.cat(ties))))
-        # among equal ones the first are pruned
+        # of equal elements the first are pruned
         last, _ = _select([partial(_all_at_once, place) for _, place in found], PLACES, count - below, all_sum)
         for survivors, (tie, place) in zip(kept, found, strict=True):
             survivors[tie[place > last]] = True
         return kept
 
     def _keys(self, at: int) -> Callable[[], Iterator[Tensor]]:
-        """Whole numbers in the order of the magnitudes, a piece at a time."""
+        """Return a generator function of integer keys in the order of the magnitudes, one piece at a time."""
         part, _, earlier = self._parts[at]
 
         def keys() -> Iterator[Tensor]:
             for start in range(0, part.numel(), PIECE):
                 values = part[start : start + PIECE].abs()
                 wide = values.double() if self._bits == 64 else values.float()
-                # the bits of positive numbers are in the order of the numbers
+                # the bit patterns of positive floats have the order of the floats
                 key = wide.view(torch.int64 if self._bits == 64 else torch.int32).to(torch.int64).cpu() + 1
                 yield key if earlier is None else key.masked_fill_(~earlier[start : start + PIECE], 0)
 
@@ -77,9 +77,9 @@ def _all_at_once(keys: Tensor) -> Iterator[Tensor]:
 def _select(
     sources: Sequence[Callable[[], Iterator[Tensor]]], bits: int, count: int, all_sum: AllSum
 ) -> tuple[int, int]:
-    """The key of rank ``count`` (1: the smallest) among those in all processes, and how many are smaller.
+    """Return the key of rank ``count`` (1: the smallest) over all processes, and the number of smaller keys.
 
-    Digit by digit from the highest: a histogram of the next one, of the keys that agree so far.
+    Find it digit by digit from the highest, by a histogram of the next digit of the keys that match so far.
     """
     prefix, below = 0, 0
     for shift in range(bits - DIGIT, -1, -DIGIT):

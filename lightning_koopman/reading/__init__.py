@@ -1,1 +1,1 @@
-"""What the training is doing: the steps of the weights and the losses, read in one word and a few numbers."""
+"""Reading of a training: a phase and a few numbers, from the steps of the weights and the losses."""

@@ -1,4 +1,4 @@
-"""How fast the weights still move, and how far they have to go."""
+"""How fast the weights still move, and how far they have left to go."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from lightning_koopman._types import Array
 from lightning_koopman.reading.steps import APART, NEWEST, StepStatistics
 
 NAN = float("nan")
-SPAN = 12  # rounds over which the pace is measured
+SPAN = 12  # intervals over which the pace is measured
 
 
 @dataclass(frozen=True)
 class Movement:
-    """What is left of the directed part of the movement; NaN where it cannot be told from noise.
+    """Pace of the weights, and the rest of their directed movement; NaN where noise hides it.
 
     Attributes:
-        rate: Factor by which the directed part of the steps changes a round, ≥ 0; below 1 it dies out.
-        rate_range: Two standard errors about it.
+        rate: Factor per interval by which the directed part of the steps changes, ≥ 0; below 1 it decays.
+        rate_range: ``rate`` ± two standard errors, at least 0.
         came: Distance from the oldest snapshot held to the newest.
         remaining: Distance still to go, relative to ``came``; infinite where the steps do not shrink.
-        remaining_range: The same for the ends of ``rate_range``.
-        slowing: 1 − (distance of the newest 12 rounds)²/(that of the fastest 12)², in [0, 1]: 0 for a walk, for what
-            moves on as ever and for fewer rounds, 1 for what stands still.
-        fastest: Distance of the fastest span, in units of the weights, and its length in rounds.
+        remaining_range: ``remaining`` at both ends of ``rate_range``.
+        slowing: 1 − (distance over the newest 12 intervals)²/(distance over the fastest 12)², in [0, 1]: near 0 for a
+            random walk and at constant speed, 1 at rest.
+        fastest: Distance of the fastest span, in units of the weights, and its length in intervals.
     """
 
     rate: float = NAN
@@ -40,13 +40,13 @@ class Movement:
 def movement(
     gram: Array, steps: StepStatistics | None, unit: float = 1.0, before: tuple[float, int] | None = None
 ) -> Movement:
-    """Movement of a trajectory.
+    """Compute the movement of a trajectory.
 
     Args:
         gram: Array (t, t): inner products of the steps, newest last.
-        steps: Their statistics: where they go nowhere, neither rate nor remaining distance has a meaning.
+        steps: Their statistics.  Without a direction, the rate and the remaining distance are NaN.
         unit: Length that the inner products are relative to.
-        before: The fastest span a round ago, for those that are no longer held.
+        before: The previous ``fastest``, which the trajectory may no longer hold.
     """
     count = len(gram)
     if not count:
@@ -73,11 +73,11 @@ def movement(
 
 
 def decay_rate(gram: Array) -> tuple[float, float]:
-    r"""Factor a round of the directed part of the steps, and its standard error.
+    r"""Estimate the factor per interval of the directed part of the steps, with its standard error.
 
-    :math:`\sum_t \langle e_t, e_{t+k+1}\rangle / \sum_t \langle e_t, e_{t+k}\rangle` over lags k that momentum does not
-    link: noise that is independent from round to round adds nothing to either sum, so it does not pull the rate towards
-    0 as a regression on the last step would.  The error is the jackknife's.
+    The estimate is :math:`\sum_t \langle e_t, e_{t+k+1}\rangle / \sum_t \langle e_t, e_{t+k}\rangle`, over lags k ≥ 2.
+    Noise that is independent between intervals averages out of both sums.  So it does not pull the rate toward 0, as
+    it would in a regression on the last step.  The error is the jackknife's.
     """
     count = len(gram)
     near, far = np.zeros(count), np.zeros(count)
@@ -94,7 +94,7 @@ def decay_rate(gram: Array) -> tuple[float, float]:
 
 
 def _remaining(gram: Array, rate: float) -> float:
-    """Distance that a directed part which changes by that factor a round still has to go."""
+    """Distance left for a directed part that changes by ``rate`` per interval."""
     if not rate < 1.0:
         return float("inf") if rate >= 1.0 else NAN
     half = max(len(gram) // 2, APART + 1)

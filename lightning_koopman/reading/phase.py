@@ -41,12 +41,12 @@ class Phase(Enum):
 
     @property
     def code(self) -> int:
-        """Its place in the list above, from 0, for loggers, which take numbers only."""
+        """Index in the list above, from 0: a number for loggers."""
         return list(Phase).index(self)
 
     @classmethod
     def of(cls, code: SupportsFloat) -> Phase:
-        """The phase of a code, such as the logged ``koopman/phase``.
+        """Return the phase of a code, such as the logged ``koopman/phase``.
 
         Example:
             >>> from lightning_koopman import Phase
@@ -60,22 +60,22 @@ class Phase(Enum):
 
 
 MEANINGS = {
-    Phase.WARMING_UP: ("there are too few snapshots to tell", "train on"),
-    Phase.DESCENDING: ("the weights go somewhere and the loss falls", "train on"),
+    Phase.WARMING_UP: ("there are too few snapshots to tell", "keep training"),
+    Phase.DESCENDING: ("the weights keep moving and the loss falls", "keep training"),
     Phase.HOVERING: (
-        "the weights fluctuate about a point at the noise floor of this learning rate",
+        "the weights fluctuate around a point at the noise floor of this learning rate",
         "lower the learning rate or average the weights: at this rate further epochs change nothing",
     ),
-    Phase.SETTLED: ("nothing is left to come at this learning rate", "stop"),
+    Phase.SETTLED: ("no further change is expected at this learning rate", "stop"),
     Phase.DRIFTING: (
-        "the weights move on while the loss stands still",
-        "stop, or look at the validation loss: the training loss has no more to tell them",
+        "the weights keep moving while the loss stands still",
+        "stop, or judge by the validation loss: the training loss no longer improves",
     ),
-    Phase.OSCILLATING: ("the weights swing to and fro", "lower the learning rate or the momentum"),
+    Phase.OSCILLATING: ("the weights swing back and forth", "lower the learning rate or the momentum"),
     Phase.DIVERGING: ("the steps and the loss grow", "lower the learning rate, or clip the gradients"),
     Phase.STUCK: (
         "the loss is no better than that of a network which ignores its input",
-        "look at the data, the initialization and the learning rate",
+        "check the data, the initialization and the learning rate",
     ),
-    Phase.UNKNOWN: ("the steps cannot be told from a random walk", "train on, or lower the learning rate"),
+    Phase.UNKNOWN: ("the steps cannot be told apart from a random walk", "keep training, or lower the learning rate"),
 }

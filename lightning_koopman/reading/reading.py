@@ -1,4 +1,4 @@
-"""What a training is doing: a phase with its evidence, and a few numbers in the unit a user thinks in."""
+"""Reading of a training: its phase, the evidence for it, and a few numbers."""
 
 from __future__ import annotations
 
@@ -23,33 +23,33 @@ NAN = float("nan")
 
 @dataclass(frozen=True, eq=False)
 class TrainingReading:
-    r"""What a training is doing now: what :func:`read_training` returns.
+    r"""Reading of a training at one moment, as :func:`read_training` returns it.
 
-    Rounds are the epochs, or groups of steps, between two snapshots.  A number that cannot be told from noise is NaN.
-    Standard errors are those of a random walk with the same step lengths, the null: its steps have correlation 0 and
-    spectral weight 1.
+    An interval is the epochs, or optimizer steps, between two snapshots.  Numbers that are unknown or hidden by noise
+    are NaN.  The null model is a random walk with the same step lengths: its steps have correlation 0 and spectral
+    weight 1.  Standard errors are those under this null.
 
     Attributes:
         phase: :class:`Phase`.
-        evidence: What the phase is told by, in words.
-        n_steps: Steps that were read: at most the newest 24.
+        evidence: Reasons for the phase, in words.
+        n_steps: Number of steps used, at most the newest 24.
         step_correlation: :math:`\rho_1`, mean cosine between successive steps, in [−1, 1]: positive where the weights
-            go somewhere, negative where they turn back.
+            keep their direction, negative where they turn back.
         step_correlation_error: Its standard error.
         spectral_weight: :math:`\|\sum u_t\|^2/\text{n\_steps}` of the unit steps, ≥ 0: their spectral density at
             eigenvalue 1.
         spectral_weight_error: Its standard error.
-        rate: Factor by which the directed part of the steps changes a round, ≥ 0.
-        rate_range: Two standard errors about it.
-        remaining: How far the weights still have to go at this rate, relative to how far they came.
-        remaining_range: The same for the ends of ``rate_range``.
-        slowing: 1 − (distance of the newest 12 rounds)²/(that of the fastest 12)², in [0, 1].  It stays near 0 for a
-            walk and for what moves on as ever, and grows to 1 as a training converges.
+        rate: Factor per interval by which the directed part of the steps changes, ≥ 0.
+        rate_range: ``rate`` ± two standard errors, at least 0.
+        remaining: Distance left at this rate, relative to that from the oldest snapshot held to the newest.
+        remaining_range: ``remaining`` at both ends of ``rate_range``.
+        slowing: 1 − (distance over the newest 12 intervals)²/(distance over the fastest 12)², in [0, 1].  It stays near
+            0 for a random walk and at constant speed, and grows to 1 as a training converges.
         loss: The newest loss.
-        loss_change: Predicted change of the loss over the next 10 rounds.
-        loss_change_range: Where nine in ten such changes lie.
-        loss_noise: Standard deviation of its fluctuation from round to round, ≥ 0.
-        scale: What changes of the loss are relative to: the baseline loss, or the range of the losses so far.
+        loss_change: Predicted change of the loss over the next 10 intervals.
+        loss_change_range: Range in which that change lies in nine of ten cases.
+        loss_noise: Standard deviation of the loss's fluctuations between intervals, ≥ 0.
+        scale: Scale for changes of the loss: the baseline loss, or else the range of the losses so far.
         steps: :class:`StepStatistics` with all correlations and the spectral density, or None.
 
     Example:
@@ -83,18 +83,18 @@ class TrainingReading:
     scale: float = NAN
     steps: StepStatistics | None = field(default=None, repr=False)
     fastest: tuple[float, int] = field(default=(0.0, 0), repr=False)
-    """Distance of the fastest span, and its length in rounds."""
+    """Distance of the fastest span, and its length in intervals."""
     judged: tuple[Phase, int] = field(default=(Phase.UNKNOWN, 0), repr=False)
-    """Phase told by this round alone, and for how many rounds running; another one takes over after three."""
+    """Phase by this interval alone, and the intervals in a row that gave it; a new phase takes over after three."""
 
     @property
     def half_life(self) -> float:
-        """Rounds in which the directed part of the steps halves; infinite where it does not shrink."""
+        """Intervals in which the directed part of the steps halves; infinite where it does not shrink."""
         return _half_life(self.rate)
 
     @property
     def half_life_range(self) -> tuple[float, float]:
-        """The half-lives at both ends of ``rate_range``."""
+        """Half-lives at both ends of ``rate_range``."""
         return _half_life(self.rate_range[0]), _half_life(self.rate_range[1])
 
 
@@ -105,21 +105,21 @@ def read_training(
     baseline_loss: float | None = None,
     before: TrainingReading | None = None,
 ) -> TrainingReading:
-    r"""Read what a training is doing from the inner products of its steps and from its losses.
+    r"""Determine what a training is doing, from the inner products of its steps and its losses.
 
     Args:
-        trajectory: The weights' snapshots; only their Gram matrix is used, so sketches, shards and every ``dtype`` do.
-        losses: Array (t,): training losses of the rounds so far, newest last; without them a phase that needs them is
-            told by the weights alone.
+        trajectory: Snapshots of the weights.  Only their Gram matrix is used: sketches, shards and any ``dtype`` work.
+        losses: Array (t,): training losses so far, one per interval, newest last.  Without them the weights alone
+            determine the phase.
         baseline_loss: Loss of a network that ignores its input, > 0: ln C for C equally frequent classes.
-        before: The reading a round ago: what the trajectory no longer holds is remembered, and a phase lasts until
-            another one has been told for three rounds running.
+        before: The previous reading.  It remembers what the trajectory no longer holds, and its phase is kept until
+            another one has been found for three intervals in a row.
 
     Returns:
         The reading; its phase is ``WARMING_UP`` for fewer than five steps.
 
     Raises:
-        TypeError: If ``trajectory`` or ``before`` is none.
+        TypeError: If ``trajectory`` is not a Trajectory, or ``before`` not a reading.
         ValueError: If the losses are not a list of numbers, or the baseline is not positive.
 
     Example:
@@ -134,7 +134,7 @@ def read_training(
     """
     check_instance("trajectory", trajectory, Trajectory, "a Trajectory")
     if before is not None:
-        check_instance("before", before, TrainingReading, "what read_training returned")
+        check_instance("before", before, TrainingReading, "a TrainingReading")
     values = real_array("losses", losses).astype(np.float64)
     if values.ndim != 1:
         raise ValueError(f"losses must have shape (t,), got {values.shape}.")
@@ -161,8 +161,8 @@ def read_gram(
         losses: Training losses so far.
         unit: Length that the inner products are relative to.
         baseline: Loss of a network that ignores its input.
-        sketched: Combinations of the weights that a sketch keeps, if only sketches are held.
-        before: The reading a round ago.
+        sketched: Number of combinations of the weights that a sketch keeps, if only sketches are held.
+        before: The previous reading.
     """
     if not np.isfinite(gram).all() or (losses.size and not np.isfinite(losses[-1])):
         return TrainingReading(Phase.DIVERGING, "the loss or the weights are not finite")
@@ -175,7 +175,7 @@ def read_gram(
         running += before.judged[1] if before.judged[0] is judged else 0
         phase = confirm(judged, before.phase, running)
         if phase is not judged:
-            evidence = f"what was told before; for {running} rounds it has looked like {judged.value}: {evidence}"
+            evidence = f"the previous phase is kept; {judged.value} for {running} interval(s) so far: {evidence}"
     found = TrainingReading(
         phase,
         evidence,
@@ -207,7 +207,7 @@ def read_gram(
 
 
 def _scale(values: Array, baseline: Baseline | None) -> float:
-    """What changes of the loss are relative to."""
+    """Scale for changes of the loss: the baseline, or else the range of the losses."""
     finite = values[np.isfinite(values)]
     if baseline is not None and finite.size and finite.min() >= 0:  # a loss that can be negative has no floor
         return baseline.loss
@@ -216,5 +216,5 @@ def _scale(values: Array, baseline: Baseline | None) -> float:
 
 def _half_life(rate: float) -> float:
     if not rate > 0:
-        return rate  # 0: gone at once; NaN
+        return rate  # 0 (gone at once) or NaN
     return math.log(0.5) / math.log(rate) if rate < 1 else math.inf

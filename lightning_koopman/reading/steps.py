@@ -1,9 +1,9 @@
-r"""The autocorrelation of the steps, and the Koopman spectral measure that it is the moments of.
+r"""Autocorrelation of the steps, and their Koopman spectral measure.
 
-With unit steps :math:`u_t = e_t/\|e_t\|`, :math:`\rho_k` is the mean of :math:`\langle u_t, u_{t+k}\rangle`: the k-th
-moment :math:`\int \lambda^k d\mu(\lambda)` of the spectral measure of the steps (paper, equation 3, its continuous part
-included).  A Fejér sum of the moments is a density that is never negative and never ill-conditioned (Korda, Putinar,
-Mezić 2020).  Nothing but inner products of the steps enters, however many weights there are.
+With unit steps :math:`u_t = e_t/\|e_t\|`, :math:`\rho_k` is the mean of :math:`\langle u_t, u_{t+k}\rangle`.  It is the
+k-th moment :math:`\int \lambda^k d\mu(\lambda)` of the spectral measure of the steps (paper, equation 3, with its
+continuous part).  A Fejér sum of the moments gives a density that is never negative and never ill-conditioned (Korda,
+Putinar, Mezić 2020).  Only inner products of the steps are needed, however many weights there are.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ import numpy.typing as npt
 
 from lightning_koopman._types import Array
 
-LEAST = 5  # steps; fewer say nothing
-NEWEST = 24  # steps that are read: older ones are of another time
-APART = 3  # rounds between steps that momentum does not link
-SURE = 4.0  # standard errors beyond the walk's
-ONWARD = 0.03  # mean cosine of distant steps from which the weights go somewhere
-FREQUENCIES = np.linspace(0.0, 0.5, 65)  # of the density, in turns a round
+LEAST = 5  # fewest steps for statistics
+NEWEST = 24  # steps used; older ones belong to an earlier stage of the training
+APART = 3  # intervals between steps that momentum does not link
+SURE = 4.0  # standard errors from the random walk's value that count as certain
+ONWARD = 0.03  # mean cosine of distant steps above which the weights have a direction
+FREQUENCIES = np.linspace(0.0, 0.5, 65)  # of the density, in cycles per interval
 FREQUENCIES.setflags(write=False)  # shared by all readings
 
 
 @dataclass(frozen=True, eq=False)
 class StepStatistics:
-    r"""How the newest steps of a trajectory lie to each other.
+    r"""Correlations, spectral density and growth of the newest steps of a trajectory.
 
     Under the null, a random walk with the same step lengths, every correlation is 0 and the density is 1.
 
     Attributes:
-        count: Steps that were read, those of length zero left out.
+        count: Number of steps used, without those of length zero.
         correlation: Array (count − 1,): :math:`\rho_k` for k = 1, 2, …, in [−1, 1].
-        errors: Array (count − 1,): their standard errors under the null.
-        onward: Mean cosine between steps far apart in time, which momentum does not link; positive where the weights
-            go somewhere.
+        errors: Array (count − 1,): standard errors of ``correlation`` under the null.
+        onward: Mean cosine between steps too far apart in time for momentum to link; positive where the weights keep
+            their direction.
         onward_error: Its standard error under the null.
-        frequencies: Array (g,): turns a round, in [0, 0.5].
-        density: Array (g,): spectral density of the steps at :math:`e^{2\pi i f}`, ≥ 0; 1 for a walk.
+        frequencies: Array (g,): frequencies in cycles per interval, in [0, 0.5].
+        density: Array (g,): spectral density of the steps at :math:`e^{2\pi i f}`, ≥ 0; 1 for a random walk.
         density_error: Its standard error under the null.
-        growth: Mean growth of the steps' length a round, as a factor.
+        growth: Mean factor per interval by which the steps grow.
         growth_error: Standard error of its logarithm.
     """
 
@@ -63,27 +63,27 @@ class StepStatistics:
 
     @property
     def weight_error(self) -> float:
-        """Its standard error under the null, that of the density."""
+        """Standard error of ``weight`` under the null, that of the density."""
         return self.density_error
 
     @property
     def directed(self) -> bool:
-        """Whether the weights go somewhere, beyond doubt."""
+        """Whether the weights clearly keep a direction."""
         return self.onward > max(SURE * self.onward_error, ONWARD)
 
     @property
     def peak(self) -> tuple[float, float]:
-        """Turns a round of the strongest oscillation that comes round in the time read, and its density."""
+        """Frequency and density of the strongest oscillation with at least 1.5 cycles in the steps used."""
         slowest = int(np.searchsorted(self.frequencies, 1.5 / self.count))
         at = slowest + int(self.density[slowest:].argmax())
         return float(self.frequencies[at]), float(self.density[at])
 
 
 def step_density(sums: npt.NDArray[Any], count: int) -> Array:
-    """Spectral density (g,), ≥ 0, of unit steps at :data:`FREQUENCIES`: a Fejér sum.
+    """Compute the spectral density (g,), ≥ 0, of unit steps at :data:`FREQUENCIES`, as a Fejér sum.
 
     Args:
-        sums: Array (count − 1,): their inner products, summed over all pairs so many rounds apart, from 1 on.
+        sums: Array (count − 1,): sum of the inner products of all pairs k intervals apart, for k = 1, 2, …
         count: Number of steps, ≥ 1.
     """
     density: Array = 1 + 2 / count * np.cos(2 * np.pi * np.outer(FREQUENCIES, np.arange(1, count))) @ sums
@@ -91,14 +91,14 @@ def step_density(sums: npt.NDArray[Any], count: int) -> Array:
 
 
 def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatistics | None:
-    """Statistics of the newest steps.
+    """Compute the statistics of the newest steps.
 
     Args:
         gram: Array (t, t): inner products of the steps, newest last.
-        sketched: Combinations that a sketch keeps of each step, which adds its noise to the null's.
+        sketched: Number of combinations that a sketch keeps of each step; its noise is added to the null's.
 
     Returns:
-        The statistics, or None where there are fewer than five steps of a length above 0.
+        The statistics, or None for fewer than five steps of nonzero length.
     """
     lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))[-NEWEST:]
     moved = lengths > 0
@@ -112,7 +112,7 @@ def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatisti
     numbers = np.bincount(lags, minlength=count)[1:]
     sums = np.bincount(lags, pairs, minlength=count)[1:]
     correlation = sums / numbers
-    # what cosines of one lag scatter by is the noise; their mean is what is looked for
+    # cosines at the same lag: their spread is the noise, their mean the signal
     spread = np.sqrt(np.sum((pairs - correlation[lags - 1]) ** 2) / max(pairs.size - (count - 1), 1))
     spread = float(np.hypot(spread, 0.0 if sketched is None else 1.0 / np.sqrt(sketched)))
     apart = lags >= max(APART, count // 3)

@@ -10,12 +10,12 @@ from lightning_koopman.stopping.trend import HORIZON
 
 
 def describe(reading: TrainingReading | None, *, observable: str = "Loss", every: int = 1, unit: str = "epochs") -> str:
-    """The verdict with what to do about it, and the numbers behind it, a line each.
+    """Describe a reading: the phase with advice, then the numbers behind it, one per line.
 
     Args:
-        reading: The reading, or None while there is none.
-        observable: What the losses are.
-        every: Epochs, or what the unit is, between two snapshots.
+        reading: The reading, or None if there is none yet.
+        observable: Name of the losses.
+        every: Epochs or steps between two snapshots.
         unit: ``"epochs"`` or ``"steps"``.
 
     Example:
@@ -26,29 +26,29 @@ def describe(reading: TrainingReading | None, *, observable: str = "Loss", every
     if reading is None:
         return "Nothing is known yet: too few snapshots."
     nothing = reading.phase is Phase.UNKNOWN and not reading.n_steps
-    lines = [f"Unknown: {reading.evidence}."] if nothing else [_verdict(reading), f"- Told by: {reading.evidence}."]
+    lines = [f"Unknown: {reading.evidence}."] if nothing else [_verdict(reading), f"- Evidence: {reading.evidence}."]
     if math.isfinite(reading.step_correlation):
         lines.append(
-            f"- Steps: successive ones have a correlation of {reading.step_correlation:.2f} ± "
-            f"{reading.step_correlation_error:.2g} (a random walk's is 0), the spectral weight at 1 is "
-            f"{reading.spectral_weight:.2f} ± {reading.spectral_weight_error:.2g} (a walk's is 1)."
+            f"- Steps: the correlation of successive steps is {reading.step_correlation:.2f} ± "
+            f"{reading.step_correlation_error:.2g} (random walk: 0), their spectral weight at eigenvalue 1 is "
+            f"{reading.spectral_weight:.2f} ± {reading.spectral_weight_error:.2g} (random walk: 1)."
         )
     if math.isfinite(reading.slowing):
         span = f"{reading.fastest[1] * every} {unit}"
         pace = math.sqrt(1 - reading.slowing)
-        lines.append(f"- Pace: the newest {span} moved the weights {pace:.2g} times as far as the fastest {span}.")
+        lines.append(f"- Pace: in the newest {span}, weights moved {pace:.2g} times as far as in the fastest {span}.")
     if math.isfinite(reading.rate):
         low, high = (_time(each * every) for each in reading.half_life_range)
         lines.append(
-            f"- Rate: the directed part of the steps changes by ×{reading.rate:.3f} every {_span(every, unit)}: it "
-            f"halves in {_time(reading.half_life * every)} {unit} ({low} to {high}); the weights have "
-            f"{_share(reading.remaining)} of the way they came still to go."
+            f"- Rate: the directed part of the steps changes by a factor of {reading.rate:.3f} every "
+            f"{_span(every, unit)}, so it halves in {_time(reading.half_life * every)} {unit} ({low} to {high}). "
+            f"Distance left, relative to the distance since the oldest snapshot: {_share(reading.remaining)}."
         )
     if math.isfinite(reading.loss_change):
         low, high = (f"{each:+.2g}" for each in reading.loss_change_range)
         lines.append(
-            f"- {observable}: {reading.loss:.3g}, with a noise of {reading.loss_noise:.2g}; over the next "
-            f"{HORIZON * every} {unit} it is predicted to change by {reading.loss_change:+.2g} ({low} to {high})."
+            f"- {observable}: {reading.loss:.3g}, with noise of {reading.loss_noise:.2g}; predicted change over the "
+            f"next {HORIZON * every} {unit}: {reading.loss_change:+.2g} ({low} to {high})."
         )
     return "\n".join(lines)
 
@@ -68,5 +68,5 @@ def _time(rounds: float) -> str:
 
 def _share(remaining: float) -> str:
     if not math.isfinite(remaining):
-        return "an unknown part"
+        return "unknown"
     return f"{remaining:.0%}" if remaining < 10 else f"{remaining:.0f} times"

@@ -1,1 +1,1 @@
-"""Sobolev losses and the noise estimate beside them."""
+"""Sobolev losses and noise estimation."""

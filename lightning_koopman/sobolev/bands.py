@@ -1,4 +1,4 @@
-r"""Fourier modes on the torus, the bands they form, and their weights in a Sobolev norm (paper, section 6)."""
+r"""Bands of Fourier modes on the torus, and their weights in a Sobolev norm (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from torch import Tensor
 from lightning_koopman._checks import check_count, check_flag, is_count, is_number
 from lightning_koopman.fourier.modes import half_space
 
-LOWEST = 4  # mode at which geometric scales begin: a network has no trouble with fewer
+LOWEST = 4  # first geometric scale: networks learn lower modes easily
 NORMS = (1, 2)
-MOST_LAYERS = 10_000  # that have an output of their own
+MOST_LAYERS = 10_000  # with an output of their own
 KINDS = ("geometric", "linear", "exponential")
-KEPT = 8  # bands at a time: millions of modes take hundreds of megabytes
+KEPT = 8  # cached bands: millions of modes take hundreds of megabytes
 
 
 def sobolev_scales(
@@ -31,19 +31,19 @@ def sobolev_scales(
     lowest: float | None = None,
     start: int = 1,
 ) -> tuple[float, ...]:
-    r"""Scale function :math:`s(\ell)` of each layer: the highest mode that the layer is trained on.
+    r"""Return the scale :math:`s(\ell)` of each layer: the highest mode that the layer is trained on.
 
     Args:
-        n_layers: Number of layers L ≥ 1 with an output, the network's own among them.
-        kind: ``"geometric"``: whole numbers from ``lowest`` to ``highest`` in equal ratios; the paper's two, section 6,
-            ``"linear"``, :math:`s(\ell) = \ell`, and ``"exponential"``, :math:`s(\ell) = 2^\ell`; or a callable of
-            :math:`\ell` that does not decrease.
-        highest: Last scale of ``"geometric"``, which needs it; see :func:`suggest_scales`.
+        n_layers: Number of layers L ≥ 1 with an output, including the network's own.
+        kind: ``"geometric"``: from ``lowest`` to ``highest`` in equal ratios, rounded to whole numbers below
+            ``highest``; from section 6 of the paper ``"linear"``, :math:`s(\ell) = \ell`, or ``"exponential"``,
+            :math:`s(\ell) = 2^\ell`; or a non-decreasing function of :math:`\ell`.
+        highest: Last scale of ``"geometric"``, required there; see :func:`suggest_scales`.
         lowest: First scale of ``"geometric"`` (default: 4, or ``highest`` if that is less).
         start: First :math:`\ell` of the other kinds: 1 as in equation 7, 0 as in equation 8.
 
     Returns:
-        L scales in cycles per period, none less than the one before.
+        L non-decreasing scales in cycles per period.
 
     Raises:
         ValueError: If an argument is out of its range, or a scale is negative, not finite or less than its predecessor.
@@ -62,15 +62,15 @@ def sobolev_scales(
     start = check_count("start", start, 0)
     if isinstance(kind, str) and kind == "exponential" and start + n_layers > 1000:
         raise ValueError(
-            f"start={start} and n_layers={n_layers} give scales up to 2^{start + n_layers - 1}: each must be a "
-            "number ≥ 0 that float64 holds."
+            f"start={start} and n_layers={n_layers} give scales up to 2^{start + n_layers - 1}, which is too large: "
+            "lower one of them."
         )
     if isinstance(kind, str) and kind == "geometric":
         if highest is None:
-            raise ValueError("highest=None: geometric scales need the highest mode; suggest_scales(x, y) finds one.")
+            raise ValueError("highest=None: geometric scales need the highest mode; suggest_scales(x, y) suggests one.")
         first = min(LOWEST, highest) if lowest is None else lowest
         if not (is_number(first) and is_number(highest) and 0 < first <= highest):
-            raise ValueError(f"lowest and highest must be 0 < lowest ≤ highest, got {first!r} and {highest!r}.")
+            raise ValueError(f"lowest and highest must satisfy 0 < lowest ≤ highest, got {first!r} and {highest!r}.")
         ratio = (highest / first) ** (1 / max(1, n_layers - 1))
         inner = [min(round(first * ratio**layer), highest) for layer in range(n_layers - 1)]
         return check_scales((*inner, highest))
@@ -81,14 +81,14 @@ def sobolev_scales(
 
 
 def check_scales(scales: object) -> tuple[float, ...]:
-    """Scales as a tuple; raise ValueError unless they are numbers ≥ 0 that do not decrease."""
+    """Return scales as a tuple; raise ValueError unless they are non-decreasing numbers ≥ 0."""
     several = isinstance(scales, Sequence) and not isinstance(scales, (bytes, bytearray))
     loose: Any = scales
     listed = several or (isinstance(loose, np.ndarray) and loose.ndim == 1)
     given = tuple(loose) if listed else (loose,)
     if not given or not all(is_number(each) for each in given) or min(given) < 0:
         raise ValueError(
-            f"scales must be the highest mode, a number ≥ 0, or one such number a layer, got {scales!r}: "
+            f"scales must be the highest mode, a number ≥ 0, or one such number per layer, got {scales!r}: "
             f"see sobolev_scales(n_layers, kind)."
         )
     if any(after < before for before, after in pairwise(given)):
@@ -97,21 +97,21 @@ def check_scales(scales: object) -> tuple[float, ...]:
 
 
 def check_norm(norm: object) -> None:
-    """Raise ValueError unless it is 1 or 2."""
+    """Raise ValueError unless ``norm`` is 1 or 2."""
     if isinstance(norm, bool) or not is_number(norm) or norm not in NORMS:
         raise ValueError(f"norm must be 1 or 2, got {norm!r}.")
 
 
 @dataclass(frozen=True)
 class SobolevNorm:
-    r"""Which modes count for which layer, and how much: :math:`w_k = (1 + (2\pi\|k\|_2)^2)^s` in bands of modes.
+    r"""Rule for the modes of each layer and their weights :math:`w_k = (1 + (2\pi\|k\|_2)^2)^s`.
 
     Args:
-        scales: Scale of each layer; a single one stands for the highest of all layers, geometric from 4 on.
-        exponent: :math:`s`, usually negative (default: −1/2 as in equations 7 and 8 where ``literal``, else −1/4).
-        literal: Whether a layer has the shell :math:`\|k\| = s(\ell)`, as in the paper, or the ball
+        scales: Scale of each layer; a single one is the last of geometric scales from 4 on.
+        exponent: :math:`s`, usually negative (default: −1/4; with ``literal`` −1/2, as in equations 7 and 8).
+        literal: Whether a layer has the shell :math:`\|k\| = s(\ell)`, as in the paper, instead of the ball
             :math:`\|k\| \le s(\ell)`.
-        norm: 1 or 2, the norm of the mode that is compared with the scale.
+        norm: 1 or 2: the norm of the mode that is compared with the scale.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -130,40 +130,42 @@ class SobolevNorm:
         object.__setattr__(self, "literal", check_flag("literal", self.literal))
 
     def bands(self, n_layers: int, dim: int) -> Bands:
-        """The modes in ``dim`` dimensions and their weights for each of ``n_layers`` outputs.
+        """Return the modes in ``dim`` dimensions and their weights for each of ``n_layers`` outputs.
 
         Raises:
-            ValueError: If the number of scales is neither 1 nor that of the outputs, or a shell holds no mode.
+            ValueError: If there is neither one scale nor one for each output, or a shell contains no mode.
         """
         return make_bands(self.per_layer(n_layers), n_layers, dim, self.index, self.literal, self.norm)
 
     def tensors(self, n_layers: int, dim: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Modes (m, D) and weights (L, m) of the bands, in the dtype and on the device of a tensor."""
+        """Return modes (m, D) and weights (L, m) on the device of ``like``; the weights have its dtype."""
         rule = (tuple(map(fixed, self.per_layer(n_layers))), n_layers, dim, fixed(self.index), self.literal, self.norm)
         return cast("tuple[Tensor, Tensor]", constant_tensors(like.dtype, like.device, *rule))
 
     @property
     def index(self) -> float:
-        """The exponent s, given or by default."""
+        """The exponent s, as given or the default."""
         return (-0.5 if self.literal else -0.25) if self.exponent is None else self.exponent
 
     def per_layer(self, n_layers: int) -> tuple[float, ...]:
-        """Scale of each layer; all of them for a single output."""
+        """Return the scale of each layer; all scales for a single output."""
         scales = self.scales
         if n_layers > 1 and len(scales) == 1:
             return scales * n_layers if not scales[0] else sobolev_scales(n_layers, highest=scales[0])
         if n_layers > 1 and len(scales) != n_layers:
-            raise ValueError(f"scales={scales!r} are {len(scales)}, but {n_layers} outputs are trained: give as many.")
+            raise ValueError(
+                f"scales={scales!r} has length {len(scales)}, but {n_layers} outputs are trained: pass one for each."
+            )
         return scales
 
 
 @dataclass(frozen=True, eq=False)
 class Bands:
-    """Modes of half of the space, for those of the other half have the same power, and their weights.
+    """Modes and their weights, in one half of the space, because k and −k have the same power.
 
     Attributes:
-        modes: Whole numbers (m, D), by increasing norm: of each pair k and −k one, and the zero mode.
-        weights: Array (L, m), ≥ 0: weight of a mode for a layer, that of k and −k together.
+        modes: Integers (m, D), by increasing norm: one of each pair k and −k, and the zero mode if a layer has it.
+        weights: Array (L, m), ≥ 0: weight of each mode for each layer, k and −k together.
     """
 
     modes: npt.NDArray[np.int32]
@@ -171,34 +173,34 @@ class Bands:
 
     @property
     def n_functions(self) -> int:
-        """Number of real functions, cosines and sines, that the modes stand for."""
+        """Number of real functions (cosines and sines) of the modes."""
         return 2 * len(self.modes) - int(not self.modes.any(axis=1).all())
 
 
 def fixed(value: float) -> float:
-    """The number itself where the compiler has made a symbol of it, as of any that differs between two calls."""
+    """Return a plain float while compiling, because the compiler makes symbols of numbers that vary between calls."""
     return float(f"{value}") if torch.compiler.is_compiling() else value
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator, unused-ignore]
 def constant_tensors(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """:func:`make_tensors`, which the compiler is not to look into."""
+    """Call :func:`make_tensors` without the compiler tracing into it."""
     return make_tensors(*arguments)
 
 
 @lru_cache(maxsize=KEPT)
 def make_tensors(dtype: torch.dtype, device: torch.device, *arguments: Any) -> tuple[Tensor, Tensor]:
-    """The bands where they are needed."""
+    """Return modes and weights of :func:`make_bands` as tensors."""
     bands = make_bands(*arguments)
     if not bands.weights.max() < torch.finfo(dtype).max:
-        raise ValueError(f"exponent={arguments[3]!r} gives a mode a weight beyond {dtype}: take a lower one.")
-    with torch.inference_mode(mode=False):  # usable for training wherever they were made
+        raise ValueError(f"exponent={arguments[3]!r} gives a mode a weight beyond {dtype}: lower it.")
+    with torch.inference_mode(mode=False):  # usable for training even if made for inference
         return torch.tensor(bands.modes, device=device), torch.tensor(bands.weights, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=KEPT)
 def make_bands(scales: tuple[float, ...], n_layers: int, dim: int, exponent: float, literal: bool, norm: int) -> Bands:
-    """See :class:`SobolevNorm`."""
+    """Build the bands of a :class:`SobolevNorm`."""
     modes = half_space(scales[-1], dim, norm)
     squares = (modes.astype(np.int64) ** 2).sum(axis=1)
     sizes = np.abs(modes).sum(axis=1) if norm == 1 else squares
@@ -215,9 +217,9 @@ def make_bands(scales: tuple[float, ...], n_layers: int, dim: int, exponent: flo
                 )
     else:
         members = sizes <= limits[:, None] * (1 + 1e-9)
-    if n_layers == 1:  # equation 8: all bands of one output; of nested balls the last holds them all
+    if n_layers == 1:  # equation 8: one output has all bands; the last ball contains the others
         members = members.sum(axis=0, keepdims=True) if literal else members[-1:]
     counted = members.any(axis=0)
-    with np.errstate(over="ignore", invalid="ignore"):  # `make_tensors` refuses it
+    with np.errstate(over="ignore", invalid="ignore"):  # `make_tensors` raises
         decay = (1 + (2 * np.pi) ** 2 * squares) ** exponent * np.where(squares > 0, 2.0, 1.0)
         return Bands(modes[counted], (members * decay)[:, counted])

@@ -1,4 +1,4 @@
-r"""The Sobolev loss as a function: what the network misses, mode by mode (paper, equations 6 to 8)."""
+r"""The Sobolev loss as a function of outputs and targets (paper, equations 6 to 8)."""
 
 from __future__ import annotations
 
@@ -41,43 +41,42 @@ def sobolev_loss(
     weights: Tensor | None = None,
     n_samples: float | None = None,
 ) -> Tensor:
-    r"""Squared negative Sobolev norm of what a network misses, in bands of Fourier modes (paper, equations 6 to 8).
+    r"""Compute the squared negative Sobolev norm of the residual in bands of Fourier modes (paper, equations 6 to 8).
 
     .. math:: \sum_{\ell=1}^{L} \sum_{m=1}^{M} \sum_{\|k\| \le s(\ell)} (1 + (2\pi\|k\|_2)^2)^s
         \, |\hat r_{\ell m}(k)|^2, \qquad \hat r(k) = \sum_{i=1}^{N} w_i \, (y_i - f_i) \, e^{-2\pi i k \cdot t_i}
 
-    with the points t in units of the period.  One output is Sobolev loss 2 of the paper, one a layer Sobolev loss 1.
-    :class:`SobolevLoss` is the same as a module, which keeps the basis from step to step and finds the layers.
+    with the points t in units of the period.  A single output gives Sobolev loss 2 of the paper, one output per layer
+    Sobolev loss 1.  :class:`SobolevLoss` is the same as a module; it caches the basis and finds the layers.
 
     Args:
-        outputs: The network's values f: tensor (N, M) at the points, or (N,) for one output; or one such tensor a
-            layer, the network's own last.  Without ``points``: (B, M, n_1, …, n_D) on equidistant grids that span a
-            period.
-        targets: Samples y, as the shape of one output.
+        outputs: The network's values f: a tensor (N, M) at the points, or (N,) for M = 1; or one such tensor per layer,
+            the network's own last.  Without ``points``: (B, M, n_1, …, n_D) on equidistant grids that span one period.
+        targets: Samples y, in the shape of one output.
         points: Tensor (N, D), or (N,) for one input, in the unit of ``domain``; None for values on a grid.
-        scales: Highest mode, in cycles per period, or one such number for each of the outputs (for a single output they
-            are united); of a single one for several outputs geometric scales are made, :func:`sobolev_scales`.
-        exponent: :math:`s` (default: −1/2, as in the paper, where ``literal``, else −1/4).
-        literal: Shells :math:`\|k\| = s(\ell)`, as equations 7 and 8 are written, in place of balls.
+        scales: Highest mode in cycles per period, or one for each output.  A single output takes the bands of all
+            scales; for several outputs a single scale is expanded to geometric ones (:func:`sobolev_scales`).
+        exponent: :math:`s` (default: −1/4; with ``literal`` −1/2, as in the paper).
+        literal: Use shells :math:`\|k\| = s(\ell)`, as in equations 7 and 8, instead of balls.
         norm: 1 as in the paper, or 2: the norm of the mode that is compared with the scale.
-        domain: ``(low, high)``, the ends of one period, or such a pair for each input (default: the range of the points
-            and one mean spacing more).
-        weights: Quadrature weights (N,), that sum to 1 over the whole data set (default: all equal).
-        n_samples: Number of samples in the whole data set where the call has a random part of it.  The value is then
-            without bias: its mean over all parts of B ≥ 2 samples is the value of the whole.  It may be negative.
-            ``math.inf``: without bias for the loss of infinitely many samples; it has no lower bound.
+        domain: ``(low, high)``, the ends of one period, or one such pair per input (default: the range of the points
+            plus one mean spacing).
+        weights: Quadrature weights (N,) that sum to 1 over the whole data set (default: all equal).
+        n_samples: Number of samples in the whole data set, if the call has a random part of it.  The value is then
+            unbiased: its mean over all parts of B ≥ 2 samples is the value of the whole set.  It may be negative.
+            ``math.inf``: unbiased for the loss of infinitely many samples; then it has no lower bound.
 
     Returns:
-        Scalar in the widest dtype of outputs, targets and points, at least float32, whatever autocast says.
+        Scalar in the widest dtype of outputs, targets and points, at least float32, also under autocast.
 
     Raises:
         TypeError: If an input is complex, or not floating point.
-        ValueError: If shapes do not match, a point lies outside of the period, a shell holds no mode, or an argument is
-            out of its range.  (Within a compiled step points are not looked at, and there are no warnings.)
+        ValueError: If shapes do not match, a point lies outside the period, a shell contains no mode, or an argument is
+            out of its range.  (In a compiled step, points are not checked and there are no warnings.)
 
     Warns:
-        UserWarning: If there are more modes than the samples can tell apart, or the points have half precision, which
-            high modes do not bear.
+        UserWarning: If there are more modes than the samples can distinguish, or the points have half precision, which
+            is too coarse for high modes.
 
     Example:
         >>> import torch
@@ -116,7 +115,7 @@ def scattered_loss(
     n_samples: float | None,
     cache: BasisCache | None = None,
 ) -> Tensor:
-    """The loss at points; all arguments are checked."""
+    """Compute the loss at scattered points; all arguments are checked."""
     dtype = precision(*outputs, targets, points)
     n_points = len(targets)
     with torch.autocast(points.device.type, enabled=False):
@@ -135,7 +134,7 @@ def scattered_loss(
             torus_points, total = to_torus(points, box), scaled.new_zeros(())
             for some, their in zip(torch.split(modes, step), torch.split(factors, step, dim=1), strict=True):
                 piece = partial(power_of_modes, some, their)
-                # the piece of the basis is made again for the gradient, which torch.func has no way to do
+                # recompute the piece of the basis for the gradient, which torch.func does not support
                 if torch.is_grad_enabled() and not is_hidden(torus_points, scaled):
                     total = total + checkpoint(
                         piece, torus_points, scaled, use_reentrant=False, preserve_rng_state=False
@@ -146,37 +145,37 @@ def scattered_loss(
 
 
 def precision(*tensors: Tensor) -> torch.dtype:
-    """The widest dtype of all, at least float32."""
+    """Return the widest dtype of all, at least float32."""
     return reduce(torch.promote_types, (each.dtype for each in tensors), torch.float32)
 
 
 def power_of_modes(modes: Tensor, factors: Tensor, torus_points: Tensor, scaled: Tensor) -> Tensor:
-    """What some of the modes contribute."""
+    """Return the contribution of some of the modes."""
     return weighted_power(fourier_basis(torus_points, modes) @ scaled, factors)
 
 
 def weighted_power(coefficients: Tensor, factors: Tensor) -> Tensor:
-    """Sum of |r̂|² over modes, layers and outputs, weighted, from real coefficients (2m, L M) and weights (L, m)."""
+    """Return the weighted sum of |r̂|² over modes, layers and outputs; coefficients (2m, L M), weights (L, m)."""
     n_layers, n_modes = factors.shape
     power = coefficients.square().view(2, n_modes, n_layers, -1).sum(dim=(0, 3))
     return (power * factors.mT).sum()
 
 
 def without_bias(total: Tensor, scaled: Tensor, factors: Tensor, n_samples: float) -> Tensor:
-    """The loss of N samples estimated from that of B of them.
+    """Estimate the loss of N samples, without bias, from the loss of B of them.
 
-    It is a sum over pairs of samples, of which a part holds B (B − 1) out of N (N − 1), and over samples with
-    themselves, of which it holds B out of N, and which are alike for all modes.
+    The loss is a sum over pairs of samples, of which a part holds B (B − 1) out of N (N − 1), and over samples with
+    themselves, of which it holds B out of N.  The latter terms are the same for all modes.
     """
     n_points = len(scaled)
     alone = (scaled.square().view(n_points, len(factors), -1).sum(dim=(0, 2)) * factors.sum(1)).sum()
     rest = 1 - 1 / n_samples  # (N − 1) / N, also for N = ∞
-    pairs = n_points / (n_points - 1) * rest if n_points > 1 else 0.0  # a single sample has none
+    pairs = n_points / (n_points - 1) * rest if n_points > 1 else 0.0  # a single sample has no pairs
     return pairs * (total - alone) + n_points / n_samples * alone
 
 
 def grid_loss(outputs: Sequence[Tensor], targets: Tensor, rule: SobolevNorm) -> Tensor:
-    """The loss of values on grids (B, M, n_1, …, n_D) that span one period: the mean over B; arguments are checked."""
+    """Compute the mean loss over B grids (B, M, n_1, …, n_D) that span one period; all arguments are checked."""
     sizes = targets.shape[2:]
     axes = tuple(range(-len(sizes), 0))
     dtype = precision(*outputs, targets)
@@ -189,7 +188,7 @@ def grid_loss(outputs: Sequence[Tensor], targets: Tensor, rule: SobolevNorm) -> 
 
 
 def stored_at(modes: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Where a real FFT of that size has the power of each mode; of modes beyond its half that of their negative."""
+    """Return the index of each mode in a flattened real FFT; modes outside the stored half use that of −k."""
     extent = torch.tensor(sizes, device=modes.device)
     half = sizes[-1] // 2
     wrapped = modes % extent
@@ -203,10 +202,10 @@ def stored_at(modes: Tensor, sizes: Sequence[int]) -> Tensor:
 def check_tensors(
     outputs: Tensor | Sequence[Tensor], targets: Tensor, points: Tensor | None
 ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-    """Outputs and targets (N, M), points (N, D), or grids (B, M, n_1, …); raise unless they belong together."""
+    """Return outputs and targets (N, M) and points (N, D), or grids (B, M, n_1, …); raise if they do not match."""
     outputs = list(outputs) if isinstance(outputs, (list, tuple)) else [cast("Tensor", outputs)]
     if not outputs:
-        raise ValueError("outputs is an empty list: give the network's values, or one tensor a layer.")
+        raise ValueError("outputs is an empty list: pass the network's values, or one tensor per layer.")
     named = [(f"outputs[{index}]" if len(outputs) > 1 else "outputs", each) for index, each in enumerate(outputs)]
     named += [("targets", targets)] + ([] if points is None else [("points", points)])
     for name, tensor in named:
@@ -214,13 +213,13 @@ def check_tensors(
     for name, tensor in named[: len(outputs)]:
         if tensor.shape != targets.shape:
             raise ValueError(
-                f"{name} has the shape {tuple(tensor.shape)}, targets {tuple(targets.shape)}: they must be the same, "
-                "nothing is broadcast."
+                f"{name} has the shape {tuple(tensor.shape)}, targets {tuple(targets.shape)}: the shapes must be "
+                "equal, because there is no broadcasting."
             )
     for name, tensor in named:
         check_device(name, tensor, "targets", targets)
     if not targets.numel():
-        raise ValueError(f"targets are empty, {tuple(targets.shape)}: there is nothing to compare.")
+        raise ValueError(f"targets are empty, with the shape {tuple(targets.shape)}: pass at least one sample.")
     if points is None:
         if targets.dim() < 3:
             raise ValueError(
@@ -235,7 +234,7 @@ def check_tensors(
         )
     if points.dtype.itemsize < 4 and not torch.compiler.is_compiling():
         warnings.warn(
-            f"points are {points.dtype}, which rounds them by more than high modes bear: give them in float32 (as "
+            f"points are {points.dtype}, which is too coarse for high modes: pass them in float32 (as "
             "precision='bf16-mixed' does, unlike 'bf16-true').",
             stacklevel=3,
         )
@@ -245,7 +244,7 @@ def check_tensors(
 
 
 def check_floating(name: str, tensor: object) -> None:
-    """Raise TypeError unless it is a dense tensor of floating numbers."""
+    """Raise TypeError unless ``tensor`` is a dense floating-point tensor."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}.")
     if tensor.is_complex():
@@ -257,13 +256,13 @@ def check_floating(name: str, tensor: object) -> None:
 
 
 def check_device(name: str, tensor: Tensor, beside: str, other: Tensor) -> None:
-    """Raise ValueError unless two tensors are on one device."""
+    """Raise ValueError unless two tensors are on the same device."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, {beside} on {other.device}: move them to one device.")
 
 
 def check_n_samples(n_samples: Any) -> float | None:
-    """The number as a plain one; raise ValueError unless it is None or a number ≥ 1."""
+    """Return ``n_samples`` as a Python number; raise ValueError unless it is None or a number ≥ 1."""
     if n_samples is None:
         return None
     if not ((is_number(n_samples) or (isinstance(n_samples, Real) and n_samples == math.inf)) and n_samples >= 1):
@@ -272,7 +271,7 @@ def check_n_samples(n_samples: Any) -> float | None:
 
 
 def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | None) -> Tensor | None:
-    """Quadrature weights for this part of the data set; raise ValueError unless they and ``n_samples`` fit it."""
+    """Return quadrature weights scaled to this part of the data set; raise ValueError if an argument does not fit."""
     n_points = len(targets)
     if n_samples is not None and n_samples < n_points:
         raise ValueError(f"n_samples={n_samples!r} is less than the {n_points} samples of this call: give the total.")
@@ -281,7 +280,7 @@ def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | No
     fits = isinstance(weights, Tensor) and weights.shape == targets.shape[:1] and weights.layout == torch.strided
     if not fits or weights.is_complex():
         got = [weights.dtype, tuple(weights.shape), weights.layout] if isinstance(weights, Tensor) else type(weights)
-        raise ValueError(f"weights must be a real tensor ({n_points},), one for each sample, and dense, got {got}.")
+        raise ValueError(f"weights must be a dense, real tensor ({n_points},), one for each sample, got {got}.")
     check_device("weights", weights, "targets", targets)
     if n_samples == math.inf:
         raise ValueError("weights of infinitely many samples are all zero: leave weights or n_samples=inf out.")
@@ -290,35 +289,35 @@ def check_weights(weights: Tensor | None, targets: Tensor, n_samples: float | No
         if not -math.inf < total <= 1.01 or (n_samples in (None, n_points) and total < 0.99):
             raise ValueError(f"weights sum to {total:.6g}, not to 1: divide them by their sum over the whole data set.")
         if (n_samples or 0) / n_points * abs(total) > math.sqrt(torch.finfo(precision(weights)).max):
-            raise ValueError(f"n_samples={n_samples!r} is too many to weigh: give the number in the data set.")
+            raise ValueError(f"n_samples={n_samples!r} is too large: give the number of samples in the data set.")
     return weights if n_samples is None else weights * (n_samples / n_points)
 
 
 def check_grid_arguments(box: object, weights: object, n_samples: object) -> None:
-    """Raise ValueError for what has no meaning on a grid."""
+    """Raise ValueError for arguments that have no meaning on a grid."""
     for name, value in (("domain", box), ("weights", weights), ("n_samples", n_samples)):
         if value is not None:
-            raise ValueError(f"{name} is for scattered points: a grid spans one period, all of it, with equal weights.")
+            raise ValueError(f"{name} is for scattered points: leave it out on a grid, which spans one whole period.")
 
 
 def warn_of_modes(bands: Bands, n_samples: float) -> None:
-    """Warn where the modes outnumber the samples."""
+    """Warn if the cosines and sines outnumber the samples."""
     if bands.n_functions > n_samples:
         warnings.warn(
             f"scales: the {bands.n_functions} cosines and sines up to the highest mode are more than the "
-            f"{n_samples} samples, which cannot tell them apart: noise is fitted. Take a lower highest mode.",
+            f"{n_samples} samples, so noise is fitted: lower the highest mode.",
             stacklevel=3,
         )
 
 
 def warn_of_aliases(bands: Bands, sizes: Sequence[int]) -> None:
-    """Warn where a grid is too coarse for a mode."""
+    """Warn if a grid is too coarse for a mode."""
     highest = abs(bands.modes).max(axis=0).tolist()
     for axis, (size, mode) in enumerate(zip(sizes, highest, strict=True)):
         if 2 * mode > size:
             warnings.warn(
-                f"scales: the grid has {size} points in dimension {axis}, which cannot tell mode {mode} from a lower "
-                f"one: take no mode above {min(sizes) // 2}.",
+                f"scales: the grid has {size} points in dimension {axis}, too few to distinguish mode {mode} from a "
+                f"lower one: take no mode above {min(sizes) // 2}.",
                 stacklevel=3,
             )
             return

@@ -1,4 +1,4 @@
-"""Listen to a network's layers."""
+"""Forward hooks that record what a network's layers return."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lightning_koopman.parameters.select import as_patterns, match_names
 
 
 class Tap:
-    """Forward hook that keeps what a layer returned last, until it is taken, for as long as its loss lives."""
+    """Forward hook that keeps a layer's last output until it is taken, as long as its loss exists."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.value: Any = None
-        self.calls = 0  # with gradients
+        self.calls = 0  # with gradients enabled
         self.with_grad = True
         self._owner: weakref.ref[nn.Module] | None = None
 
@@ -28,31 +28,31 @@ class Tap:
         """Called by PyTorch after the layer."""
         with_grad = torch.is_grad_enabled()
         if not torch.compiler.is_compiling():
-            if self._owner is None or self._owner() is None:  # in a copy of the network without its loss
+            if self._owner is None or self._owner() is None:  # in a copy of the network without the loss
                 return
-            if torch._C._current_graph_task_id() != -1:  # run again by a checkpoint within a backward pass
+            if torch._C._current_graph_task_id() != -1:  # rerun by a checkpoint in a backward pass
                 return
             self.calls += with_grad
         self.value, self.with_grad = output, with_grad
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"name": self.name}  # activations have no place in a copy, and its loss says whose it is
+        return {"name": self.name}  # activations are not copied; the copied loss calls `belong_to`
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
     def belong_to(self, loss: nn.Module) -> None:
-        """Listen on behalf of that loss."""
+        """Set the loss that this tap records for."""
         self._owner = weakref.ref(loss)
 
     def take(self) -> Tensor:
-        """The value, once."""
+        """Return the recorded output and clear it."""
         value: Any = self.value
         self.value, self.calls, self.with_grad = None, 0, True
         if value is None:
             raise RuntimeError(
-                f"layer {self.name!r} has not run since the loss was last called: call the network first, with all of "
-                "the samples at once; a network that is compiled must not have run before its loss is made."
+                f"layer {self.name!r} has not run since the loss was last called: run the network first, on all "
+                "samples at once. A compiled network must not have run before its loss was created."
             )
         if not isinstance(value, Tensor):
             raise TypeError(f"layer {self.name!r} returns a {type(value).__name__}: name layers that return a tensor.")
@@ -60,7 +60,7 @@ class Tap:
 
 
 def layer_names(network: nn.Module, layers: str | Sequence[str]) -> list[str]:
-    """Names of the layers that match.
+    """Return the names of the layers that match.
 
     Raises:
         ValueError: If a pattern matches no layer.
@@ -75,7 +75,7 @@ def layer_names(network: nn.Module, layers: str | Sequence[str]) -> list[str]:
 
 
 def run_once(network: nn.Module, example: Any, layers: Sequence[str]) -> tuple[Any, dict[str, list[Any]]]:
-    """The network's output for an example, with nothing of the network changed, and what its layers returned.
+    """Run a network on an example without changing it; return its output and what its layers returned.
 
     Raises:
         ValueError: If the network fails on it.

@@ -1,4 +1,4 @@
-"""How much of noisy samples is signal, mode by mode: the highest mode worth learning, targets without the rest."""
+"""Estimate the signal in noisy samples, mode by mode: the highest mode worth learning, and denoised targets."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from lightning_koopman.fourier.modes import orthant
 from lightning_koopman.fourier.samples import as_samples
 from lightning_koopman.sobolev.bands import check_norm, sobolev_scales
 
-MOST = 1000  # cosines: their orthogonalisation takes seconds beyond
-ENTRIES = 2**27  # of the cosines at the samples: a gigabyte
-SHARE = 0.25  # of the samples: cosines to fit; the other samples tell the noise
-WORTH = 0.1  # share of signal in a mode; too low a highest mode costs more than too high a one
-ROUNDING = 1e-12  # of the samples' size: no less noise is told from rounding
-FEWEST = 16  # samples below which nothing can be told
-SURE = 4  # standard deviations: how alike neighbors must be to be no noise
-SLIGHT = 0.1  # of the samples' spread: what is left is not worth a word
+MOST = 1000  # cosines; with more of them, orthogonalization takes seconds
+ENTRIES = 2**27  # of the matrix of cosines at the samples: a gigabyte
+SHARE = 0.25  # cosines per sample, so that residuals are left to estimate the noise
+WORTH = 0.1  # least share of signal in a mode; too few modes cost more than too many
+ROUNDING = 1e-12  # relative to the samples' size: less noise is not distinguishable from rounding
+FEWEST = 16  # samples needed for an estimate
+SURE = 4  # standard deviations by which neighbors must be more alike than noise
+SLIGHT = 0.1  # relative to the samples' spread: smaller residuals give no warning
 
 
 @dataclass(frozen=True, eq=False)
 class CosineFit:
-    """Least-squares fit of cosines, and what of it is signal.
+    """Least-squares fit of cosines, with the share of signal in each.
 
     Attributes:
-        basis: Orthonormal columns (N, p): the cosines at the samples, each without what the lower ones explain.
-        coefficients: Array (p, M) of the samples in that basis.
-        sizes: Norms (p,) of the cosines' modes, increasing, in cycles per period: half of whole numbers.
-        noise: Standard deviation (M,) of the noise, from what the cosines leave.
+        basis: Orthonormal columns (N, p): the cosines at the samples, each orthogonalized against the lower ones.
+        coefficients: Coefficients (p, M) of the samples in that basis.
+        sizes: Norms (p,) of the cosines' modes, non-decreasing, in cycles per period: half those of the integer modes.
+        noise: Standard deviation (M,) of the noise, from the residuals of the fit.
     """
 
     basis: Array
@@ -48,10 +48,10 @@ class CosineFit:
 
     @cached_property
     def gains(self) -> Array:
-        """Share of signal in each mode and output (p, M), in [0, 1], that does not increase with the mode's norm.
+        """Share of signal in each mode and output (p, M), in [0, 1], non-increasing with the mode's norm.
 
-        The gains of this kind with the least risk by Stein's unbiased estimate: R. Beran, L. Dümbgen, *Modulation of
-        estimators and confidence sets*, Ann. Statist. 26 (1998) 1826-1856, section 3.
+        Among such gains these minimize Stein's unbiased risk estimate: R. Beran, L. Dümbgen, *Modulation of estimators
+        and confidence sets*, Ann. Statist. 26 (1998) 1826-1856, section 3.
         """
         power = self.coefficients**2
         starts = np.flatnonzero(np.diff(self.sizes, prepend=-1.0))  # modes of equal norm share one gain
@@ -75,31 +75,31 @@ def suggest_scales(
     domain: Domain | None = None,
     norm: int = 1,
 ) -> tuple[float, ...]:
-    """Scales for :class:`SobolevLoss` from noisy samples: up to the highest mode that may be a tenth signal.
+    """Suggest scales for :class:`SobolevLoss` from noisy samples, up to the highest mode with a tenth of signal.
 
-    Cosines are fitted to the samples by least squares, the noise is estimated from what they leave, and the share of
-    signal in each mode by Stein's estimate under the one condition that it does not rise with the mode.  The estimate
-    errs towards too many modes: of a single slow wave, or of noise alone, it may keep any number.  That is meant: with
-    too few a network is free above them, which costs more than some noise (see ``docs/sobolev.md``).
+    Cosines are fitted to the samples by least squares, and the noise is estimated from the residuals.  The share of
+    signal in each mode comes from Stein's estimate, constrained not to increase with the mode.  It errs towards too
+    many modes: for a single slow wave, or for noise alone, it may keep any number.  This is intended: a network is
+    unconstrained above the highest mode, so too few modes cost more than some noise (see ``docs/sobolev.md``).
 
-    Least squares reach up to N/8 cycles per period for one input, 500 at most, and less for more inputs.
+    The fit reaches N/8 cycles per period for one input, at most 500, and less for more inputs.
 
     Args:
         x: Points (N, D), or (N,), N ≥ 16.
         y: Samples (N, M), or (N,).
-        n_layers: Number of layers with an output, the network's own among them.
+        n_layers: Number of layers with an output, including the network's own.
         domain: As for :func:`sobolev_loss`.
         norm: As for :func:`sobolev_loss`.
 
     Returns:
-        As many scales as layers, geometric up to the highest mode.
+        One scale per layer, geometric up to the highest mode.
 
     Raises:
         ValueError: If there are too few samples, they do not match, are not finite or real, or an argument is out of
             its range.
 
     Warns:
-        UserWarning: If what the cosines leave is no independent noise, for instance signal beyond their reach.
+        UserWarning: If the residuals are not independent noise, for instance signal beyond the reach of the cosines.
 
     Example:
         >>> import numpy as np
@@ -124,25 +124,25 @@ def shrink_noise(
     domain: Domain | None = None,
     norm: int = 1,
 ) -> Array | Tensor:
-    """Noisy samples without what is more likely noise than signal: targets for training.
+    """Denoise samples for use as training targets.
 
-    A linear fit in cosines, each mode shrunk to its share of signal as :func:`suggest_scales` estimates it; nothing is
-    to be set.  It needs the whole data set, once, before training.
+    Cosines are fitted to the samples, and each mode is shrunk to its share of signal as estimated by
+    :func:`suggest_scales`.  There is nothing to tune.  Call it once, on the whole data set, before training.
 
     Args:
         x: Points (N, D), or (N,), N ≥ 16.
         y: Samples, (N, M) or (N,): NumPy or PyTorch.
         domain: As for :func:`sobolev_loss`.
-        norm: As for :func:`sobolev_loss`: the norm of the modes that orders them.
+        norm: As for :func:`sobolev_loss`: the norm that orders the modes.
 
     Returns:
-        Targets as ``y``: an array in float64, or a tensor in the floating dtype and on the device of ``y``.
+        Targets like ``y``: an array in float64, or a tensor in the floating dtype and on the device of ``y``.
 
     Raises:
         ValueError: As for :func:`suggest_scales`.
 
     Warns:
-        UserWarning: As for :func:`suggest_scales`; what is left is missing in the targets.
+        UserWarning: As for :func:`suggest_scales`; signal in the residuals is then missing in the targets.
 
     Example:
         >>> import numpy as np
@@ -163,10 +163,10 @@ def shrink_noise(
 
 
 def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineFit:
-    """Fit as many cosines as a quarter of the samples allow, at most 1000.
+    """Fit one cosine per four samples, at most 1000.
 
-    Cosines over half periods take the function as mirrored at the ends of the domain, where waves over whole periods
-    would take a function with different values at both ends for one that jumps.
+    Cosines over half periods treat the function as mirrored at the ends of the domain.  Waves over whole periods would
+    see a jump if the values at both ends differ.
     """
     check_norm(norm)
     points = torch.as_tensor(x)
@@ -180,14 +180,14 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
         values *= np.cos(halves[:, axis : axis + 1] * modes[:, axis])
     basis, triangle = np.linalg.qr(values)
     size = np.abs(np.diag(triangle))
-    told = size > 1e-6 * np.sqrt(len(x))  # few different points, or a grid, cannot tell more cosines
+    told = size > 1e-6 * np.sqrt(len(x))  # repeated points, or a grid, resolve no more cosines
     basis, sizes = basis[:, told], sizes[told]
     coefficients = basis.T @ y
     left = y - basis @ coefficients
     if _neighbors_are_alike(halves, left, y):
         warnings.warn(
-            f"x, y: beside the {len(sizes)} cosines up to {sizes[-1]:g} cycles per period that {len(x)} samples allow, "
-            "they hold something that neighboring samples share: signal beyond that, which counts as noise here, or "
+            f"x, y: the {len(sizes)} cosines up to {sizes[-1]:g} cycles per period that {len(x)} samples allow leave "
+            "residuals that are alike for neighbors: signal at higher frequencies, which counts as noise here, or "
             "noise that is not independent.",
             stacklevel=3,
         )
@@ -197,7 +197,7 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
 
 
 def _neighbors_are_alike(points: Array, left: Array, y: Array) -> bool:
-    """Whether an output leaves more than a little, and nearest neighbors have more of it in common than noise has."""
+    """Return whether an output has residuals that are not small, and more alike for neighbors than noise."""
     if points.shape[1] == 1:
         order = np.argsort(points[:, 0], kind="stable")
         first, second = order[:-1], order[1:]
@@ -210,7 +210,7 @@ def _neighbors_are_alike(points: Array, left: Array, y: Array) -> bool:
 
 
 def _lowest_modes(count: int, dim: int, norm: int) -> tuple[npt.NDArray[np.int32], Array]:
-    """The modes (p, D) ≥ 0 of least norm, and their norms in cycles per period."""
+    """Return the ``count`` modes (p, D) ≥ 0 of least norm, and their norms in cycles per period."""
     radius = 1.0 if dim > 1 else float(count)
     while len(modes := orthant(radius, dim, norm)) < count:
         radius = max(radius + 1 / norm, radius * 1.1)

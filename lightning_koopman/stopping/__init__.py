@@ -1,1 +1,1 @@
-"""Rules that judge numbers: converged, or badly started."""
+"""Rules for whether a training has converged, or started badly."""

@@ -1,4 +1,4 @@
-"""What the steps, the learning rates and the loss say for or against a converged training."""
+"""Evidence for and against convergence, from the steps, the learning rates and the loss."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import numpy.typing as npt
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Real
 
-SUSPECT_WALK = 5.0  # standard errors; a walk hardly ever exceeds them, a training nearly always does
+SUSPECT_WALK = 5.0  # standard errors that a random walk hardly ever exceeds, and a training nearly always does
 APART = 3  # epochs between steps that momentum does not link
-MARGIN = 0.02  # share of the baseline loss by which a network must differ from it
-SAME_RATE = 1.1  # ratio of two learning rates that count as equal
+MARGIN = 0.02  # share of the baseline loss by which a loss must differ from it
+SAME_RATE = 1.1  # largest ratio of two learning rates that count as equal
 
 
 @dataclass(frozen=True)
@@ -24,31 +24,30 @@ class Baseline:
     error: float = 0.0
 
     def compare(self, loss: float) -> int:
-        """1 for a loss that is worse than the baseline, 0 for one that cannot be told from it, -1 for a better one."""
+        """Return 1 for a loss worse than the baseline, -1 for a better one, 0 if the difference is not significant."""
         doubt = MARGIN * self.loss + 2 * self.error
         return int(loss > self.loss + doubt) - int(loss < self.loss - doubt)
 
 
 def unit_fraction(factor: Real, radius: float = 0.05) -> float:
-    """Share of the importance near 1 of the snapshots of a factor (r, time), of which one but the last is not 0."""
+    """Return the share of importance near 1 for a factor (r, time) with a nonzero snapshot before the last."""
     return decompose(factor, tol=1e-3, refine=False).unit_fraction(radius)
 
 
 def walk_score(steps: Real) -> float:
-    """How far the steps are from those of a random walk with the same lengths, in standard errors.
+    """Return how far the steps are from a random walk with the same step lengths, in standard errors.
 
-    The surrogate's steps have independent, uniform directions: cosines between them average to zero, at every distance
-    in time alike.  Three things tell a training: it still goes somewhere (a positive mean), it is held near a minimum
-    (a negative mean), or it turns back (successive steps have a smaller cosine than others).  Momentum carries noise
-    from one epoch into the next, so for the positive mean only steps at least three epochs apart count.  The standard
-    error is taken from the cosines themselves, whose spread under the walk depends on how many directions the noise
-    has.
+    The steps of a random walk have independent, uniform directions, so their cosines average to zero at every distance
+    in time.  Three signs show a training: it keeps a direction (a positive mean), it is held near a minimum (a negative
+    mean), or it turns back (successive steps have a smaller cosine than others).  Momentum carries noise from one epoch
+    into the next, so the positive mean counts only steps at least three epochs apart.  The standard error is estimated
+    from the cosines, since their spread depends on the number of directions of the noise.
 
     Args:
-        steps: Factor (r, time) of the steps; those of length zero do not count.
+        steps: Factor (r, time) of the steps; those of length zero are ignored.
 
     Returns:
-        The largest score of the three, ≥ 0; infinite for fewer than five steps, which no walk makes.
+        The largest of the three scores, ≥ 0; infinite for fewer than five nonzero steps, since a walk never rests.
     """
     lengths = np.linalg.norm(steps, axis=0)
     units = steps[:, lengths > 0] / lengths[lengths > 0]
@@ -68,10 +67,10 @@ def walk_score(steps: Real) -> float:
 
 
 def drifts(steps: Real, max_residual: float = 0.1) -> bool:
-    """Whether the steps have a direction that does not fade: an eigenvalue that may lie on or outside the unit circle.
+    """Return whether the steps have a direction that does not fade: an eigenvalue that may have modulus ≥ 1.
 
-    A loss stands still at a saddle, and the eigenvalues of the weights cluster at 1, while a small part of the weights
-    grows.  In the spectrum of the steps, where the large constant part is gone, that part is an eigenvalue ≥ 1.
+    At a saddle the loss stands still and the eigenvalues of the weights cluster at 1, while a small part of the weights
+    grows.  The steps do not contain the large constant part, so their spectrum shows that growth as an eigenvalue ≥ 1.
 
     Args:
         steps: Factor (r, time) of the steps.
@@ -87,17 +86,16 @@ def drifts(steps: Real, max_residual: float = 0.1) -> bool:
 def rate_will_matter(
     past: npt.ArrayLike, future: npt.ArrayLike, losses: npt.ArrayLike, *, span: int, tolerance: float
 ) -> bool:
-    """Whether learning rates will change by more than they already have without moving the loss.
+    """Return whether learning rates will change by more than they already have without moving the loss.
 
-    Every plan may wake a loss that stands still: a warm-up that goes on, the next cycle, the next decay.  Where a
-    change as large, in the same direction, was already tried and left the loss where it still is, the next one is no
-    threat.
+    A planned change may move a loss that stands still: the rest of a warm-up, the next cycle, the next decay.  It is
+    harmless if an earlier change, as large and in the same direction, has left the loss where it still is.
 
     Args:
-        past: Array (t, groups): the rates of the epochs so far.
-        future: Array (s, groups): the rates planned.
-        losses: Array (t,): the losses of the epochs so far.
-        span: Epochs within which a change counts as one, ≥ 1.
+        past: Array (t, groups): learning rates of the epochs so far.
+        future: Array (s, groups): planned learning rates.
+        losses: Array (t,): losses of the epochs so far.
+        span: Longest time in epochs over which a change is measured, ≥ 1.
         tolerance: Largest change of the loss that counts as none, > 0.
     """
     known, planned = np.atleast_2d(np.asarray(past, float)), np.atleast_2d(np.asarray(future, float))

@@ -1,4 +1,4 @@
-"""How a scalar, or the weights, will move on, predicted from the newest values."""
+"""Forecasts of a scalar, or of the weights, from the newest values."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from lightning_koopman._types import Array
 from lightning_koopman.dmd.rrr import decompose, dmd_rrr
 from lightning_koopman.dmd.spectrum import Real
 
-RECENT = 6  # fewer losses determine no forecast
+RECENT = 6  # fewest values for a forecast
 
 
 @dataclass(frozen=True)
 class ChangeForecast:
-    """How a scalar will move within a horizon.
+    """Forecast of a scalar within a horizon.
 
     Attributes:
         change: Predicted change from the newest value to the one at the horizon.
-        bound: Largest change of its level, noise aside: predicted, or between the halves of what was seen.
+        bound: Largest change of its level, without noise: predicted, or between the two halves of the given values.
         swing: Size of its fluctuations.
     """
 
@@ -33,17 +33,17 @@ UNKNOWN = ChangeForecast(float("nan"), float("nan"), float("nan"))
 
 
 def forecast_change(values: npt.ArrayLike, horizon: int) -> ChangeForecast:
-    """Predict how a scalar moves on, by DMD of its delay embedding (paper, section 3).
+    """Forecast a scalar by DMD of its delay embedding (paper, section 3).
 
-    The change and its bound are those of two modes, a level and what decays to it or one oscillation; the bound allows
-    for two standard errors of that level.  A third mode fits noise, and can be far off; it serves for the swing, the
-    largest of: its forecast of the distance to the newest value, which shows slow oscillations; the range of the newest
-    six values; what two modes miss.
+    Two modes give the change and its bound: a level with a decay toward it, or one oscillation.  The bound adds two
+    standard errors of that level.  A third mode fits noise and can be far off, so it is used for the swing only.  The
+    swing is the largest of three: the distance from the newest value that the three modes predict, which shows slow
+    oscillations; the range of the newest six values; the misfit of the two modes.
 
-    Growing modes are held at their size, so an exponential rise is underestimated: the sign is right, the size is not.
+    Growing modes are held at their size, so an exponential rise gets the right sign but too small a size.
 
     Args:
-        values: Array (m,), m ≥ 6, finite, newest last.
+        values: Array (m,): finite values, m ≥ 6, newest last.
         horizon: Steps to look ahead, ≥ 1.
 
     Example:
@@ -69,14 +69,14 @@ def forecast_change(values: npt.ArrayLike, horizon: int) -> ChangeForecast:
 
 
 def predicted_change(values: Real, horizon: int) -> float:
-    """The change of :func:`forecast_change` alone, at half of the cost; of at least 6 finite values."""
+    """Compute the ``change`` of :func:`forecast_change` alone, at half the cost, from at least 6 finite values."""
     unit = float(np.abs(values).max()) or 1.0
     level, _ = _two_sided(values / unit, horizon, modes=2, tol=1e-3)
     return float(unit * level[-1] - values[-1])
 
 
 def _two_sided(values: Real, horizon: int, modes: int, tol: float) -> tuple[Real, Real]:
-    """The delay-embedded DMD's values after the newest one (horizon,), and at the given ones (m,)."""
+    """Return the values of the delay-embedded DMD after the newest one (horizon,), and at the given ones (m,)."""
     if not values[:-1].any():  # nothing to fit a model to
         return np.full(horizon, values[-1]), values
     spectrum = dmd_rrr(values, delays=values.size // 2 + 1, tol=tol, max_rank=modes, refine=False)
@@ -84,7 +84,7 @@ def _two_sided(values: Real, horizon: int, modes: int, tol: float) -> tuple[Real
 
 
 def relative_changes(factor: Array, horizon: int, *, tol: float = 1e-3) -> tuple[float, float]:
-    """How far the weights will move within ``horizon`` snapshots by the spectrum, and how far they just moved.
+    """Predict how far the weights will move within ``horizon`` snapshots, and measure how far they just moved.
 
     Args:
         factor: Array (r, m), m > ``horizon``: :meth:`Trajectory.factor` of the newest snapshots.

@@ -1,4 +1,4 @@
-"""Judges round by round whether a training should end."""
+"""Decides after each interval whether a training should end."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lightning_koopman.stopping.rule import NOISY, ConvergenceRule, Hold, Patien
 
 
 class StopJudge:
-    """The losses and learning rates since the weights were last set, and for how long nothing has blocked a stop.
+    """Losses and learning rates since the weights were last set, and for how long nothing has blocked a stop.
 
     Args:
-        rule: What must be met.
-        patience: Rounds running for which it must be, ≥ 1.
-        hovering_counts: Whether weights that hover may end a training.
+        rule: Criteria that must be met.
+        patience: Intervals in a row for which they must be met, ≥ 1.
+        hovering_counts: Whether hovering weights may end a training.
     """
 
     def __init__(self, rule: ConvergenceRule, patience: int, *, hovering_counts: bool) -> None:
@@ -25,9 +25,9 @@ class StopJudge:
         self.start()
 
     def start(self) -> None:
-        """The weights were set: what was before does not count."""
+        """Start over after the weights were set: discard all earlier values."""
         self.losses: list[float] = []
-        self.predicted: list[float] = []  # changes of the loss
+        self.predicted: list[float] = []  # predicted changes of the loss
         self.rates: list[list[float]] = []
         self.running.met = self.running.hovering = 0
 
@@ -41,18 +41,18 @@ class StopJudge:
         rates: Sequence[float],
         planned: Callable[[], list[list[float]]],
     ) -> tuple[dict[str, Any], StoppingReason]:
-        """Take in a round.
+        """Judge the newest interval.
 
         Args:
-            loss: Its loss.
+            loss: Loss of the interval.
             factor: As for :meth:`ConvergenceRule.judge`.
-            baseline: As for it.
+            baseline: As for :meth:`ConvergenceRule.judge`.
             hovers: Whether the training's phase is hovering.
-            rates: The round's learning rates.
-            planned: Gives those of the rounds to come; asked only where nothing else blocks a stop.
+            rates: Learning rates of the interval.
+            planned: Returns the planned learning rates; called only if nothing but noise blocks a stop.
 
         Returns:
-            What the history keeps of the round, and why it is time to stop.
+            The row for the history, and the reason to stop.
         """
         self.losses.append(loss)
         verdict = self.rule.judge(self.losses, factor, baseline)
@@ -82,7 +82,7 @@ class StopJudge:
         }, reason
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs; primitives."""
+        """Return the state for a checkpoint, made of primitives."""
         return {
             "losses": list(self.losses),
             "predicted": list(self.predicted),
@@ -91,7 +91,7 @@ class StopJudge:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.losses = [float(loss) for loss in state["losses"]]
         self.predicted = [float(change) for change in state["predicted"]]
         self.rates = [[float(rate) for rate in rates] for rates in state["rates"]]

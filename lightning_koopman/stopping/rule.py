@@ -1,4 +1,4 @@
-"""Has a training converged, or did it start badly?  The rules of decision; they know of numbers only."""
+"""The rule that decides from numbers alone whether a training has converged."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from lightning_koopman.stopping.evidence import SUSPECT_WALK, Baseline, drifts, 
 from lightning_koopman.stopping.forecast import UNKNOWN, ChangeForecast, forecast_change
 from lightning_koopman.stopping.trend import line_through
 
-LEAST_HORIZON = 6  # fewer steps are too often mistaken for no random walk
-SWING = 3.0  # fluctuations allowed about a level that stands still, in tolerances
-CLEAR = 2.0  # standard errors of the loss's slope beyond which it moves, and does not merely fluctuate
-HOVERED = 5  # rounds running for which weights must hover, once that is beyond doubt
-FLOOR = 5.0  # tolerances left above 0, where no hidden drop can be large
+LEAST_HORIZON = 6  # with fewer steps, a random walk is too often mistaken for a training
+SWING = 3.0  # largest fluctuation of a loss that stands still, in tolerances
+CLEAR = 2.0  # standard errors of the loss's slope beyond which it changes rather than fluctuates
+HOVERED = 5  # intervals in a row for which weights must hover before a stop
+FLOOR = 5.0  # a loss within this many tolerances of 0 cannot drop by much
 
 
 class StoppingReason(Enum):
@@ -36,31 +36,31 @@ class StoppingReason(Enum):
 
 
 class Hold(Enum):
-    """What blocks stopping now."""
+    """What blocks a stop."""
 
     TOO_EARLY = "too few epochs to tell"
-    NOT_FINITE = "the loss or the weights were not finite lately"
+    NOT_FINITE = "the loss or the weights were recently not finite"
     BASELINE = "the loss is no better than that of a network which ignores its input"
-    MOVING = "the loss is predicted to move on"
-    SWINGING = "the loss fluctuates too much to tell"
+    MOVING = "the loss is predicted to keep changing"
+    SWINGING = "the loss fluctuates too much to judge"
     HOVERING = "the weights hover at the noise floor of this learning rate: average them, or lower the rate"
-    SPREAD = "the eigenvalues of the weights do not cluster at 1"
-    WALK = "the weights' steps cannot be told from a random walk"
-    DRIFT = "the weights move along a direction that does not fade"
-    SCHEDULE = "the learning rate is about to change more than it has without effect"
+    SPREAD = "the eigenvalues of the weights do not cluster near 1"
+    WALK = "the steps of the weights cannot be told apart from a random walk"
+    DRIFT = "the weights keep moving in one direction without slowing down"
+    SCHEDULE = "the learning rate is about to change by more than it already has without effect"
     PATIENCE = "all criteria are met, but not yet for long enough"
 
 
-NOISY = (Hold.MOVING, Hold.SWINGING, Hold.SPREAD, Hold.WALK, Hold.DRIFT)  # what may be noise about a point
+NOISY = (Hold.MOVING, Hold.SWINGING, Hold.SPREAD, Hold.WALK, Hold.DRIFT)  # what noise around a point may cause
 
 
 @dataclass
 class Patience:
-    """For how many rounds running a stop was not blocked, or only by noise about a point.
+    """Counts the intervals in a row in which a stop was not blocked, or only by noise around a point.
 
     Attributes:
-        least: Rounds running for which it must not be blocked, ≥ 1.
-        hovering_counts: Whether weights that hover may end a training: where their average is kept.
+        least: Intervals in a row without a block that end a training, ≥ 1.
+        hovering_counts: Whether hovering weights may end a training; for use where their average is kept.
     """
 
     least: int
@@ -69,7 +69,7 @@ class Patience:
     hovering: int = 0
 
     def hear(self, hold: Hold | None) -> tuple[Hold | None, StoppingReason]:
-        """Take in what blocks a stop in this round; returns what does so now, and why it is time to stop."""
+        """Count an interval with its block, if any; return what blocks a stop now, and the reason to stop."""
         self.met = self.met + 1 if hold is None else 0
         self.hovering = self.hovering + 1 if hold in (None, Hold.HOVERING) else 0
         if self.met >= self.least:
@@ -81,10 +81,10 @@ class Patience:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The criteria after an epoch: NaN where unknown; ``hold`` is what blocks a stop, None if nothing does.
+    """The criteria after an epoch, NaN where unknown; ``hold`` is what blocks a stop, None if nothing does.
 
-    ``scale`` is what the tolerance is relative to; ``at_floor`` says that the loss is so close to 0 that no drop can be
-    large, whatever the weights or the learning rate have in store.
+    The tolerance is relative to ``scale``.  ``at_floor`` means that the loss is so close to 0 that it cannot drop by
+    much, whatever the weights or the learning rate will do.
     """
 
     hold: Hold | None
@@ -96,17 +96,17 @@ class Verdict:
 
 @dataclass(frozen=True)
 class ConvergenceRule:
-    """Two criteria, and four conditions that block a stop even where both are met.
+    """Two criteria for convergence, and three conditions that block a stop even if both are met.
 
     A training has converged when the importance of its weights' trajectory lies at eigenvalue 1 (paper, section 3)
-    *and* its loss is predicted to stand still over the horizon.  Both are also true of trainings that have not
-    converged; hence they do not count while the loss is no better than the baseline, where the steps are a random
-    walk's (:func:`walk_score`), or have a direction that does not fade (:func:`drifts`).
+    *and* its loss is predicted to stand still over the horizon.  Some trainings meet both before they have converged.
+    So a stop is blocked while the loss is no better than the baseline, while the steps look like a random walk
+    (:func:`walk_score`), and while they have a direction that does not fade (:func:`drifts`).
 
     Attributes:
         radius: Radius of the disc around 1, > 0.
-        fraction: Least share of the importance in it, in [0, 1].
-        horizon: Epochs to look ahead, ≥ 6; as many steps are looked back upon.
+        fraction: Least share of the importance in that disc, in [0, 1].
+        horizon: Epochs to look ahead, ≥ 6; as many newest steps are used.
         tolerance: Largest predicted change of the loss that counts as none, relative to the scale, > 0.
     """
 
@@ -116,13 +116,13 @@ class ConvergenceRule:
     tolerance: float = 1.5e-3
 
     def judge(self, losses: npt.ArrayLike, factor: Real | None, baseline: Baseline | None) -> Verdict:
-        """Hear the witnesses.
+        """Evaluate the stopping criteria.
 
         Args:
-            losses: Array (t,): the losses of all epochs since the start, newest last.
-            factor: Factor (r, time) of the newest weights, ``horizon + 1`` snapshots (None: they are not finite).
-            baseline: Loss of a network that ignores its input; without it, or where losses are negative, their range is
-                the scale.
+            losses: Array (t,): losses of all epochs since the start, newest last.
+            factor: Factor (r, time) of the newest ``horizon + 1`` snapshots of the weights (None: not finite).
+            baseline: Loss of a network that ignores its input.  Without it, or if losses are negative, the scale is
+                their range.
         """
         values = np.asarray(losses, dtype=np.float64)
         newest = values[-(self.horizon + 2) :]
@@ -132,7 +132,7 @@ class ConvergenceRule:
             return Verdict(Hold.TOO_EARLY)
         finite = values[np.isfinite(values)]
         bounded = baseline is not None and finite.min() >= 0.0  # a loss that can be negative has no floor
-        # without a baseline: the range, less the first epoch, which may have started anywhere
+        # else the range of the losses, without the first epoch, whose loss may be arbitrary
         scale = baseline.loss if baseline is not None and bounded else float(np.ptp(finite[1:]))
         forecast = forecast_change(newest, self.horizon)
         fraction = unit_fraction(factor, self.radius) if np.any(factor[:, :-1]) else 1.0

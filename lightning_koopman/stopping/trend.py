@@ -1,4 +1,4 @@
-"""What the losses say: their noise, their slope and where they go."""
+"""Trend of the losses: noise, slope and forecast."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import numpy as np
 from lightning_koopman._types import Array
 from lightning_koopman.stopping.forecast import RECENT, predicted_change
 
-HORIZON = 10  # rounds to look ahead
-SEEN = 12  # rounds that are looked back upon
-NORMAL = 0.4549  # median of a squared standard normal number
+HORIZON = 10  # intervals to look ahead
+SEEN = 12  # newest losses used
+NORMAL = 0.4549  # median of a squared standard normal variable
 
 
 @dataclass(frozen=True)
 class LossTrend:
-    """How the loss moves; NaN where too few are known.
+    """Trend of the loss; NaN where too few losses are known.
 
     Attributes:
         newest: The newest loss.
-        noise: Standard deviation of its fluctuations from round to round, ≥ 0.
-        slope: Change a round over the newest 12.
+        noise: Standard deviation of its fluctuations between intervals, ≥ 0.
+        slope: Change per interval over the newest 12 losses.
         slope_error: Standard error of the slope, ≥ 0.
-        change: Predicted change over the next 10 rounds.
-        change_range: Where that change lies, for nine in ten trainings.
-        fell: By how much the mean over the last quarter of all rounds is below that over the quarter before: with as
-            many rounds again, as much may come again, however slow the fall from round to round.
+        change: Predicted change over the next 10 intervals.
+        change_range: Range in which that change lies in nine of ten trainings.
+        fell: Drop of the mean loss from the third quarter of all intervals to the last.  It shows a fall too slow to be
+            seen from interval to interval.
         fell_error: Its standard error, ≥ 0.
     """
 
@@ -41,16 +41,16 @@ class LossTrend:
 
     @property
     def score(self) -> float:
-        """The slope in its standard errors."""
+        """Slope in units of its standard error."""
         return self.slope / self.slope_error if self.slope_error > 0 else float(np.sign(self.slope)) * np.inf
 
 
 def line_through(losses: Array) -> LossTrend:
-    """Noise and slope of losses (t,), newest last, without a forecast."""
+    """Estimate noise and slope of losses (t,), newest last, without a forecast."""
     values = losses[-SEEN:]
     if values.size < 4 or not np.isfinite(values).all():
         return LossTrend(newest=float(losses[-1]) if losses.size else float("nan"))
-    bends = np.diff(values, 2)  # which a straight line does not have
+    bends = np.diff(values, 2)  # zero on a straight line
     noise = float(np.sqrt(np.median(bends**2) / NORMAL / 6))
     at = np.arange(values.size) - (values.size - 1) / 2
     slope = float(at @ values / (at @ at))
@@ -59,7 +59,7 @@ def line_through(losses: Array) -> LossTrend:
 
 
 def loss_trend(losses: Array) -> LossTrend:
-    """Trend of losses (t,), newest last, with a forecast."""
+    """Estimate the trend of losses (t,), newest last, with a forecast."""
     line = line_through(losses)
     if np.isnan(line.noise) or losses.size < RECENT:
         return line

@@ -1,1 +1,1 @@
-"""Snapshots become a Gram matrix, and files beside checkpoints; nothing here knows Lightning."""
+"""Recording of snapshots: their Gram matrix, and files beside checkpoints; independent of Lightning."""

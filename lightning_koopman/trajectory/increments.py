@@ -1,4 +1,4 @@
-"""The increments of a trajectory on top of its oldest snapshot, and the Gram matrix that they add up to."""
+"""The oldest snapshot of a trajectory, the increments after it, and their Gram matrix."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from lightning_koopman._types import Array
 from lightning_koopman.dmd.gram import CHUNKS, merge_oldest, power_of_two, row_products, wide_chunks
 from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
 
-TALLY = 3  # numbers beside the products in a message: those of a snapshot, and two halves of its fingerprint
+TALLY = 3  # entries after the products in a message: a snapshot's size and two halves of its fingerprint
 HALF = 2**32
-PIECE = 2**20  # numbers worked on at a time: 4 MB, which the caches hold from one pass to the next
-STALE = 0.25  # a base whose square has fallen below this share of what its products were summed from needs new ones
+PIECE = 2**20  # elements processed at a time: 4 MB of float32, which stay in cache between passes
+STALE = 0.25  # recompute a base's products once its square falls below this fraction of its former peak
 
 ReadRow = Callable[[int, Tensor], bool]
 
 
 class Increments:
-    """Snapshots of n numbers as the oldest of them and the increments after it.
+    """Stores snapshots of n elements as the oldest one and the increments after it.
 
-    Each increment is measured from what those before it add up to, so that roundings do not add up.  A new one is
-    taken in in three parts: :meth:`write` it, let :meth:`message` say what it adds to the Gram matrix, which processes
-    may sum, and :meth:`commit` that.
+    Each increment is measured from the sum of what is stored before it, so that rounding errors do not accumulate.  A
+    snapshot is recorded in three steps: :meth:`write` stores its increment, :meth:`message` computes what it adds to
+    the Gram matrix (which processes may sum), and :meth:`commit` adds that.
 
     Args:
-        n: Numbers in a snapshot.
+        n: Elements of a snapshot.
         capacity: Snapshots kept, or None for all.
-        dtype: Of the increments; the snapshots at both ends are float64 with float64, else float32.
-        folder: Folder of the files that they are mapped from, or None for memory.
-        scaled: Whether numbers are kept in a unit that the first snapshot decides on, so that no square of theirs is
-            too large or too small: for float64, where no other process holds a part.
+        dtype: Type of the increments; the oldest and the newest snapshot are float64 with float64, else float32.
+        folder: Folder of the files that rows are mapped from, or None for memory.
+        scaled: Store elements in a unit set by the first snapshot, so that their squares do not over- or underflow; for
+            float64 in a single process.
 
     Attributes:
-        unit: A power of two.
-        gram: Array (time, time), of the oldest snapshot and the increments.
-        first: Snapshots that have left: the oldest one kept has this index.
-        total: Numbers in a snapshot, in all processes.
+        unit: Power of two by which elements are divided before they are stored.
+        gram: Array (time, time): Gram matrix of the oldest snapshot and the increments.
+        first: Index of the oldest snapshot kept, which is the number of snapshots dropped.
+        total: Elements of a snapshot, over all processes.
         marks: Fingerprints of the snapshots.
     """
 
@@ -51,7 +51,7 @@ class Increments:
         self, n: int, capacity: int | None, dtype: torch.dtype, folder: Path | None, *, scaled: bool = False
     ) -> None:
         self.n, self.capacity = n, capacity
-        # all increments but that of the oldest snapshot, and one that is not yet taken in
+        # the increments after the oldest snapshot, and one that is not committed yet
         self.rows = RowStore(n, dtype, capacity, folder=folder)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self._ends = RowStore(n, wide, 2, folder=folder)
@@ -59,7 +59,7 @@ class Increments:
         self.first, self.total = 0, 0
         self.unit, self._scaled = 1.0, scaled
         self.marks: list[int] = []
-        self._peak = 0.0  # square of the largest base since the products with it were computed
+        self._peak = 0.0  # square of the largest base since its products were last computed
 
     def __len__(self) -> int:
         return len(self.gram)
@@ -80,11 +80,11 @@ class Increments:
         return self._ends.row(1)
 
     def segments(self) -> list[Tensor]:
-        """Views (rows, n) of the oldest snapshot and of the increments after it, in order of time."""
+        """Return views (rows, n) of the oldest snapshot and the increments after it, in order of time."""
         return [self.oldest[None], *self.rows.segments(self.first + 1, self.first + len(self))]
 
     def snapshots(self) -> Tensor:
-        """Copy (time, n) of the snapshots."""
+        """Return a copy (time, n) of the snapshots."""
         found = torch.empty(len(self), self.n, dtype=self.oldest.dtype)
         for index in range(len(self)):
             if index == 0:
@@ -94,7 +94,7 @@ class Increments:
         return found
 
     def combine(self, weights: Tensor) -> Tensor:
-        """Combinations (s, n) of the snapshots with weights (s, time), in float64, rounded to the snapshots' type."""
+        """Return combinations (s, n) of the snapshots with weights (s, time), summed in float64."""
         rows = weights.flip(1).cumsum(1).flip(1)  # an increment is part of all later snapshots
         combined = torch.empty(rows.shape[0], self.n, dtype=self.newest.dtype)
         start = 0
@@ -104,10 +104,10 @@ class Increments:
         combined *= self.unit
         return combined
 
-    # -- taking in ----------------------------------------------------------------------------------------------------
+    # -- recording ----------------------------------------------------------------------------------------------------
 
     def write(self, parts: Sequence[Tensor]) -> None:
-        """Write a snapshot as the increment that it adds; the first one as what the others lie upon."""
+        """Write a snapshot as an increment; the first one is stored as it is."""
         if self._scaled and not self.gram.any():
             self.unit = _unit(parts)
         target = self.rows.row(self.first + len(self)) if len(self) else self.oldest
@@ -121,7 +121,7 @@ class Increments:
                 start += piece.numel()
 
     def message(self, size: float) -> Array:
-        """What the written snapshot adds: its products, new ones of the oldest where they are needed, and a tally."""
+        """Compute what the written snapshot adds: its products, a stale base's new products, and a tally."""
         stop = self.first + len(self)
         if not len(self):
             products, mark = row_products([], self.oldest), sum_of_bits(self.oldest)
@@ -135,11 +135,11 @@ class Increments:
         return np.concatenate([products, [size, *divmod(mark, HALF)]])
 
     def commit(self, message: Array) -> bool:
-        """Take the written snapshot in, given its message; returns whether its numbers were finite."""
+        """Record the written snapshot, given its message; return whether its elements were finite."""
         count, full = len(self) + 1, len(self) == self.capacity
         message = as_message(message, count + TALLY, *([2 * count - 1 + TALLY] if full else []))
         products, (size, high, low) = message[:-TALLY], message[-TALLY:]
-        if not np.isfinite(products).all():  # every NaN of a snapshot ends up in the products
+        if not np.isfinite(products).all():  # any NaN of a snapshot appears in its products
             return False
         gram = np.empty((count, count))
         gram[:-1, :-1] = self.gram
@@ -155,20 +155,20 @@ class Increments:
             _add(self.oldest, self.rows.row(self.first))
             self._peak = max(self._peak, float(gram[0, 0]))
             if len(products) > count:
-                gram[0] = gram[:, 0] = np.roll(products[count:], 1)  # the vector's own square comes last
+                gram[0] = gram[:, 0] = np.roll(products[count:], 1)  # `row_products` puts the vector's own square last
                 self._peak = float(gram[0, 0])
         self.gram, self.total = gram, int(size)
         self.marks = [*self.marks, _mark(np.array([high, low]))][-len(gram) :]
         return True
 
     def _base_is_stale(self) -> bool:
-        """Whether the next base's products, summed from those of what left, would have lost digits to cancellation."""
+        """Return whether the next base's products, if summed from older ones, would lose digits to cancellation."""
         return bool(self.gram[:2, :2].sum() < STALE * self._peak)
 
-    # -- keeping ------------------------------------------------------------------------------------------------------
+    # -- saving and loading -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the snapshots; tensors and numbers."""
+        """Return everything but the snapshots, as tensors and numbers."""
         return {
             "total": self.total,
             "first": self.first,
@@ -179,10 +179,10 @@ class Increments:
         }
 
     def read(self, first: int, held: int, start: int, read: ReadRow) -> Array:
-        """Read the snapshot at ``start`` and the increments after it, up to those held from ``first`` on.
+        """Read the snapshot at ``start`` and the increments after it; keep ``held`` snapshots from ``first`` on.
 
         Returns:
-            Halves (held, 2) of the fingerprints of what was read, NaN where that failed: they add up over processes.
+            Array (held, 2): halves of the fingerprints read, which add up over processes; NaN if reading failed.
         """
         unread = np.full((held, 2), np.nan)
         if not held or not read(start, self.newest):
@@ -201,7 +201,7 @@ class Increments:
         return marks
 
     def load_state_dict(self, state: dict[str, Any], marks: Array) -> None:
-        """Take up :meth:`state_dict`, if what was read has its fingerprints; else nothing is held."""
+        """Restore :meth:`state_dict` if the fingerprints read match it; otherwise hold nothing."""
         found = [_mark(each) for each in marks]
         if not found or found != [int(mark) % 2**64 for mark in state["marks"]]:
             return
@@ -211,24 +211,24 @@ class Increments:
 
 
 def _unit(parts: Sequence[Tensor]) -> float:
-    """The power of two in which the first snapshot is about 2^−250: what follows may be far larger, or far smaller."""
+    """Return the unit in which the first snapshot is about 2^−250: later ones may be far larger or far smaller."""
     peak = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
     return power_of_two(peak, 250)
 
 
 def as_message(message: object, *lengths: int) -> Array:
-    """A message of one of some lengths; raise ValueError or TypeError if it is none."""
+    """Return a message of one of the given lengths; raise ValueError or TypeError for anything else."""
     found = real_array("message", message)
     if found.ndim != 1 or len(found) not in lengths:
         raise ValueError(
-            f"message has the shape {found.shape}, not ({lengths[0]},): give what `message` returned for what was "
+            f"message has shape {found.shape}, not ({lengths[0]},): pass what `message` returned for the snapshot "
             "staged last, or its sum over all processes."
         )
     return found
 
 
 def check_state(state: dict[str, Any]) -> int:
-    """Snapshots that a state holds; raise ValueError unless its parts agree, before anything of their size is made."""
+    """Return how many snapshots a state holds; raise ValueError, before allocating memory, unless its parts agree."""
     try:
         gram, marks, first, start = state["gram"], state["marks"], int(state["first"]), int(state["start"])
         held, limit = len(gram), math.inf if state["capacity"] is None else int(state["capacity"])
@@ -236,16 +236,16 @@ def check_state(state: dict[str, Any]) -> int:
         whole = isinstance(gram, Tensor) and isinstance(marks, Tensor)
         whole = whole and state["dtype"] in ("float32", "float64", "bfloat16") and int(state["sketch"]) >= 0
     except (KeyError, IndexError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"state is none that `save` returned: {type(error).__name__}: {error}.") from error
+        raise ValueError(f"state was not returned by `save`: {type(error).__name__}: {error}.") from error
     if not whole or gram.shape != (held, held) or marks.shape != (held,) or held > limit or not 0 <= start <= first:
-        raise ValueError(f"the saved state holds {held} snapshots, but its parts do not fit that: it is damaged.")
+        raise ValueError(f"the saved state is damaged: its parts do not match its {held} snapshots.")
     if not torch.isfinite(gram).all():
-        raise ValueError("the saved state has a Gram matrix with NaN or infinite values: it is damaged.")
+        raise ValueError("the saved state is damaged: its Gram matrix has NaN or infinite values.")
     return held
 
 
 def shortened(state: dict[str, Any], window: int | None) -> dict[str, Any]:
-    """A saved state as one with another window would have saved it: with its newest snapshots only."""
+    """Return a saved state with its newest snapshots only, as a smaller window would have saved it."""
     drop = 0 if window is None else max(0, check_state(state) - window)
     gram = torch.from_numpy(merge_oldest(state["gram"].numpy(), drop))
     first, marks = int(state["first"]) + drop, state["marks"][drop:]
@@ -253,7 +253,7 @@ def shortened(state: dict[str, Any], window: int | None) -> dict[str, Any]:
 
 
 def _mark(halves: Array) -> int:
-    """A fingerprint from the sums of its upper and lower half; −1 where a part of it is missing."""
+    """Return a fingerprint from the sums of its upper and lower halves; −1 if a part is missing."""
     return -1 if np.isnan(halves).any() else (int(halves[0]) * HALF + int(halves[1])) % 2**64
 
 
@@ -262,6 +262,6 @@ def _slices(count: int) -> Iterator[slice]:
 
 
 def _add(target: Tensor, row: Tensor) -> None:
-    """Add an increment to a snapshot in place, rounded as everywhere."""
+    """Add an increment to a snapshot in place, rounded as in :meth:`Increments.message`."""
     for where in _slices(len(target)):
         target[where] += row[where]

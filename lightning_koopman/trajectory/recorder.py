@@ -1,4 +1,4 @@
-"""The recorded trajectory of one training, shared by the callbacks that ask for the same snapshots."""
+"""The recorded trajectory of one training, shared by the callbacks that use the same snapshots."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ WEIGHTS = "weights"
 
 @dataclass(frozen=True)
 class SnapshotSettings:
-    """What is recorded and how much of it is kept; callbacks with equal settings share one recorder.
+    """What is recorded, and how much of it is kept.  Callbacks with equal settings share one recorder.
 
     Attributes:
         observable: ``"weights"``, or the name of a loss or metric.
         parameters: Name patterns of the weights, or None.
-        every_n_epochs: Epochs between two snapshots, ≥ 1; or
-        every_n_steps: optimizer steps, ≥ 1.
+        every_n_epochs: Epochs between two snapshots, ≥ 1.
+        every_n_steps: Optimizer steps between two snapshots, ≥ 1, or None to count epochs.
         window: Snapshots kept, ≥ 3, or None for all.
         storage: ``"ram"``, ``"disk"`` or ``"sketch"``.
         dtype: ``"float32"`` or ``"bfloat16"``.
         sketch: Elements of a sketch, ≥ 2.
 
     Raises:
-        ValueError: If one is out of its range, or two do not go together.
+        ValueError: If a value is out of range, or two exclude each other.
     """
 
     observable: str
@@ -67,8 +67,8 @@ class SnapshotSettings:
                 f"observable must be 'weights', 'train_loss' or the name of a logged metric, got {observable!r}."
             )
         if self.parameters is not None and observable != WEIGHTS:
-            raise ValueError(f"parameters={self.parameters!r} is for observable='weights', got {observable!r}: leave "
-                             "it out.")  # fmt: skip
+            raise ValueError(f"parameters={self.parameters!r} only applies to observable='weights', got "
+                             f"{observable!r}: omit it.")  # fmt: skip
         checked = {
             "every_n_epochs": check_count("every_n_epochs", self.every_n_epochs, 1),
             "every_n_steps": None
@@ -83,14 +83,14 @@ class SnapshotSettings:
             object.__setattr__(self, name, value)
         if self.every_n_steps is not None and self.every_n_epochs != 1:
             given = f"every_n_epochs={self.every_n_epochs} and every_n_steps={self.every_n_steps}"
-            raise ValueError(f"{given} exclude each other: give one.")
+            raise ValueError(f"{given} exclude each other: pass only one.")
         check_choice("storage", self.storage, STORAGES)
         check_choice("dtype", self.dtype, ("float32", "bfloat16"))
         if self.dtype != "float32" and (self.storage == "sketch" or observable != WEIGHTS):
-            raise ValueError(f"dtype={self.dtype!r} is for stored weights, got storage={self.storage!r}, "
-                             f"{observable=}: leave it out.")  # fmt: skip
+            raise ValueError(f"dtype={self.dtype!r} only applies to stored weights, got storage={self.storage!r}, "
+                             f"{observable=}: omit it.")  # fmt: skip
         if self.storage == "sketch" and observable != WEIGHTS:
-            raise ValueError(f"storage='sketch' is for observable='weights', got {observable!r}: leave it out.")
+            raise ValueError(f"storage='sketch' only applies to observable='weights', got {observable!r}: omit it.")
 
     @property
     def length(self) -> float:
@@ -98,20 +98,20 @@ class SnapshotSettings:
         return math.inf if self.window is None else self.window
 
     def covers(self, other: SnapshotSettings) -> bool:
-        """Whether the same is recorded at the same times as exactly, and at least as much of it is kept."""
+        """Return whether this records the same as ``other``, as exactly and as often, and keeps at least as much."""
         alike = replace(self, window=other.window, storage=other.storage) == other
         return alike and self.storage != "sketch" and self.length >= other.length
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a process records of one snapshot.
+    """One process's part of a snapshot.
 
     Attributes:
-        parts: The elements, flat tensors.
-        offsets: Where in the whole snapshot each of them begins.
-        processes: All processes that record parts of it.
-        shards: The parameters that they belong to, if any.
+        parts: The elements, as flat tensors.
+        offsets: Index in the whole snapshot at which each tensor begins.
+        processes: All processes that record a part.
+        shards: Shards that the elements belong to, if any.
     """
 
     parts: Sequence[Tensor]
@@ -121,37 +121,37 @@ class Snapshot:
 
     @classmethod
     def of(cls, shards: Shards) -> Snapshot:
-        """The own parts of some parameters."""
+        """Return this process's parts of some parameters."""
         runs = list(shards.runs())
         return cls([values for _, values in runs], [offset for offset, _ in runs], shards.processes, shards)
 
     @classmethod
     def of_number(cls, value: float) -> Snapshot:
-        """A single number, in full precision."""
+        """Return a single number in full precision."""
         return cls([torch.tensor([value], dtype=torch.float64)])
 
     @property
     def numel(self) -> int:
-        """Elements of this process's parts."""
+        """Number of elements in this process's part."""
         return sum(part.numel() for part in self.parts)
 
     def fingerprint(self) -> int:
-        """Sum of the bits: tells whether the same is recorded again."""
+        """Return the sum of the bits, which shows whether the same snapshot is recorded again."""
         single = (part.float() if part.dtype not in BITS else part for part in self.parts)
         return sum(sum_of_bits(part.contiguous()) for part in single) % 2**64
 
 
 class Recorder:
-    """Appends snapshots to a trajectory once, and starts a new trajectory where the old one cannot go on.
+    """Appends each snapshot to a trajectory once, and starts a new trajectory if the old one cannot continue.
 
-    All processes call each method at the same times.
+    All processes must call each method at the same times.
     """
 
     def __init__(self, settings: SnapshotSettings) -> None:
         self.settings = settings
         self.trajectory: Trajectory | None = None
         self.folder: Path | None = None  # for snapshots on disk and beside checkpoints
-        self.restored = False  # from the checkpoint of this fit
+        self.restored = False  # whether snapshots were restored from the checkpoint of this fit
         self.epochs: list[int] = []
         self.interrupted = False
         self.processes = Processes()
@@ -169,7 +169,7 @@ class Recorder:
         return {**vars(self), "_shards": None}
 
     def prepare(self, folder: Path | None) -> None:
-        """Get ready for a fit that writes into the folder."""
+        """Prepare for a fit that writes into the folder."""
         self.restored = False
         if folder != self.folder:
             self._writer, self._written, self._segments, self._retention = None, [], 0, Retention()
@@ -182,29 +182,29 @@ class Recorder:
 
     @property
     def newest(self) -> int | None:
-        """Completed epochs at the newest snapshot, if the trajectory goes on from it."""
+        """Completed epochs at the newest snapshot, or None if the trajectory does not continue from it."""
         return self.epochs[-1] if self.epochs and not self.interrupted else None
 
     def holds(self, epoch: int) -> bool:
-        """Whether the snapshot after so many epochs is the newest one recorded."""
+        """Return whether the newest snapshot is that after ``epoch`` epochs."""
         return epoch == self.newest
 
     def repeats(self, snapshot: Snapshot) -> bool:
-        """Whether a snapshot equals the newest one, or that came from a checkpoint, in all processes."""
+        """Return whether a snapshot equals the newest one in all processes; True if that came from a checkpoint."""
         return not snapshot.processes.any(self._fingerprint not in (None, snapshot.fingerprint()))
 
     def record(self, epoch: int, snapshot: Snapshot) -> bool:
-        """Take in the snapshot after ``epoch`` completed epochs, unless it is held already.
+        """Record the snapshot after ``epoch`` completed epochs, unless it is already held.
 
         Args:
             epoch: Completed epochs.
-            snapshot: What this process records of it.
+            snapshot: This process's part of it.
 
         Returns:
-            Whether its numbers are finite, in all processes.
+            Whether its elements are finite in all processes.
 
         Raises:
-            Exception: What went wrong here or, as :class:`OtherProcessError`, elsewhere; a new trajectory follows.
+            Exception: What failed here; OtherProcessError if it failed elsewhere.  A new trajectory follows.
         """
         if self.holds(epoch):
             return True
@@ -221,7 +221,7 @@ class Recorder:
         return finite
 
     def interrupt(self) -> None:
-        """Let the next snapshot start a new trajectory: what follows does not continue what was recorded."""
+        """Make the next snapshot start a new trajectory, because it does not continue the recorded one."""
         self.interrupted = True
 
     def _append(self, snapshot: Snapshot) -> bool:
@@ -229,7 +229,7 @@ class Recorder:
         trajectory = self.trajectory
         anew = trajectory is None or self.interrupted or snapshot.numel != trajectory.n
         if self.processes.any(anew) or trajectory is None:
-            self.clear()  # before the new one asks for memory
+            self.clear()  # free memory before the new one is allocated
             self._draw_word()
             dtype = snapshot.parts[0].dtype if snapshot.shards is None else getattr(torch, self.settings.dtype)
             self.trajectory = trajectory = Trajectory(
@@ -246,7 +246,7 @@ class Recorder:
         return trajectory.commit(self.processes.all_sum(trajectory.message()))
 
     def _draw_word(self) -> None:
-        """Draw what tells this recorder's references from others; the first process's number in all of them."""
+        """Draw a word that identifies this recorder's references: the first process's number, in all processes."""
         own = secrets.randbits(32) if self.processes.rank == 0 else 0
         self._word = int(self.processes.all_sum(np.array([float(own)]))[0])
 
@@ -267,11 +267,11 @@ class Recorder:
 
     @property
     def _place(self) -> tuple[int, int]:
-        """Rank and number of the processes that write files."""
+        """Rank and number of processes, among those that write files."""
         return (0, 1) if self._alike else (self.processes.rank, self.processes.size)
 
     def save(self) -> dict[str, Any]:
-        """State for a checkpoint, the same in all processes; their snapshots go to files in the folder."""
+        """Write this process's snapshots to the folder; return the state for a checkpoint, alike in all that write."""
         self._saves += 1  # before anything can differ between processes
         if self.trajectory is None or self.folder is None or (self._alike and self.processes.rank > 0):
             return {}
@@ -298,7 +298,7 @@ class Recorder:
         return self._retention.changed
 
     def release(self, checkpoints: Iterable[Path]) -> None:
-        """Delete the files that neither the next checkpoint needs nor one of those that are, or may be, on disk."""
+        """Delete the files that neither the next checkpoint needs nor any that is, or may be, on disk."""
         written = [*self._written, *(self._writer.written if self._writer is not None else [])]
         current = self._writer.current if self._writer is not None else []
         gone = set(self._retention.release(checkpoints, written, current))
@@ -312,15 +312,15 @@ class Recorder:
             self._writer = None
 
     def load(self, state: dict[str, Any], folders: Sequence[Path], shards: Shards | None) -> int:
-        """Restore what :meth:`save` wrote, by any number of processes.
+        """Restore what :meth:`save` wrote, in any number of processes.
 
         Args:
-            state: What it returned in the first process.
-            folders: Where the files may lie now, the likeliest first.
-            shards: What counts as this process's own now, for weights.
+            state: What :meth:`save` returned in the first process.
+            folders: Where the files may be now, the likeliest first.
+            shards: This process's own elements now; None unless weights are recorded.
 
         Returns:
-            How many snapshots could not be restored: all or none.
+            Number of snapshots that could not be restored: all or none.
 
         Raises:
             ValueError: If the state does not fit these settings.
@@ -330,10 +330,12 @@ class Recorder:
         dtype = settings.dtype if shards is not None and not kept else "float32" if kept else "float64"
         for name, expected in {"sketch": kept, "dtype": dtype}.items():
             if state[name] != expected:
-                raise ValueError(f"its snapshots were recorded with {name}={state[name]!r}, not {expected!r}")
+                raise ValueError(f"the snapshots were recorded with {name}={state[name]!r}, not {expected!r}")
         whole = 1 if shards is None else sum(chunk.numel for chunk in shards.chunks.values())
         if int(state["total"]) != whole or len(state["marks"]) != len(epochs):
-            raise ValueError(f"it holds {len(epochs)} snapshots of {state['total']} elements, this run {whole}")
+            raise ValueError(
+                f"the checkpoint has {len(epochs)} snapshots of {state['total']} elements, this run has {whole}"
+            )
         self.processes = Processes() if shards is None else shards.processes
         self._shards = shards
         self._draw_word()
@@ -358,6 +360,6 @@ class Recorder:
 
 
 def _has_files(path: Path, state: dict[str, Any]) -> bool:
-    """Whether a folder holds the files of a state, by the first process's."""
+    """Return whether the first process's files of a state exist at a path."""
     first = process_path(path, 0, int(state["processes"]))
     return SegmentReader.of(first, state, 1).exists()

@@ -1,4 +1,4 @@
-"""The files of snapshots beside checkpoints: only ever added to, and readable by any number of processes."""
+"""Snapshot files beside checkpoints: append-only, and readable by any number of processes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from torch import Tensor
 
 from lightning_koopman.parameters.shards import Indices, Shards
 
-PIECE = 2**22  # numbers written or read at a time
-TOKEN = "koopman-reference-"  # what marks a checkpoint that needs files, with 16 hexadecimal digits after it
+PIECE = 2**22  # bytes written or read at a time
+TOKEN = "koopman-reference-"  # prefix of the reference in a checkpoint that needs files; 16 hexadecimal digits follow
 Row = Callable[[int], Tensor]
 
 
 class SegmentWriter:
-    """Writes one trajectory to files that are only added to, so that what a checkpoint needs is never written over.
+    """Writes one trajectory to append-only files, so that nothing a checkpoint needs is overwritten.
 
-    Each file begins with a whole snapshot, in float32 or float64, and goes on with the increments after it.  With a
-    window a new file is begun after a window of increments, so that old ones can be deleted.
+    Each file begins with a whole snapshot, in float32 or float64, followed by the increments after it.  Once a file
+    holds a window of increments, a new one begins, so that old ones can be deleted.
 
     Args:
-        path: Where the files' names begin.
+        path: Prefix of the file names.
         keep: Snapshots in the window, or None for all.
-        segment: What tells this trajectory's files from others with the same path (default: random).
-        shards: Which elements the rows are made of, where several processes write; told in a file of its own.
+        segment: Distinguishes this trajectory's files from others with the same path (default: random).
+        shards: Which elements make up the rows, if several processes write; stored in a file of its own.
     """
 
     def __init__(
@@ -44,28 +44,28 @@ class SegmentWriter:
         self._layout = [] if shards is None else [write_layout(self.path, self.segment, shards)]
         self.written = list(self._layout)
         self._starts: list[int] = []
-        self._needed: list[int] = []  # of them, by the newest checkpoint
+        self._needed: list[int] = []  # the starts that the newest checkpoint needs
         self._end = -1  # index of the newest snapshot in the files
 
     def write(self, first: int, held: int, oldest: Tensor, newest: Tensor, row: Row) -> dict[str, Any]:
-        """Write what the files lack of the snapshots ``first`` … ``first + held − 1``.
+        """Write those of the snapshots ``first`` … ``first + held − 1`` that the files do not hold yet.
 
         Args:
             first: Index of the oldest snapshot.
             held: Number of snapshots.
             oldest: The oldest snapshot.
             newest: The newest snapshot.
-            row: Gives the increment of an index.
+            row: Function that returns the increment of an index.
 
         Returns:
-            What :class:`SegmentReader` needs to know, for a checkpoint.
+            State for a checkpoint, which :class:`SegmentReader` needs.
 
         Raises:
             OSError: If a file cannot be written; the next call tries again.
         """
         if held:
             last = first + held - 1
-            if self._end < first:  # nothing written yet, or too long ago
+            if self._end < first:  # nothing written yet, or a gap since
                 self._begin(first, oldest)
             start = self._starts[-1]
             lead, each = _nbytes(oldest), _nbytes(row(last)) if held > 1 else 0
@@ -81,7 +81,7 @@ class SegmentWriter:
         return {"segment": self.segment, "starts": list(self._needed), "start": (self._needed or [0])[0]}
 
     def files(self, state: Mapping[str, Any]) -> list[Path]:
-        """The files that a state returned by :meth:`write` needs."""
+        """Return the files that a state returned by :meth:`write` needs."""
         return [*self._layout, *(self._file(start) for start in state["starts"])]
 
     @property
@@ -103,7 +103,7 @@ class SegmentWriter:
 
 
 def segment_file(path: Path, segment: str, start: int) -> Path:
-    """The file that begins with the snapshot of an index."""
+    """Return the path of the file that begins with snapshot ``start``."""
     return path.with_name(f"{path.name}-{segment}-{start}.bin")
 
 
@@ -112,12 +112,12 @@ class SegmentReader:
     """Reads rows that one process wrote.
 
     Attributes:
-        path: Where the files' names begin.
+        path: Prefix of the file names.
         segment: See :class:`SegmentWriter`.
         starts: Indices of the snapshots that the files begin with.
-        n: Numbers in a row.
-        wide: Bytes of a number of a snapshot.
-        narrow: Bytes of a number of an increment.
+        n: Elements of a row.
+        wide: Bytes per element of a snapshot.
+        narrow: Bytes per element of an increment.
     """
 
     path: Path
@@ -129,23 +129,23 @@ class SegmentReader:
 
     @classmethod
     def of(cls, path: Path, state: Mapping[str, Any], n: int) -> SegmentReader:
-        """From what :meth:`Trajectory.save` returned."""
+        """Create a reader from what :meth:`Trajectory.save` returned."""
         narrow = torch.float64.itemsize if state["sketch"] else getattr(torch, state["dtype"]).itemsize
         return cls(path, str(state["segment"]), [int(each) for each in state["starts"]], n, max(4, narrow), narrow)
 
     def __call__(self, index: int, out: Tensor) -> bool:
-        """Fill a tensor with the first snapshot, or with the increment of an index after it; returns whether it could.
+        """Fill a tensor with the first snapshot, or with the increment of a later index; return whether that worked.
 
-        A file that is too short, missing or no plain file cannot be read.
+        It fails if the file is missing, too short or not a regular file.
         """
         return self.read(index, 0, out)
 
     def exists(self) -> bool:
-        """Whether the first file is there."""
+        """Return whether the first file exists."""
         return bool(self.starts) and segment_file(self.path, self.segment, self.starts[0]).is_file()
 
     def read(self, index: int, column: int, out: Tensor) -> bool:
-        """As a call, from a column of the row on."""
+        """Read like :meth:`__call__`, but start at a column of the row."""
         if not self.starts:
             return False
         if index == self.starts[0]:
@@ -159,12 +159,12 @@ class SegmentReader:
 
 
 def process_path(path: Path, rank: int, size: int) -> Path:
-    """Where the names of one process's files begin."""
+    """Return the prefix of one process's file names."""
     return path if size == 1 else path.with_name(f"{path.name}-{rank}-of-{size}")
 
 
 def write_layout(path: Path, segment: str, shards: Shards) -> Path:
-    """Write which elements of which parameters make up the rows of a segment; returns the file."""
+    """Write which elements of which parameters make up the rows of a segment; return the file."""
     runs = [(name, part.starts, part.lengths) for name, part in shards.items()]
     none = np.zeros(0, dtype=np.int64)
     layout = {
@@ -182,7 +182,7 @@ def write_layout(path: Path, segment: str, shards: Shards) -> Path:
 
 @dataclass(frozen=True)
 class Piece:
-    """Elements that lie side by side in a row of the one and in a row of the other."""
+    """Elements that are contiguous both in a saved row and in this process's row."""
 
     rank: int
     source: int
@@ -191,13 +191,13 @@ class Piece:
 
 
 class ShardReader:
-    """Reads this process's part of snapshots that some processes saved, as many as there were.
+    """Reads this process's part of snapshots that any number of processes saved.
 
     Args:
-        path: Where the names of all processes' files begin.
+        path: Prefix of all processes' file names.
         state: What :meth:`Trajectory.save` returned in the first process.
         size: Number of processes that saved.
-        shards: What counts as this process's own now.
+        shards: This process's own elements now.
     """
 
     def __init__(self, path: Path, state: Mapping[str, Any], size: int, shards: Shards) -> None:
@@ -206,7 +206,7 @@ class ShardReader:
         for rank in range(size):
             own = process_path(path, rank, size)
             layout = _read_layout(own, str(state["segment"]))
-            if layout is None:  # what it describes is lost, and so is the rest
+            if layout is None:  # without it this rank's rows cannot be read
                 break
             layouts.append(layout)
             n = sum(int(lengths.sum()) for _, lengths in layout.values())
@@ -214,7 +214,7 @@ class ShardReader:
         self._pieces, self._found = _overlaps(layouts, shards)
 
     def __call__(self, index: int, out: Tensor) -> bool:
-        """As :class:`SegmentReader`'s."""
+        """Read like :class:`SegmentReader`."""
         return self._found and all(
             self._readers[each.rank].read(index, each.source, out[each.target : each.target + each.length])
             for each in self._pieces
@@ -222,7 +222,7 @@ class ShardReader:
 
 
 def _overlaps(layouts: list[dict[str, tuple[Indices, Indices]]], shards: Shards) -> tuple[list[Piece], bool]:
-    """Where the own elements lie in the rows of others, and whether all of them were found."""
+    """Return where this process's elements lie in the saved rows, and whether all were found."""
     pieces: list[Piece] = []
     offsets = [_row_offsets(layout) for layout in layouts]
     at = 0
@@ -253,7 +253,7 @@ def _row_offsets(layout: Mapping[str, tuple[Indices, Indices]]) -> dict[str, int
 
 
 def _read_layout(path: Path, segment: str) -> dict[str, tuple[Indices, Indices]] | None:
-    """By parameter, the runs of its elements in a process's rows; None where the file is missing or damaged."""
+    """Return the runs of elements in a process's rows by parameter, or None if the file is missing or damaged."""
     file = _layout_path(path, segment)
     if not file.is_file():
         return None
@@ -270,15 +270,14 @@ def _layout_path(path: Path, segment: str) -> Path:
     return path.with_name(f"{path.name}-{segment}.layout")
 
 
-# -- how long they are kept -------------------------------------------------------------------------------------------
+# -- retention --------------------------------------------------------------------------------------------------------
 
 
 class Retention:
     """Deletes files that no checkpoint on disk needs any more, and never one that may be needed.
 
-    Each checkpoint holds a reference, a random word.  A file goes when all checkpoints that were seen with a reference
-    to it have been deleted or written over; a reference that was never seen in a checkpoint, because that lies
-    elsewhere, is kept for good.
+    Each checkpoint holds a random reference.  A file is deleted once every checkpoint seen with a reference to it has
+    been deleted or overwritten.  Files whose reference was never seen are kept: their checkpoint may lie elsewhere.
     """
 
     def __init__(self) -> None:
@@ -287,11 +286,11 @@ class Retention:
         self._places: dict[str, set[Path]] = {}
 
     def note(self, word: int, files: Iterable[Path]) -> str:
-        """A reference to files, for a checkpoint that is about to be written.
+        """Return a reference to files, for a checkpoint that is about to be written.
 
         Args:
-            word: A number below 2⁶⁴ that no other reference has, the same in all processes, as one writes for all.
-            files: Those of this process.
+            word: Number below 2⁶⁴, unique to this reference and equal in all processes, since one writes for all.
+            files: This process's files.
         """
         reference = f"{TOKEN}{word:016x}"
         self._needed[reference] = list(files)
@@ -299,12 +298,12 @@ class Retention:
         return reference
 
     def release(self, checkpoints: Iterable[Path], written: Iterable[Path], current: Iterable[Path]) -> list[Path]:
-        """Delete what is not needed.
+        """Delete the files that are not needed.
 
         Args:
             checkpoints: Files and folders that are, or may be, checkpoints.
-            written: All files of snapshots so far.
-            current: Those that the next checkpoint will need.
+            written: All snapshot files so far.
+            current: Files that the next checkpoint will need.
 
         Returns:
             The files deleted.
@@ -330,7 +329,7 @@ class Retention:
 
 
 def references_in(checkpoint: Path) -> frozenset[str] | None:
-    """The references in a checkpoint, none where it is gone; None where it cannot be told yet."""
+    """Return the references in a checkpoint: none if it is gone, None if it cannot be read yet."""
     file = checkpoint / "meta.pt" if checkpoint.is_dir() else checkpoint
     try:
         stat = file.stat()
@@ -343,7 +342,7 @@ def references_in(checkpoint: Path) -> frozenset[str] | None:
 
 @lru_cache(maxsize=4096)
 def _references(file: Path, _: int, __: int) -> frozenset[str] | None:
-    """The references in a file of ``torch.save``, whose tensors lie apart and are not read."""
+    """Return the references in a ``torch.save`` file; its tensors are stored apart and are not read."""
     try:
         with zipfile.ZipFile(file) as archive:
             name = next(each for each in archive.namelist() if each.endswith("data.pkl"))
@@ -371,10 +370,10 @@ def _dump(row: Tensor, file: IO[bytes]) -> None:
 
 
 def _read_into(file: Path, start: int, out: Tensor) -> bool:
-    """Fill a tensor from a file, from a byte on; returns whether it could."""
+    """Fill a tensor from a file, from byte ``start`` on; return whether that worked."""
     if not out.numel():
         return True
-    if not file.is_file():  # a pipe would never answer
+    if not file.is_file():  # reading a pipe would block
         return False
     with file.open("rb", buffering=0) as handle:
         handle.seek(start)

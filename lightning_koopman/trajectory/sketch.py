@@ -1,4 +1,4 @@
-"""Random sketches: so few numbers of each snapshot that its length does not matter, and how far off that is."""
+"""Random sketches: a fixed number of combinations of each snapshot, and the error that they cause."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from lightning_koopman.dmd.random_walk import wishart_root
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Spectrum
 
-SKETCH = 4093  # a prime, so that no regular layout of the weights falls into few buckets
-MOST = 10**8  # numbers in a sketch: their signs alone take gigabytes beyond
-TABLE = 2**21  # random signs, of which each block of numbers takes a window
-CHUNK = 2**20  # numbers of which the signs are made at a time
-DRAWS = 16  # replicates for the error: the standard deviation of 16 is known to about 18 %
+SKETCH = 4093  # a prime, so that no regular layout of the weights concentrates in few buckets
+MOST = 10**8  # elements of a sketch: beyond it the signs alone take gigabytes
+TABLE = 2**21  # random signs, of which each block of elements uses a window
+CHUNK = 2**20  # elements whose signs are generated at a time
+DRAWS = 16  # bootstrap replicates: a standard deviation from 16 is known to about 18 %
 SEED = 2020
-FARTHEST = 2**53  # index of a number in the whole vector
+FARTHEST = 2**53  # largest index of an element in the whole vector
 
 
 class Sketch:
-    r"""Linear map from n numbers to k by random signs: bucket i mod k gets the numbers i, each with its sign.
+    r"""Linear map from n elements to k buckets: element i is added, with a random sign, to bucket i mod k.
 
-    Inner products survive up to a relative error of about :math:`\sqrt{2/k}`, and the map is linear, so that increments
-    of sketches are sketches of increments and the sketches of the shards of a snapshot add up.  Choose a prime k: then
-    no regular layout of the numbers falls into few buckets.
+    Inner products are preserved up to a relative error of about :math:`\sqrt{2/k}`.  Since the map is linear,
+    increments of sketches are sketches of increments, and the sketches of a snapshot's shards add up.  Choose a prime
+    k, so that no regular layout of the elements concentrates in few buckets.
 
     Args:
-        k: Numbers in a sketch, ≥ 2.
-        seed: Of the signs; sketches that are to be added or compared need the same.
+        k: Elements of a sketch, ≥ 2.
+        seed: Seed of the signs; sketches that are added or compared need the same.
     """
 
     def __init__(self, k: int, *, seed: int = SEED) -> None:
@@ -43,32 +43,32 @@ class Sketch:
         self._tables = {torch.device("cpu"): 2.0 * signs - 1.0}
 
     def of_parts(self, parts: Sequence[Tensor], offsets: Sequence[int] | None = None) -> Array:
-        """Sketch (k,) of a vector made up of tensors, each projected on its own device.
+        """Return the sketch (k,) of a vector given as several tensors, each projected on its own device.
 
         Args:
             parts: Real tensors on any device.
-            offsets: Index in the whole vector at which each begins (default: one after the other).
+            offsets: Index in the whole vector at which each tensor begins (default: one after the other).
 
         Raises:
-            ValueError: If the offsets are no whole numbers ≥ 0, one for each tensor.
+            ValueError: If the offsets are not whole numbers ≥ 0, one per tensor.
         """
         found = np.zeros(self.k)
         sizes = [part.numel() for part in parts]
         begins = np.cumsum([0, *sizes])[:-1] if offsets is None else whole_numbers("offsets", offsets, 0, FARTHEST)
         if len(begins) != len(sizes):
-            raise ValueError(f"offsets are {len(begins)}, the tensors of the snapshot {len(sizes)}: give one for each.")
+            raise ValueError(f"offsets has {len(begins)} entries for {len(sizes)} tensors: pass one per tensor.")
         for part, at in zip(parts, begins.tolist(), strict=True):
             found += self.project(part.reshape(-1), offset=at).cpu().numpy()
         return found
 
     def project(self, values: Tensor, *, offset: int = 0) -> Tensor:
-        """Sketch (k,), float64 and on the same device, of a vector, or of the part of it that begins at ``offset``.
+        """Return the float64 sketch (k,) of a vector, or of its part from ``offset`` on, on its device (CPU for MPS).
 
         Args:
             values: Real tensor (n,).
-            offset: Index of the first of them in the whole vector, ≥ 0.
+            offset: Index of the first value in the whole vector, ≥ 0.
         """
-        if values.device.type == "mps":  # which has no float64
+        if values.device.type == "mps":  # MPS has no float64
             values = values.cpu()
         k = self.k
         windows = self._windows(values.device)
@@ -92,13 +92,13 @@ class Sketch:
         return sketch
 
     def _windows(self, device: torch.device) -> Tensor:
-        """All runs (TABLE, k) of the table of signs, without a copy."""
+        """Return all windows (TABLE, k) of the table of signs as a view."""
         if device not in self._tables:
             self._tables[device] = self._tables[torch.device("cpu")].to(device)
         return self._tables[device].as_strided((TABLE, self.k), (1, 1))
 
     def _places(self, first: int, count: int) -> Tensor:
-        """Where in the table the signs of some blocks begin: a hash of the block's number (SplitMix64)."""
+        """Return the index in the table at which each block's signs begin, a hash of the block's index (SplitMix64)."""
         with np.errstate(over="ignore"):
             state = np.arange(first, first + count, dtype=np.uint64) + np.uint64(self.seed)
             state = (state + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
@@ -109,22 +109,22 @@ class Sketch:
 
 
 def check_sketch(sketch: object) -> int:
-    """The number of combinations that a sketch keeps; raise ValueError if it is out of its range."""
+    """Return the number of elements of a sketch; raise ValueError if it is out of range."""
     return check_count("sketch", sketch, 2, "the estimate's error is about √(2 / sketch)", most=MOST)
 
 
 def with_sketch_errors(spectrum: Spectrum, root: Array, k: int, *, seed: int = 0) -> Spectrum:
-    """The spectrum of a sketched trajectory with the standard errors of its eigenvalues.
+    """Return the spectrum of a sketched trajectory with standard errors of its eigenvalues.
 
-    By parametric bootstrap: a Gram matrix of sketches is, to a good approximation, Wishart distributed around the true
-    one with k degrees of freedom.  So it is sketched once more, by Bartlett's decomposition at O(time³), and the spread
-    of as many eigenvalues around those found estimates how far these are from those of the whole snapshots.
+    The errors come from a parametric bootstrap.  The Gram matrix of sketches is approximately Wishart distributed with
+    k degrees of freedom around the true one.  Each replicate therefore sketches the sketches once more, by Bartlett's
+    decomposition at O(time³).  An eigenvalue's error is its root-mean-square distance from the replicates' nearest one.
 
     Args:
-        spectrum: Of the sketches, without refinement or with.
-        root: Array (r, time): their factor.
-        k: Numbers in a sketch.
-        seed: Of the replicates.
+        spectrum: Spectrum of the sketches, refined or not.
+        root: Array (r, time): factor of the sketches.
+        k: Elements of a sketch.
+        seed: Seed of the replicates.
     """
     random = np.random.default_rng(seed)
     misses = np.zeros((DRAWS, spectrum.rank))

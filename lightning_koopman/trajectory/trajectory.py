@@ -1,4 +1,4 @@
-"""The recorded snapshots of one training, with the small matrix that every spectrum is computed from."""
+"""The recorded snapshots of one training, and the small matrix that every spectrum is computed from."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ READ = "a function of an index and the tensor to fill"
 
 
 class Trajectory:
-    """Snapshots of a state of n numbers, appended one at a time: the oldest one, the increments after it, their Gram.
+    """Snapshots of a state of n elements: the oldest one, the increments after it, and their Gram matrix.
 
-    Appending costs one pass over the stored increments; a spectrum then costs only O(time³), whatever n is.  Each
-    increment is corrected by what those before it have missed by rounding, so that errors do not add up.
+    Appending takes one pass over the stored increments.  A spectrum then costs O(time³), whatever n is.  Each increment
+    corrects the rounding errors of those before it, so that errors do not accumulate.
 
-    A state that is spread over processes is recorded in parts: each process keeps a trajectory of what it holds.  With
-    ``all_sum`` they share one Gram matrix, and all give the spectrum of the whole.
+    If a state is spread over processes, each process keeps a trajectory of its part.  With ``all_sum`` they share one
+    Gram matrix, and each returns the spectrum of the whole state.
 
     Args:
-        n: Numbers in one snapshot, ≥ 1; with ``all_sum``, of what this process holds of it, ≥ 0.
-        capacity: Snapshots to keep, ≥ 2; the oldest leaves when a new one finds no room (default: keep all).
-        storage: ``"ram"``; ``"disk"`` for a mapped file, of which the system keeps in memory what there is room for; or
-            ``"sketch"`` to keep ``sketch`` random combinations of each snapshot only: the spectrum is then an estimate
-            with a standard error, and there are no modes.
+        n: Elements of a snapshot, ≥ 1; with ``all_sum``, of this process's part, ≥ 0.
+        capacity: Snapshots to keep, ≥ 2; a new one then replaces the oldest (default: keep all).
+        storage: ``"ram"``; ``"disk"`` for a memory-mapped file, of which the system caches what fits into memory; or
+            ``"sketch"`` to keep only ``sketch`` random combinations of each snapshot.  The spectrum of sketches is an
+            estimate with a standard error, and modes are not available.
         path: Folder of the file for ``storage="disk"`` (default: the system's temporary folder).  The file has no name
-            there, and is gone with the trajectory.
-        dtype: Of the increments: ``torch.float32``; ``torch.float64`` for a few numbers of full precision, such as a
-            loss; or ``torch.bfloat16`` for half the size.
-        sketch: Numbers kept of a snapshot with ``storage="sketch"``, ≥ 2; best a prime.
-        all_sum: Function that sums a small float64 array over all processes that hold parts, and gives each of them the
-            same sum.  Every process then has to append at the same times.
+            and disappears with the trajectory.
+        dtype: Type of the increments: ``torch.float32``; ``torch.float64`` for a few elements in full precision, such
+            as a loss; or ``torch.bfloat16`` for half the memory.
+        sketch: Elements of a sketch with ``storage="sketch"``, ≥ 2; preferably a prime.
+        all_sum: Function that returns the sum of a small float64 array over all processes that hold parts, the same in
+            each.  Every process must then append at the same times.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -78,11 +78,11 @@ class Trajectory:
         self.storage, self.dtype, self.all_sum = storage, dtype, all_sum
         _check_kept(storage, path, dtype, all_sum)
         self._sketch = Sketch(check_sketch(sketch)) if storage == "sketch" else None
-        self.sketched = None if self._sketch is None else self._sketch.k  # combinations kept of a snapshot
+        self.sketched = None if self._sketch is None else self._sketch.k  # combinations kept per snapshot
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
         folder = check_path("path", path or gettempdir()) if storage == "disk" else None
         self._held = Increments(width, self.capacity, kept, folder, scaled=dtype == torch.float64 and all_sum is None)
-        self._sketched: Array | None = None  # what is staged, where that is no row
+        self._sketched: Array | None = None  # the staged sketch, before it becomes a row
         self._writer: SegmentWriter | None = None
 
     def __len__(self) -> int:
@@ -98,7 +98,7 @@ class Trajectory:
 
     @property
     def total(self) -> int:
-        """Numbers in a snapshot, in all processes."""
+        """Elements of a snapshot, over all processes."""
         return self._held.total
 
     # -- recording ----------------------------------------------------------------------------------------------------
@@ -107,10 +107,10 @@ class Trajectory:
         """Record the next snapshot.
 
         Args:
-            snapshot: Tensor or array (n,) of finite numbers, or a list of tensors that make it up in order; copied.
+            snapshot: Tensor or array (n,) of finite numbers, or a list of tensors to concatenate; copied.
 
         Raises:
-            ValueError: If the shape is not (n,) or a number is not finite, in any process; the trajectory is then
+            ValueError: If the shape is not (n,), or an element is not finite in any process.  The trajectory is then
                 unchanged.
         """
         self.stage(snapshot)
@@ -121,7 +121,7 @@ class Trajectory:
     def stage(
         self, snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], *, offsets: Sequence[int] | None = None
     ) -> None:
-        """First part of :meth:`append`: copy a snapshot to where it will be kept, without recording it yet.
+        """First step of :meth:`append`: copy a snapshot into storage, without recording it yet.
 
         Args:
             snapshot: As for :meth:`append`.
@@ -134,54 +134,54 @@ class Trajectory:
         self._held.write(parts)
 
     def message(self) -> Array:
-        """Second part of :meth:`append`, the expensive one: what the staged snapshot adds, from this process's part."""
+        """Second, expensive step of :meth:`append`: compute what this process's part of the staged snapshot adds."""
         return self._held.message(self.n) if self._sketched is None else np.append(float(self.n), self._sketched)
 
     def commit(self, message: Array) -> bool:
-        """Last part of :meth:`append`: take the staged snapshot in, given the sum of :meth:`message` over all parts.
+        """Last step of :meth:`append`: record the staged snapshot, given the sum of :meth:`message` over all parts.
 
         Returns:
-            Whether its numbers were finite; else nothing has changed.
+            Whether its elements were finite; otherwise nothing has changed.
         """
-        if self._sketched is not None:  # the sum of all sketches: the rest of the work is small
+        if self._sketched is not None:  # the sum of all sketches is recorded like a small snapshot
             message, self._sketched = as_message(message, 1 + len(self._sketched)), None
             self._held.write([torch.from_numpy(message[1:])])
             message = self._held.message(message[0])
         return self._held.commit(message)
 
-    # -- what is known ------------------------------------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------------------------------
 
     def snapshots(self) -> Tensor:
-        """Copy of the snapshots held, tensor (time, n), oldest first."""
+        """Return a copy of the snapshots held, tensor (time, n), oldest first."""
         _check_rows(self._sketch, "snapshots")
         return self._held.snapshots() * self._held.unit
 
     def last(self) -> Tensor:
-        """Copy of the newest snapshot, tensor (n,); raises IndexError where there is none."""
+        """Return a copy of the newest snapshot, tensor (n,); raise IndexError if there is none."""
         _check_rows(self._sketch, "last")
         if not len(self):
             raise IndexError("the trajectory is empty: append a snapshot first.")
         return self._held.newest * self._held.unit
 
     def step_norms(self) -> Array:
-        """Euclidean norms (time − 1,) of the steps between successive snapshots."""
+        """Return the Euclidean norms (time − 1,) of the steps between successive snapshots."""
         return np.sqrt(np.maximum(np.diag(self._held.gram)[1:], 0.0)) * self._held.unit
 
     def step_gram(self) -> Array:
-        """Inner products (time − 1, time − 1) of the steps between successive snapshots, relative to the longest."""
+        """Return the inner products (time − 1, time − 1) of the steps, divided by the square of the longest."""
         gram = self._held.gram[1:, 1:]
         return gram / (np.diag(gram).max(initial=0.0) or 1.0)
 
     def start_norm(self) -> float:
-        """Euclidean norm of the oldest snapshot held."""
+        """Return the Euclidean norm of the oldest snapshot held."""
         _check_some(self, "start_norm")
         return float(np.sqrt(max(self._held.gram[0, 0], 0.0))) * self._held.unit
 
     def factor(self, *, last: int | None = None) -> Array:
-        r"""Array R (r, time), r ≤ time, with :math:`R^\top R` the Gram matrix of the snapshots.
+        r"""Return R (r, time), r ≤ time, with :math:`R^\top R` the Gram matrix of the snapshots.
 
         Args:
-            last: Use only so many of the newest snapshots, ≥ 1 (default: all).
+            last: Number of newest snapshots to use, ≥ 1 (default: all).
         """
         _check_some(self, "factor")
         drop = 0 if last is None else max(0, len(self) - check_count("last", last, 1))
@@ -196,10 +196,10 @@ class Trajectory:
         delays: int = 1,
         refine: bool = True,
     ) -> Spectrum:
-        """Koopman spectrum of the snapshots held, by :func:`dmd_rrr`.
+        """Return the Koopman spectrum of the snapshots held, by :func:`dmd_rrr`.
 
         Args:
-            last: Use only so many of the newest snapshots (default: all).
+            last: Number of newest snapshots to use, ≥ 1 (default: all).
             tol: Relative singular value below which directions count as zero, in [0, 1).
             max_rank: Upper bound on the rank.
             delays: Snapshots in one delay-embedded snapshot, ≥ 1.
@@ -209,7 +209,7 @@ class Trajectory:
             The spectrum; with ``storage="sketch"`` its ``sketch_errors`` are set.
 
         Raises:
-            ValueError: If there are fewer than ``delays + 1`` snapshots, or an option is out of its range.
+            ValueError: If there are fewer than ``delays + 1`` snapshots, or an option is out of range.
         """
         tol, max_rank, delays, refine = check_options(tol=tol, max_rank=max_rank, delays=delays, refine=refine)
         held = len(self) if last is None else min(check_count("last", last, 1), len(self))
@@ -225,7 +225,7 @@ class Trajectory:
         return with_sketch_errors(found, root, self._sketch.k)
 
     def combine(self, weights: npt.ArrayLike) -> Tensor:
-        """Combinations of the snapshots held, in one pass: ``weights @ snapshots``.
+        """Return the combinations ``weights @ snapshots`` of the snapshots held, in one pass.
 
         With :meth:`Spectrum.combination` this gives reconstructions and forecasts of any size.
 
@@ -242,25 +242,25 @@ class Trajectory:
         matrix = torch.from_numpy(real_array("weights", weights).astype(np.float64))
         if matrix.ndim not in (1, 2) or matrix.shape[-1] != len(self) or not torch.isfinite(matrix).all():
             raise ValueError(
-                f"weights must be finite and have shape (s, {len(self)}) or ({len(self)},), one weight a snapshot; "
+                f"weights must be finite and have shape (s, {len(self)}) or ({len(self)},), one weight per snapshot; "
                 f"got {tuple(matrix.shape)}."
             )
         combined = self._held.combine(matrix.reshape(-1, len(self)))
         return combined[0] if matrix.ndim == 1 else combined
 
-    # -- keeping ------------------------------------------------------------------------------------------------------
+    # -- saving and loading -------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path | SegmentWriter) -> dict[str, Any]:
-        """Write what is not yet written of the snapshots to files and return the small rest of the state.
+        """Write the snapshots that are not in the files yet, and return the small rest of the state.
 
-        The files are only added to; what an earlier state needs is still there.  They begin with the path's name, and
-        each holds at most about two windows of snapshots.
+        The files are append-only, so what an earlier state needs is still there.  Their names begin with ``path``, and
+        each file holds at most about two windows of snapshots.
 
         Args:
-            path: Where the files' names begin; the folder must exist.
+            path: Prefix of the file names; the folder must exist.
 
         Returns:
-            Tensors and numbers that :meth:`load` takes, safe for ``torch.load(weights_only=True)``.
+            Tensors and numbers for :meth:`load`, safe for ``torch.load(weights_only=True)``.
 
         Raises:
             OSError: If a file cannot be written.
@@ -291,22 +291,22 @@ class Trajectory:
         n: int | None = None,
         read: ReadRow | None = None,
     ) -> Trajectory:
-        """Trajectory from :meth:`save`'s state and its files: the same spectrum, to the last bit.
+        """Return the trajectory that :meth:`save` wrote, whose spectrum is the same to the last bit.
 
-        Where a file is missing or damaged the trajectory is empty.
+        If a file is missing or damaged, the trajectory is empty.
 
         Args:
-            state: What :meth:`save` returned; in any process, where several saved their parts.
-            path: What it was given, or where the files lie now.
-            storage: As for the constructor; a sketch stays one.
+            state: What :meth:`save` returned, in any of the processes that saved.
+            path: The path given to :meth:`save`, or where the files are now.
+            storage: As for the constructor; a sketch stays a sketch.
             folder: The constructor's ``path``.
-            all_sum: Its own.
-            n: Numbers that this process holds, if that is not what the state says.
-            read: Fills a tensor with this process's part of the row of an index, and tells whether it could; in place
-                of reading the files below ``path``.
+            all_sum: As for the constructor.
+            n: Elements that this process holds (default: those in the state).
+            read: Function that fills a tensor with this process's part of the row of an index and returns whether it
+                could.  It replaces reading the files at ``path``.
 
         Raises:
-            ValueError: If the state is no such state.
+            ValueError: If the state was not returned by :meth:`save`.
         """
         count, path = check_state(state), check_path("path", path)
         kept: dict[str, Any] = {"storage": storage, "path": None if folder is None else check_path("folder", folder)}
@@ -321,52 +321,54 @@ class Trajectory:
         held = trajectory._held
         get = SegmentReader.of(path, state, held.n) if read is None else check_function("read", read, READ, 2)
         marks = held.read(int(state["first"]), count, int(state["start"]), get)
-        if all_sum is not None:  # sketches are the same everywhere: only what is missing counts
+        if all_sum is not None:  # all processes read the same sketches, so only their NaN marks are summed
             marks = all_sum(marks) if trajectory._sketch is None else marks + all_sum(marks * 0)
         held.load_state_dict(state, marks)
         return trajectory
 
 
 def _check_kept(storage: object, path: object, dtype: object, all_sum: object) -> None:
-    """Raise ValueError or TypeError for a way to keep snapshots that there is not."""
+    """Raise ValueError or TypeError if the storage options are invalid."""
     if all_sum is not None:
         check_function("all_sum", all_sum, "a function of an array")
     check_choice("storage", storage, STORAGES)
     if path is not None:
         check_path("path", path)
     if path is not None and storage != "disk":
-        raise ValueError(f"path={str(path)!r} is for storage='disk', got storage={storage!r}: leave it out.")
+        raise ValueError(f"path={str(path)!r} only applies to storage='disk', got storage={storage!r}: omit it.")
     if not isinstance(dtype, torch.dtype) or dtype not in DTYPES:
         raise ValueError(f"dtype must be torch.float32, torch.float64 or torch.bfloat16, got {dtype}.")
     if storage == "sketch" and dtype != torch.float32:
-        raise ValueError(f"dtype={dtype} is for stored snapshots, a sketch is always float64: leave it out.")
+        raise ValueError(f"dtype={dtype} does not apply to storage='sketch', which is always float64: omit it.")
 
 
 def _own_count(state: dict[str, Any], n: int | None) -> int:
-    """Numbers that this process holds of a saved snapshot; raise ValueError if they are more than all hold."""
+    """Return how many elements of a saved snapshot this process holds; raise ValueError if more than there are."""
     n = int(state["n"]) if n is None else check_count("n", n, 0)
     if len(state["gram"]) and n > int(state["total"]):
-        raise ValueError(f"n={n} is more than the {state['total']} numbers of a snapshot in state: give its own part.")
+        raise ValueError(
+            f"n={n} exceeds the {state['total']} elements of a snapshot in state: pass the number held by this process."
+        )
     return n
 
 
 def _check_rows(sketch: Sketch | None, method: str) -> None:
-    """Raise ValueError where there are only sketches."""
+    """Raise ValueError if there are only sketches."""
     if sketch is not None:
         raise ValueError(
-            f"storage='sketch' keeps {sketch.k} combinations of each snapshot, from which `{method}` cannot give them "
-            "back: take storage='ram' or 'disk'."
+            f"storage='sketch' keeps {sketch.k} combinations of each snapshot, so `{method}` is not available: use "
+            "storage='ram' or 'disk'."
         )
 
 
 def _check_some(trajectory: Trajectory, method: str) -> None:
-    """Raise ValueError where nothing has been recorded."""
+    """Raise ValueError if nothing has been recorded."""
     if not len(trajectory):
-        raise ValueError(f"the trajectory is empty, so there is no `{method}`: append a snapshot first.")
+        raise ValueError(f"the trajectory is empty, so `{method}` is undefined: append a snapshot first.")
 
 
 def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], n: int) -> list[Tensor]:
-    """A snapshot of n numbers as the tensors that make it up; raise ValueError if it has another shape."""
+    """Return a snapshot of n elements as a list of tensors; raise ValueError if it has another shape."""
     several = isinstance(snapshot, (list, tuple)) and all(isinstance(part, Tensor) for part in snapshot)
     given: Any = snapshot if several else [snapshot]
     parts = [_real(part) for part in given]
@@ -377,7 +379,7 @@ def _parts(snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], n: int) -> list[
 
 
 def _real(part: Any) -> Tensor:
-    """Real numbers as a tensor, where they lie if they are one."""
+    """Return real numbers as a tensor; a tensor stays on its device."""
     if not isinstance(part, Tensor) or part.is_sparse or part.is_complex() or part.device.type == "meta":
         return torch.from_numpy(np.ascontiguousarray(real_array("snapshot", part)))
     return part.detach().resolve_neg()

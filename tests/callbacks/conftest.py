@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+from problems import ACCELERATOR
 from pytorch_lightning.callbacks import Callback
 
 
@@ -18,7 +19,7 @@ def fit(tmp_path):
             **options,
         }
         trainer = pl.Trainer(
-            max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", enable_progress_bar=False,
+            max_epochs=epochs, callbacks=list(callbacks), accelerator=ACCELERATOR, enable_progress_bar=False,
             enable_model_summary=False, **given,
         )  # fmt: skip
         pl.seed_everything(3, verbose=False)

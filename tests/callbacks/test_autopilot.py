@@ -51,6 +51,22 @@ def test_a_bad_start_is_drawn_anew_first(fit, tmp_path):
     assert stop.stopping_reason is not StoppingReason.BAD_START
 
 
+def test_it_ends_where_a_lower_rate_brings_nothing(fit, tmp_path):
+    class Wrong(Convex):
+        """Noise from the data, as wrong labels are: no learning rate takes it out of the loss."""
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1] + 2 * torch.randn(batch[1].shape))
+
+    callbacks = koopman_autopilot(dirpath=tmp_path)
+    trainer = fit(Wrong(), *callbacks, epochs=400)
+    _, reduce, _, stop = callbacks
+    assert stop.stopped_epoch == trainer.current_epoch < 400
+    assert stop.stopping_reason is StoppingReason.HOVERING
+    assert reduce.exhausted
+    assert "only walk at random" in stop.message
+
+
 @pytest.mark.parametrize("given", [{"every_n_steps": 3}, {"baseline_loss": 2.5}], ids=str)
 def test_settings_reach_all_that_take_them(given: dict[str, Any], tmp_path):
     for callback in koopman_autopilot(**given, dirpath=tmp_path):

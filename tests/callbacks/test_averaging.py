@@ -11,6 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hovering import BATCH, Net, Trained, Unvalidated, mean, weights
+from problems import ACCELERATOR
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import nn
 
@@ -69,7 +70,7 @@ def test_checkpoints_hold_what_was_validated(fit, tmp_path, weights_only):
             assert all(torch.equal(now[name], trained.after[saved["epoch"] + 1][name]) for name in now)
     best = Net(norm=True)
     best.load_state_dict(torch.load(save.best_model_path, weights_only=True)["state_dict"])
-    again = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(best, verbose=False)
+    again = pl.Trainer(accelerator=ACCELERATOR, logger=False, enable_progress_bar=False).validate(best, verbose=False)
     assert again[0]["val_loss"] == pytest.approx(float(save.best_model_score), rel=1e-6)
 
 

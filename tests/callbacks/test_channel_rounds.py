@@ -422,7 +422,7 @@ def test_averages_are_refused(fit, root):
 def test_copies_of_the_weights_are_refused(fit, build):
     module = build()
     module.teacher = torch.optim.swa_utils.AveragedModel(module.network)
-    with pytest.raises(ValueError, match="cannot give other sizes to an AveragedModel"):
+    with pytest.raises(ValueError, match="cannot resize the AveragedModel"):
         fit(KoopmanPruner(0.5, epoch=3, structured=True), module=module)
 
 

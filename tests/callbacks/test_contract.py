@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from problems import ACCELERATOR
 from torch import nn
 
 from lightning_koopman import (
@@ -85,7 +86,7 @@ def fit(callback: Any, module: Any = None, *more: Any, epochs: int = EPOCHS, **o
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=[callback, *more],
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -78,7 +78,7 @@ def test_every_figure_can_be_drawn_into_axes_of_ones_own(spectrum, trainer, regr
     for draw, ax in zip(drawings, figure.subplots(1, 5), strict=True):
         assert draw(ax) is figure
         assert ax.has_data()
-        with pytest.raises(TypeError, match="ax must be axes of matplotlib"):
+        with pytest.raises(TypeError, match="ax must be Axes of matplotlib"):
             draw(figure)
     assert len(figure.axes) == 5
 

@@ -366,7 +366,7 @@ def test_layers_built_in_setup_can_be_named(trainer, regression):
         ({"window": 3.7}, "window must be at least 3 and whole"),
         ({"every_n_epochs": 1.5}, "every_n_epochs must be at least 1 and whole"),
         ({"radius": math.inf}, "radius must be positive and finite"),
-        ({"prefix": "k/dataloader_idx_0"}, "Lightning keeps that for itself"),
+        ({"prefix": "k/dataloader_idx_0"}, "Lightning reserves it"),
         ({"dirpath": "s3://bucket/run"}, "dirpath must be a local folder"),
         ({"every_n_epochs": 0}, "every_n_epochs must be at least 1"),
         ({"tol": 2.0}, "tol must lie in"),
@@ -375,7 +375,7 @@ def test_layers_built_in_setup_can_be_named(trainer, regression):
         ({"storage": "tape"}, "storage must be one of"),
         ({"log_figure": -1}, "log_figure must be"),
         ({"prefix": ""}, "prefix must not be empty"),
-        ({"observable": "train_loss", "parameters": "net.*"}, "is for observable='weights'"),
+        ({"observable": "train_loss", "parameters": "net.*"}, "only applies to observable='weights'"),
     ],
 )
 def test_bad_arguments_are_named_at_construction(options, message):
@@ -511,7 +511,7 @@ def test_a_changed_parameter_count_warns_once_and_starts_anew(trainer, regressio
 
     model.spoil = spoil
     monitor = KoopmanSpectrumMonitor()
-    with pytest.warns(KoopmanWarning, match="after epoch 4 other parameters are trained than before") as caught:
+    with pytest.warns(KoopmanWarning, match="trained parameters changed after epoch 4") as caught:
         trainer(callbacks=monitor, max_epochs=8).fit(model)
     assert len(koopman_warnings(caught)) == 1
     assert monitor.trajectory.n == 56
@@ -560,7 +560,7 @@ def test_a_folder_lost_in_the_middle_of_a_run_warns_and_training_goes_on(root, t
 
 
 def test_half_precision_weights_warn(trainer, regression):
-    with pytest.warns(KoopmanWarning, match="bfloat16.*fakes eigenvalues at 1"):
+    with pytest.warns(KoopmanWarning, match="bfloat16.*spurious eigenvalues at 1"):
         trainer(callbacks=KoopmanSpectrumMonitor(), precision="bf16-true", max_epochs=2).fit(regression())
 
 

@@ -543,7 +543,7 @@ def test_an_exception_lets_go_of_the_module(fit, root, classifier):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "say nothing"),
+        ({}, "are both None"),
         ({"sparsity": 0.5, "threshold": 0.1}, "exclude each other"),
         ({"sparsity": 1.0}, r"sparsity must lie in \(0, 1\), got 1.0"),
         ({"threshold": 0.0}, "threshold must be positive"),
@@ -552,7 +552,7 @@ def test_an_exception_lets_go_of_the_module(fit, root, classifier):
         ({"sparsity": 0.5, "survivors": "drop"}, "survivors must be one of"),
         ({"sparsity": 0.5, "rule": "all"}, "rule must be one of"),
         ({"sparsity": 0.5, "scope": "layer"}, "scope must be one of"),
-        ({"threshold": 0.5, "scope": "tensor"}, "scope='tensor' goes with a sparsity"),
+        ({"threshold": 0.5, "scope": "tensor"}, "scope='tensor' needs sparsity"),
         ({"sparsity": 0.5, "rounds": 0}, "rounds must be at least 1"),
         ({"sparsity": 0.5, "round_epochs": 2}, "round_epochs must be at least 3"),
         ({"sparsity": 0.5, "radius": 0.0}, "radius must be positive"),
@@ -576,7 +576,7 @@ def test_bad_arguments_are_refused_at_once(options, message):
         ({"sparsity": 0.5, "epoch": 5, "rounds": 3}, "the last after epoch 15, must be below max_epochs=10"),
         ({"sparsity": 0.5}, "epoch='settled' looks 10 epochs back, but max_epochs=10"),
         ({"sparsity": 0.5, "rounds": 2, "parameters": None}, "epoch='settled' looks"),
-        ({"sparsity": 0.5, "epoch": 5, "parameters": []}, "names nothing"),
+        ({"sparsity": 0.5, "epoch": 5, "parameters": []}, "is empty: pass one or more patterns"),
         ({"sparsity": 0.5, "epoch": 5, "parameters": "head.*"}, "parameters='head.*' matches no parameter"),
         (
             {"sparsity": 0.99, "epoch": 5, "parameters": "*.bias", "scope": "tensor"},

@@ -164,20 +164,20 @@ def finetuned(root):
 def test_weights_unfrozen_later_are_watched_pruned_and_stepped_after_a_restart(root, trainer, finetuned):
     backbone = root.callbacks.BackboneFinetuning
     monitor = KoopmanSpectrumMonitor()
-    with pytest.warns(KoopmanWarning, match=r"after epoch 5 other parameters are trained.*'backbone.0.weight' is new"):
+    with pytest.warns(KoopmanWarning, match=r"trained parameters changed after epoch 5.*'backbone.0.weight' is new"):
         trainer(max_epochs=8, callbacks=[backbone(4), monitor]).fit(finetuned())
     assert monitor.trajectory.n == 67
     assert len(monitor.trajectory) == 4
     for structured in (False, True):
         pruner = KoopmanPruner(sparsity=0.5, epoch=7, structured=structured)
-        with pytest.warns(KoopmanWarning, match="other parameters are trained"):
+        with pytest.warns(KoopmanWarning, match="trained parameters changed"):
             trainer(max_epochs=8, callbacks=[backbone(4), pruner]).fit(finetuned())
         assert pruner.achieved == 0.5
         if not structured:
             assert set(pruner.masks) == {"backbone.0.weight", "head.weight"}
     restart = RestartOnBadInitialization(6, baseline_loss=1e-3, max_restarts=1)
     run = trainer(max_epochs=8, callbacks=[backbone(4), restart])
-    with pytest.warns(KoopmanWarning, match="other parameters are trained"):
+    with pytest.warns(KoopmanWarning, match="trained parameters changed"):
         run.fit(finetuned())
     assert len(restart.restarts) == 1
     assert sum(len(group["params"]) for group in run.optimizers[0].param_groups) == 4
@@ -193,7 +193,7 @@ def test_weights_added_late_start_a_new_trajectory(trainer, finetuned):
 
     module.on_train_epoch_start = add
     monitor = KoopmanSpectrumMonitor()
-    with pytest.warns(KoopmanWarning, match=r"other parameters are trained than before \(2 more, 0 fewer"):
+    with pytest.warns(KoopmanWarning, match=r"trained parameters changed after .* \(2 more, 0 fewer"):
         trainer(callbacks=monitor).fit(module)
     assert monitor.trajectory.n == 67 + 6
     assert len(monitor.trajectory) == 3
@@ -378,7 +378,7 @@ def told():
 def test_a_stop_that_did_not_come_says_what_held_it_back(trainer, regression, told):
     stop = EarlyStopOnUnitEigenvalues(baseline_loss=1.0)
     trainer(max_epochs=3, callbacks=stop).fit(regression())
-    assert stop.message.endswith("not stopped in 3 epochs, held back by: too few epochs to tell (3 times).")
+    assert stop.message.endswith("not stopped in 3 epochs, blocked by: too few epochs to tell (3 times).")
     assert stop.message in told()
     assert "the first decision takes 13 epochs, but this run has 3 epochs" in told()
     stop = EarlyStopOnUnitEigenvalues(baseline_loss=1e-9, horizon=6)

@@ -157,7 +157,7 @@ def test_folders_of_runs_are_compared_over_the_rounds_in_common(trainer, regress
     with pytest.raises(ValueError, match="every 1 epochs and every 2 steps"):
         compare_trainings(folders[0], tmp_path / "finer")
     assert main([str(each) for each in folders] + ["--figure", str(tmp_path / "d.png")]) == 0
-    assert "too few to be told apart" in capsys.readouterr().out
+    assert "too few runs to be told apart" in capsys.readouterr().out
     assert (tmp_path / "d.png").stat().st_size > 1000
     assert main([str(folders[0]), "nowhere"]) == 2
     assert "holds no finished run" in capsys.readouterr().err
@@ -171,5 +171,5 @@ def test_the_figure_shows_the_distances_in_the_order_of_the_clusters():
     assert labels == ["slow", "fast"]
     np.testing.assert_array_equal(axis.get_xticks(), [0.5, 2.5])
     np.testing.assert_array_equal(axis.images[0].get_array(), found.distances["steps"])
-    with pytest.raises(ValueError, match="names must be one text for each of the 2 groups"):
+    with pytest.raises(ValueError, match="names must be one string for each of the 2 groups"):
         plot_comparison(found, names=["slow"])

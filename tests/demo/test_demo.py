@@ -12,12 +12,28 @@ def test_the_demo_prints_a_summary_and_draws_figures(tmp_path, capsys):
     options = ["--epochs", "7", "--n-train", "200", "--output", str(tmp_path / "out"), "--accelerator", "cpu"]
     figures = main(options)
     printed = capsys.readouterr().out
+    assert "epochs   1 to   4  warming up" in printed
     assert "Koopman spectrum of weights" in printed
-    assert "Koopman spectrum of train_loss" in printed
-    assert len(figures) == 4
+    assert len(figures) == 3
     for path in figures:
         assert path.is_file()
         assert str(path) in printed
+
+
+def test_data_that_cannot_be_had_are_one_line_that_says_where_to_put_them(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("torchvision").datasets
+
+    def fails(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(datasets.MNIST, "download", fails)
+    for command in (["--dataset", "mnist"], ["reproduce", "--figure", "2", "--output", str(tmp_path)]):
+        option = "--data" if "reproduce" in command else "--data-root"
+        with pytest.raises(SystemExit, match=r"MNIST is not in .*raw and cannot be downloaded \(no network\)") as told:
+            main([*command, option, str(tmp_path)])
+        assert "\n" not in str(told.value)
+        assert "train-images-idx3-ubyte" in str(told.value)
+        assert ("--figure 4 5" if "reproduce" in command else "'digits'") in str(told.value)
 
 
 @pytest.mark.mnist

@@ -213,7 +213,7 @@ def test_progress(capsys):
         ({"scales": [0.1, 0.0]}, "scales must be a list of numbers > 0"),
         ({"scales": [[0.5], [0.1]]}, "scales must be a list of numbers > 0"),
         ({"scales": [0.1, 0.2]}, "scales must decrease from layer to layer"),
-        ({"scales": [0.2, 0.1], "n_layers": 3}, "n_layers=3, but scales are 2"),
+        ({"scales": [0.2, 0.1], "n_layers": 3}, "n_layers=3, but scales has length 2"),
         ({"method": "wavelet"}, "method must be one of"),
         ({"decay": 1}, "decay must be a number > 1"),
         ({"epsilon": -0.1}, "epsilon must be a number ≥ 0"),

@@ -57,7 +57,7 @@ def test_clipping_holds_growing_modes_at_their_last_size():
 
 def test_bad_selections_are_named(snapshots):
     spectrum = dmd_rrr(snapshots, tol=1e-12)
-    with pytest.raises(ValueError, match="one entry a mode"):
+    with pytest.raises(ValueError, match="one entry per mode"):
         spectrum.combination([0], modes=[True])
     with pytest.raises(ValueError, match="conjugate pair"):
         spectrum.combination([0], modes=spectrum.ritz_values.imag > 0)

@@ -82,5 +82,5 @@ def test_what_cannot_be_drawn_is_named():
         ValueError, match=r"modules='head\*' matches no module that owns parameters; the module has lay"
     ):
         select_modules(network, "head*", None)
-    with pytest.raises(ValueError, match="modules=None selects the modules with trainable parameters"):
+    with pytest.raises(ValueError, match="modules=None selects no module with trainable parameters"):
         select_modules(nn.ReLU(), None, None)

@@ -155,12 +155,12 @@ def test_what_is_left_alone_is_named_with_the_reason():
     assert reasons("residual") == {"head": "its outputs leave the network"}
     encoder = reasons("encoder")
     assert encoder["embedding"] == "coupled with LayerNorm"
-    assert encoder["encoder.layers.0.self_attn"] == "no layer of a known kind (MultiheadAttention)"
+    assert encoder["encoder.layers.0.self_attn"] == "unsupported layer type (MultiheadAttention)"
     heads = reasons("heads")
     assert {heads[name] for name in "qkv"} == {"coupled by attention"}
     recurrent = reasons("recurrent")
     assert recurrent["inner"] == "coupled by a module that is traced as a whole"
-    assert recurrent["gru"] == "no layer of a known kind (GRU)"
+    assert recurrent["gru"] == "unsupported layer type (GRU)"
 
 
 def test_scores_decide_what_goes():

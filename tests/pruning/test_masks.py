@@ -118,7 +118,7 @@ def test_agreement_counts_equal_entries():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "say nothing"),
+        ({}, "are both None"),
         ({"sparsity": 0.5, "threshold": 0.1}, "exclude each other"),
         ({"sparsity": 0.0}, r"sparsity must lie in \(0, 1\), got 0.0"),
         ({"sparsity": 1}, r"sparsity must lie in \(0, 1\), got 1"),
@@ -181,7 +181,7 @@ def test_matrices_are_selected_and_norms_are_not():
             "*original1",
             "from which a weight is computed",
         ),
-        (Network, [], "names nothing"),
+        (Network, [], "is empty: pass one or more patterns"),
     ],
 )
 def test_selections_that_cannot_be_pruned_are_refused(build, patterns, message):

@@ -139,7 +139,7 @@ ODD = {
     ),
     "a home-made layer": (
         lambda: nn.Sequential(HomeMade(8, 6), nn.ReLU(), nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 2)),
-        row, "0", "no layer of a known kind (HomeMade)", {"2"},
+        row, "0", "unsupported layer type (HomeMade)", {"2"},
     ),
     "a shuffle": (
         lambda: nn.Sequential(
@@ -207,7 +207,7 @@ def test_both_copies_see_the_same_randomness(draw):
 
 def test_a_step_that_disagrees_with_itself_is_named_as_such():
     network, calls = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)), iter(range(99))
-    with pytest.raises(ValueError, match="the step disagrees with itself"):
+    with pytest.raises(ValueError, match="the step is not reproducible"):
         remove_channels(network, lambda net: net(row + next(calls)), sparsity=0.5)
 
 

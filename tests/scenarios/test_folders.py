@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import pytorch_lightning as pl
+from problems import ACCELERATOR
 from pytorch_lightning.demos.boring_classes import BoringModel
 
 from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanPruner, KoopmanSpectrumMonitor
@@ -23,7 +24,7 @@ def train(root: Path, callbacks: list[Any], **options: Any) -> pl.Trainer:
     trainer = pl.Trainer(
         max_epochs=4,
         callbacks=callbacks,
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         default_root_dir=root,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from problems import ACCELERATOR
 from pytorch_lightning.demos.boring_classes import BoringModel
 
 from lightning_koopman import (
@@ -40,7 +41,7 @@ def fit(folder: Path, epochs: int, make: Callable[..., Any], ckpt_path: Path | N
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=[make(folder), save],
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -144,7 +145,7 @@ def test_no_other_file_is_needed(tmp_path):
 
     monitor = KoopmanSpectrumMonitor(storage="disk", dirpath=tmp_path)
     trainer = pl.Trainer(
-        max_epochs=6, callbacks=[monitor, Clean()], accelerator="cpu", logger=False, enable_checkpointing=False,
+        max_epochs=6, callbacks=[monitor, Clean()], accelerator=ACCELERATOR, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_train_batches=3, limit_val_batches=0,
     )  # fmt: skip
     trainer.fit(BoringModel())

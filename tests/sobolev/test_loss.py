@@ -190,7 +190,7 @@ def test_an_observed_period_goes_with_the_state():
 
 
 def test_a_single_sample_shows_no_period():
-    with pytest.raises(ValueError, match="a single sample shows no period: give domain"):
+    with pytest.raises(ValueError, match="cannot infer `domain` from one sample: pass domain"):
         SobolevLoss(3).eval()(y[:1], y[:1], x[:1])
 
 
@@ -580,7 +580,7 @@ def test_the_whole_way_from_noisy_samples():
         ({"widths": [6]}, "leave them out with layers"),
         ({"n_samples": 40, "domain": None}, "domain=None takes the period from the whole data set"),
         ({"n_samples": 0}, "n_samples must be"),
-        ({"scales": (1, 2)}, "are 2, but 3 outputs"),
+        ({"scales": (1, 2)}, "has length 2, but 3 outputs"),
         ({"scales": (0.5, 1, 2), "literal": True}, "its shell is empty"),
         ({"scales": ()}, "scales must be"),
         ({"layers": [1]}, "layers must be names of layers"),
@@ -598,7 +598,7 @@ def test_bad_arguments_are_errors_before_training(options, message):
 
 @pytest.mark.parametrize("widths", [[], [0], [6, 2.5], 6, [True - 1]])
 def test_bad_widths(widths):
-    with pytest.raises(ValueError, match="widths must be whole numbers"):
+    with pytest.raises(ValueError, match="widths and n_outputs must be whole numbers"):
         SobolevLoss(5, widths=widths)
 
 
@@ -614,13 +614,13 @@ def test_bad_calls_are_named():
     shape = r"layer '1' has the shape \(5, 6\), expected \(40, 6\)"
     with pytest.warns(UserWarning, match="ran 2 times"), pytest.raises(ValueError, match=shape):
         loss(outputs, y, x)
-    with pytest.raises(TypeError, match="outputs must be the network's own, one tensor"):
+    with pytest.raises(TypeError, match="outputs must be the network's output, one tensor"):
         loss([outputs], y, x)
     network(x)
     with pytest.raises(ValueError, match=r"outputs has the shape \(40, 1\), targets \(40, 2\)"):
         loss(outputs, y.expand(40, 2), x)
     handed = SobolevLoss(5, widths=[6, 7], **rule)
-    with pytest.raises(ValueError, match="hand over the 2 activations"):
+    with pytest.raises(ValueError, match="pass 2 activations"):
         handed(outputs, y, x)
     with pytest.raises(ValueError, match="hidden must be 2 tensors, one for each of widths, got 1: Tensor"):
         handed(outputs, y, x, hidden=[outputs])

@@ -121,7 +121,7 @@ def test_signal_beyond_the_cosines_is_said(dim, mode):
     x = rng.uniform(0, 1, (1500, dim))
     y = np.cos(2 * np.pi * mode * x[:, 0]) + 0.05 * rng.standard_normal(1500)
     for function in (suggest_scales, shrink_noise):
-        with pytest.warns(UserWarning, match="signal beyond that"):
+        with pytest.warns(UserWarning, match="signal at higher frequencies"):
             function(x, y, domain=(0, 1))
 
 

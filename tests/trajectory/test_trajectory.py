@@ -193,7 +193,7 @@ def test_double_precision_for_a_few_numbers():
         ({"n": 0}, "n must be at least 1"),
         ({"n": 3, "capacity": 1}, "capacity must be at least 2"),
         ({"n": 3, "storage": "tape"}, "storage must be one of"),
-        ({"n": 3, "path": "x"}, "is for storage='disk'"),
+        ({"n": 3, "path": "x"}, "only applies to storage='disk'"),
         ({"n": 3, "dtype": torch.float16}, "dtype must be"),
     ],
 )
@@ -210,7 +210,7 @@ def test_bad_snapshots_leave_the_trajectory_unchanged():
     with pytest.raises(ValueError, match="NaN"):
         trajectory.append(np.array([1.0, np.nan, 0.0]))
     assert torch.equal(trajectory.snapshots(), before)
-    with pytest.raises(ValueError, match="one weight a snapshot"):
+    with pytest.raises(ValueError, match="one weight per snapshot"):
         trajectory.combine(np.ones(3))
     with pytest.raises(ValueError, match="needs at least 5 snapshots"):
         trajectory.spectrum(delays=4)

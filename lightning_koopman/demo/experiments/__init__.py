@@ -1,1 +1,1 @@
-"""What reproducing the paper and the benchmarks share: a runner, a cache of results, trainings, tables and figures."""
+"""Shared by the paper's reproduction and the benchmarks: a runner, a result cache, trainings, tables and figures."""

@@ -1,4 +1,4 @@
-"""Results on disk: whole or not at all, so that a run that was cut off is not taken for a finished one."""
+"""Results on disk, written as a whole or not at all, so that no partial result passes for a finished one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 def save(path: Path, **arrays: Any) -> None:
-    """Write arrays, in a folder that is made if need be."""
+    """Write arrays to a file, and create its folder if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}")
     np.savez_compressed(partial, **arrays)
@@ -23,18 +23,18 @@ def save(path: Path, **arrays: Any) -> None:
 
 
 def read(path: Path) -> Arrays:
-    """Read them."""
+    """Read the arrays of a file."""
     with np.load(path) as stored:
         return {key: stored[key] for key in stored.files}
 
 
 def once(path: Path, find: Callable[[], dict[str, Any]]) -> Arrays:
-    """Arrays that are found once and kept."""
+    """Return the arrays of a file, computing and saving them if it does not exist."""
     if not path.exists():
         save(path, **find())
     return read(path)
 
 
 def missing(tasks: Iterable[Task], folder: Path) -> list[Task]:
-    """The tasks whose results, of their name, are not in the folder."""
+    """Return the tasks whose results, files named after them, are not in the folder."""
     return [task for task in tasks if not (folder / f"{task.name}.npz").exists()]

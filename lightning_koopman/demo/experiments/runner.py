@@ -1,4 +1,4 @@
-"""Runs trainings, several at a time, with the time left."""
+"""Runs several trainings at a time, and shows the time left."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class Task:
-    """One training: a function of its arguments and a :data:`Progress`, whose result has the task's name.
+    """One training: a function of its arguments and a :data:`Progress`, whose result file has the task's name.
 
-    It is as long as so many epochs, of a cost relative to those of others, and may need another task before it.
+    ``cost`` is the cost of an epoch relative to other tasks.  ``needs`` names the task that must finish first, if any.
     """
 
     name: str
@@ -37,33 +37,33 @@ class Task:
 
 @dataclass
 class Reporter:
-    """Sends epochs, each once, to the parent process."""
+    """Reports completed epochs to the parent process, each one once."""
 
     channel: Any
     name: str
     told: int = 0
 
     def __call__(self, epochs: int) -> None:
-        """So many epochs are done."""
+        """Report that this many epochs are done."""
         if epochs > self.told:
             self.channel.put((self.name, epochs - self.told))
             self.told = epochs
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def silence() -> None:
-    """Leave the output to the progress bar."""
+    """Silence logs and warnings, so that only the progress bar is printed."""
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     logging.getLogger("lightning_utilities").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 
 
 def work(task: Task, channel: Any) -> None:
-    """Run a task, in a process of its own."""
+    """Run a task in a worker process."""
     silence()
     torch.set_num_threads(1)
     reporter = Reporter(channel, task.name)
@@ -72,7 +72,7 @@ def work(task: Task, channel: Any) -> None:
 
 
 def end_with_parent() -> None:
-    """A killed parent must not leave workers that write where its successor does."""
+    """End this worker with its parent: it must not write to files of the next run."""
 
     def watch() -> None:
         if (parent := multiprocessing.parent_process()) is not None:
@@ -111,7 +111,7 @@ def run_all(tasks: list[Task], jobs: int) -> None:
             done, _ = wait(running, timeout=1, return_when=FIRST_COMPLETED)
             for future in done:
                 if future.exception() is not None:
-                    for child in multiprocessing.active_children():  # the others go on next time
+                    for child in multiprocessing.active_children():  # the others resume in the next run
                         child.terminate()
                 future.result()
                 bar.set_postfix_str(running.pop(future))
@@ -120,4 +120,4 @@ def run_all(tasks: list[Task], jobs: int) -> None:
                     name, epochs = channel.get_nowait()
                 except queue.Empty:
                     break
-                bar.update(min(epochs * costs[name], bar.total - bar.n))  # which rounding may carry past the total
+                bar.update(min(epochs * costs[name], bar.total - bar.n))  # rounding may exceed the total

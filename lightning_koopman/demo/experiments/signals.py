@@ -1,4 +1,4 @@
-"""Clean signals, and the sine network that learns them through noise by several losses (paper, section 6)."""
+"""Clean signals, and the sine network that learns them from noisy samples with several losses (paper, section 6)."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from lightning_koopman.sobolev.loss import SobolevLoss
 from lightning_koopman.sobolev.noise import shrink_noise, suggest_scales
 
 Array = npt.NDArray[np.float64]
-RATE, EVERY = 2e-3, 25  # epochs between two looks at the errors
+RATE, EVERY = 2e-3, 25  # learning rate; epochs between two evaluations
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A clean signal, from points (N, D) of a box to values (N, M), and how many noisy samples of it there are."""
+    """A clean signal, a function from points (N, D) of a box to values (N, M), and its number of noisy samples."""
 
     domain: tuple[tuple[float, float], ...]
     n_samples: int
     function: Callable[[Array], Array]
 
     def grid(self) -> Array:
-        """The fine grid (N, D) where fits are compared with the clean signal, disjoint from all samples."""
+        """Return the fine grid (N, D) on which fits are compared with the clean signal, disjoint from all samples."""
         each = 4000 if len(self.domain) == 1 else 64
         axes = [low + (high - low) * (np.arange(each) + 0.5) / each for low, high in self.domain]
         return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(self.domain))
 
     def clean(self) -> Array:
-        """The signal on that grid."""
+        """Return the clean signal on that grid."""
         return self.function(self.grid())
 
     def draw(self, noise: float, seed: int) -> tuple[Array, Array, int]:
-        """Points and samples, with noise of ε times the signal's range (equation 9), and how many train: 75 %."""
+        """Draw points and noisy samples, and count the 75 % that train; noise is ε times the range (equation 9)."""
         rng = np.random.default_rng(seed)
         low, high = np.array(self.domain).T
         points = rng.uniform(low, high, (self.n_samples, len(self.domain)))
@@ -57,15 +57,15 @@ CHIRP = Signal(((0.0, 2.0),), 2000, next(row.function for row in TABLE if row.na
 def learn(
     signal: Signal, method: str, noise: float, seed: int, epochs: int, reached: Progress, device: str = "cpu"
 ) -> dict[str, Any]:
-    """Train the network on noisy samples of a signal, with the learning rate in one cycle.
+    """Train the network on noisy samples of a signal, with a one-cycle learning rate.
 
-    The method is ``"L2"``, ``"Sobolev 1"`` or ``"Sobolev 2"``, with or without a variant after a comma: ``"literal"``
-    (equations 7 and 8 as written, with the paper's linear scale), ``"shrunk"`` (targets without their noise),
-    ``"batches"``, ``"decay 0.1"`` (of the weights).
+    The method is ``"L2"``, ``"Sobolev 1"`` or ``"Sobolev 2"``, optionally with a variant after a comma: ``"literal"``
+    (equations 7 and 8 as written, with the paper's linear scale), ``"shrunk"`` (targets with their noise shrunk),
+    ``"batches"`` (mini-batches), ``"decay 0.1"`` (weight decay).
 
     Returns:
-        Every 25 epochs the RMSE against the clean signal (``errors``) and the mean squared error on the samples that do
-        not train (``held``); and the last values on the grid (``fit``).
+        The RMSE against the clean signal (``errors``) and the mean squared error on held-out samples (``held``), both
+        every 25 epochs; and the last values on the grid (``fit``).
     """
     torch.manual_seed(seed)
     *drawn, n_train = signal.draw(noise, seed)
@@ -99,7 +99,7 @@ def learn(
 
 
 def loss_of(method: str, signal: Signal, network: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
-    """The loss of a method, its scales taken from the samples."""
+    """Build the loss of a method, with scales chosen from the samples."""
     kind, _, variant = method.partition(", ")
     if kind == "L2":
         return nn.MSELoss()
@@ -112,7 +112,7 @@ def loss_of(method: str, signal: Signal, network: nn.Module, x: Tensor, y: Tenso
     if variant == "literal":
         options["literal"] = True
         scales = sobolev_scales(HIDDEN, "linear", start=1 if kind == "Sobolev 1" else 0)
-    elif variant == "shrunk":  # the noise is dealt with: all modes, none preferred
+    elif variant == "shrunk":  # the noise is already removed: all modes, equally weighted
         options["exponent"] = 0.0
         scales = most_modes(*x.shape)
     else:
@@ -121,7 +121,7 @@ def loss_of(method: str, signal: Signal, network: nn.Module, x: Tensor, y: Tenso
 
 
 def most_modes(n_samples: int, dim: int) -> int:
-    """Highest mode with at most half as many cosines and sines as samples."""
+    """Return the highest mode with at most half as many cosines and sines as samples."""
     highest = 1
     while SobolevNorm((highest + 1,)).bands(1, dim).n_functions <= n_samples / 2:
         highest += 1
@@ -129,7 +129,7 @@ def most_modes(n_samples: int, dim: int) -> int:
 
 
 def loss_value(loss: nn.Module, outputs: Tensor, targets: Tensor, points: Tensor) -> Tensor:
-    """The loss of a batch; only Sobolev losses look at the points."""
+    """Compute the loss of a batch; only Sobolev losses use the points."""
     given = (outputs, targets, points) if isinstance(loss, SobolevLoss) else (outputs, targets)
     value: Tensor = loss(*given)
     return value

@@ -1,4 +1,4 @@
-"""Tables: CSV files, Markdown, and means with their errors."""
+"""Tables: CSV files, Markdown, and means with standard errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> Path:
-    """Write a table; floats with six digits."""
+    """Write a table as CSV, with floats of six digits."""
     with open(path, "w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(header)
@@ -23,19 +23,19 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], left: Collection[int] = (0,)) -> Iterator[str]:
-    """Lines of a Markdown table; all columns but those of the indices ``left`` are numbers."""
+    """Yield the lines of a Markdown table; all columns but those of the indices ``left`` are right-aligned."""
     rule = ["---" if index in left else "---:" for index in range(len(header))]
     for row in itertools.chain((header, rule), rows):
         yield "|" + "".join(f" {each} |" if each != "" else " |" for each in row)
 
 
 def show(header: Sequence[str], rows: Iterable[Sequence[Any]], left: Collection[int] = (0,)) -> None:
-    """Print such a table, each row when it is known."""
+    """Print such a table, each row as soon as it is known."""
     for line in markdown(header, rows, left):
         print(line, flush=True)
 
 
 def mean_and_error(values: npt.ArrayLike) -> tuple[float, float]:
-    """Mean, and its standard error: 0 for a single value."""
+    """Return the mean and its standard error, which is 0 for a single value."""
     found = np.asarray(values, dtype=np.float64)
     return float(found.mean()), float(found.std(ddof=1) / np.sqrt(found.size)) if found.size > 1 else 0.0

@@ -1,4 +1,4 @@
-"""What all trainings here are made of: batches, a quiet Trainer, its progress, and pruning by other scores."""
+"""Shared parts of trainings: batches, a quiet Trainer, its progress, and pruning by other scores."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ BATCH = 64
 
 
 class Batches:
-    """Batches of tensors, on their device, without a worker or a copy per sample.
+    """Batches of tensors on their device, without workers or a copy per sample.
 
-    They come in order, or shuffled: by a generator that goes on from epoch to epoch, or by a function that gives the
-    seed of the next epoch, so that a run can go on.
+    They come in order or shuffled.  ``shuffle`` is a generator that continues from epoch to epoch, or a function that
+    returns the seed of the next epoch, so that a run can be resumed.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Batches:
 
 
 def quiet_trainer(folder: str | Path, *, device: str = "cpu", **options: Any) -> pl.Trainer:
-    """A Trainer on one device that says nothing and writes only below the folder."""
+    """Return a Trainer on one device that prints nothing and writes only below the folder."""
     defaults: dict[str, Any] = {
         "accelerator": "cpu" if device == "cpu" else "gpu",
         "devices": 1,
@@ -58,35 +58,35 @@ def quiet_trainer(folder: str | Path, *, device: str = "cpu", **options: Any) ->
 
 
 class Reached(Callback):
-    """Tells how many epochs are done, of those after some."""
+    """Reports how many epochs are done, counted from epoch ``after``."""
 
     def __init__(self, reached: Progress, after: int = 0) -> None:
         self.reached, self.after = reached, after
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell where it goes on."""
+        """Report the epoch from which training starts or resumes."""
         self.reached(trainer.current_epoch - self.after)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Tell."""
+        """Report the epoch that has ended."""
         self.reached(trainer.current_epoch + 1 - self.after)
 
 
 class Once(Callback):
-    """Does something once, before the first epoch of a branch."""
+    """Calls a function once, before the first epoch of a branch."""
 
     def __init__(self, act: Callable[[pl.Trainer, pl.LightningModule], object]) -> None:
         self.act, self.acted = act, False
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Act, if it has not."""
+        """Call the function, if it has not been called."""
         if not self.acted:
             self.acted = True
             self.act(trainer, pl_module)
 
 
 def masked(score: Callable[[Tensor], Tensor], sparsity: float, epoch: int) -> Once:
-    """The baselines: our masks from other scores, at the epoch of that number; on a run that goes on, of what is 0."""
+    """Mask the weights by other scores at the given epoch; on a resumed run, mask what is already 0."""
 
     def act(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch > epoch:
@@ -100,6 +100,6 @@ def masked(score: Callable[[Tensor], Tensor], sparsity: float, epoch: int) -> On
 
 
 def random_score(seed: int) -> Callable[[Tensor], Tensor]:
-    """Scores of a random mask."""
+    """Return a function that gives the scores of a random mask."""
     drawn = torch.Generator().manual_seed(seed)
     return lambda weight: torch.rand(weight.shape, generator=drawn).to(weight.device)

@@ -1,4 +1,4 @@
-"""Table 1 and Figure 4: hierarchical support vector regression, and the scale that belongs to a frequency."""
+"""Table 1 and Figure 4: hierarchical support vector regression, and the scale that suits a frequency."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning_koopman.demo.experiments.cache import Arrays, once
 from lightning_koopman.demo.table1 import TABLE, Row, largest_error, samples
 from lightning_koopman.depth.hsvr import HSVR
 
-PRODUCTS = np.geomspace(1 / 60, 1, 25)  # σ f; the paper takes 1/6
-FREQUENCY = 5.0  # of the wave that shows it
+PRODUCTS = np.geomspace(1 / 60, 1, 25)  # σ f; the paper uses 1/6
+FREQUENCY = 5.0  # of the test wave
 
 
 def table(folder: Path) -> Arrays:
-    """Layers and errors of both methods, a row each; kept."""
+    """Return the layers and errors of both methods for each row, cached on disk."""
 
     def find() -> dict[str, Any]:
         found: dict[str, list[Any]] = {"fft_layers": [], "fft_error": [], "dmd_layers": [], "dmd_error": []}
@@ -31,7 +31,7 @@ def table(folder: Path) -> Arrays:
 
 
 def scales(folder: Path) -> Arrays:
-    """Error of a single layer on a wave, by the product of scale and frequency; kept."""
+    """Return the error of a single layer on a wave, by the product of scale and frequency, cached on disk."""
 
     def find() -> dict[str, Any]:
         wave = Row("wave", lambda x: np.sin(2 * np.pi * FREQUENCY * x), 0.02, 1, 0, 1, 0)

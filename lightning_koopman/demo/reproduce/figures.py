@@ -1,4 +1,4 @@
-"""The figures, panel by panel: small pictures that a page can arrange for its width."""
+"""The figures, panel by panel: small images that a page can arrange to fit its width."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SHOWN = ("L2", "Sobolev 1", "Sobolev 2", "Sobolev 1, literal")
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture.
+    """One image of a figure.
 
     Attributes:
-        name: Of its file.
+        name: Name of its file.
         title: Its heading.
-        draw: Draws it into an axis.
-        group: Panels of a group belong into one row.
-        square: Whether it is as high as wide.
+        draw: Function that draws it into axes.
+        group: Panels of the same group are shown in one row.
+        square: Whether its height equals its width.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Panel:
 
     @cached_property
     def svg(self) -> bytes:
-        """The picture, drawn once."""
+        """The image as SVG, drawn once."""
         import matplotlib
 
         with matplotlib.rc_context({"svg.hashsalt": self.name}):
@@ -54,7 +54,7 @@ class Panel:
         return target.getvalue()
 
     def fill(self, axis: Any) -> None:
-        """Draw it, with its heading."""
+        """Draw the panel with its heading into axes."""
         self.draw(axis)
         axis.set_title(self.title, fontsize=11, color=INK)
         axis.tick_params(labelsize=9, colors=INK)
@@ -62,7 +62,7 @@ class Panel:
 
 
 def panels(results: Results, figure: str) -> list[Panel]:
-    """The panels of a figure, in reading order."""
+    """Return the panels of a figure, in reading order."""
     if figure in SPECTRA:
         return list(_spectra(results, figure))
     if figure in PRUNINGS:
@@ -231,7 +231,7 @@ def _table(results: Results) -> Iterator[Panel]:
 
 
 def gallery(pictures: dict[str, list[Panel]]) -> dict[str, bytes]:
-    """Three PNG files for a page that cannot arrange panels."""
+    """Return up to three PNG images for a page that cannot arrange panels."""
     found = {}
     for name, figure, group in (("spectra", "2", "weights"), ("pruning", "3", "Test"), ("noise", "5", "noise 0.5")):
         chosen = [panel for panel in pictures.get(figure, []) if panel.group == group][:3]
@@ -241,7 +241,7 @@ def gallery(pictures: dict[str, list[Panel]]) -> dict[str, bytes]:
 
 
 def sheet(chosen: Sequence[Panel]) -> bytes:
-    """Panels side by side."""
+    """Draw panels side by side in a PNG image."""
     figure = blank(4.2 * len(chosen), 4.2 if chosen[0].square else 3.2)
     for axis, panel in zip(figure.subplots(1, len(chosen), squeeze=False)[0], chosen, strict=True):
         panel.fill(axis)

@@ -1,4 +1,4 @@
-"""The trainings on images: snapshots, spectra, checkpoints and pruned branches, all by callbacks on a Trainer."""
+"""The trainings on images: snapshots, spectra, checkpoints and pruned branches, all by callbacks of a Trainer."""
 
 from __future__ import annotations
 
@@ -25,38 +25,38 @@ from lightning_koopman.pruning.prunable import prunable_parameters
 from lightning_koopman.trajectory.recorder import WEIGHTS
 
 EVERY = 10  # epochs between checkpoints
-PAPERS: dict[str, Any] = {"window": None, "rule": "paper"}  # all snapshots, the one mode at 1 and those above it
+PAPERS: dict[str, Any] = {"window": None, "rule": "paper"}  # all snapshots, the mode nearest 1 and those above
 
 
 class Curves(Callback):
-    """Losses after each epoch, kept in checkpoints."""
+    """Records the losses after each epoch, and keeps them in checkpoints."""
 
     def __init__(self) -> None:
         self.rows: list[list[float]] = []
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Add a row: training loss, test loss, test accuracy."""
+        """Append a row: training loss, test loss, test accuracy."""
         metrics = trainer.callback_metrics
         del self.rows[trainer.current_epoch :]
         self.rows.append([float(metrics[key]) for key in ("train_loss", "test_loss", "test_accuracy")])
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows."""
+        """Return the rows."""
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
+        """Restore the rows."""
         self.rows = [list(row) for row in state_dict["rows"]]
 
 
 class Spectra(Callback):
-    """Keeps what the monitors found after the epochs that the figures show."""
+    """Saves the monitors' spectra after the epochs that the figures show."""
 
     def __init__(self, path: Path, monitors: dict[str, tuple[KoopmanSpectrumMonitor, tuple[int, ...]]]) -> None:
         self.path, self.monitors = path, monitors
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save them; the monitors come before this callback."""
+        """Save the spectra; the monitors must come before this callback."""
         for name, (monitor, epochs) in self.monitors.items():
             if trainer.current_epoch + 1 in epochs and monitor.spectrum is not None:
                 arrays = spectrum_arrays("training", monitor.spectrum)
@@ -68,7 +68,7 @@ class Spectra(Callback):
 
 
 def spectrum_arrays(kind: str, spectrum: Spectrum) -> dict[str, Any]:
-    """What the figures and tables need of a spectrum."""
+    """Return what the figures and tables need of a spectrum."""
     return {
         f"{kind}_eigenvalues": spectrum.eigenvalues,
         f"{kind}_residuals": spectrum.residuals,
@@ -78,7 +78,7 @@ def spectrum_arrays(kind: str, spectrum: Spectrum) -> dict[str, Any]:
 
 
 def steady_arrays(monitor: KoopmanSpectrumMonitor) -> dict[str, Any]:
-    """What does not depend on the number of snapshots: the newest ones' importance near 1, and how far they slowed."""
+    """Return measures that do not depend on the number of snapshots: importance near 1 of the newest, and slowing."""
     newest, trajectory = monitor.history[-1], monitor.trajectory
     assert trajectory is not None
     start = float(np.linalg.norm(trajectory.factor(last=WINDOW)[:, 0]))
@@ -100,7 +100,7 @@ def fit(
     callbacks: list[Callback],
     start_from: Path | None,
 ) -> Path:
-    """Train to that epoch, from the newest checkpoint in the folder if there is one; returns the one at the end."""
+    """Train up to an epoch, from the newest checkpoint in the folder if any; return the checkpoint at the end."""
     data = load(plan.dataset, root=root, n_train=plan.n_images)
     train, test = (tuple(each.to(device) for each in part.tensors) for part in (data.train, data.test))
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,24 +117,24 @@ def fit(
             ModelCheckpoint(filename="done", every_n_epochs=epochs, **options),
         ],
     )
-    module = model if device == "cpu" else torch.compile(model)  # one graph a step where that pays
+    module = model if device == "cpu" else torch.compile(model)  # compiling pays off on a GPU
     batches = Batches(train, BATCH, lambda: trainer.current_epoch), Batches(test, 1000)
     trainer.fit(module, *batches, ckpt_path=last if last.exists() else start_from)  # type: ignore[arg-type]
     done = folder / "done.ckpt"
-    if not done.exists():  # cut off between the two checkpoints of the last epoch
+    if not done.exists():  # interrupted between the two checkpoints of the last epoch
         shutil.copyfile(last, done)
     return done
 
 
 def curves_of(checkpoint: Path) -> Any:
-    """The curves that a checkpoint holds: (epochs, 3)."""
+    """Read the curves (epochs, 3) of a checkpoint."""
     return np.array(torch.load(checkpoint, map_location="cpu", weights_only=False)["callbacks"]["Curves"]["rows"])
 
 
 def train(plan: Plan, start: str, root: Path | None, folder: Path, device: str, reached: Progress) -> None:
-    """A whole training, with its spectra and a checkpoint at each pruning point."""
+    """Run a whole training, with its spectra and a checkpoint at each pruning point."""
     done, before, shown, pruned = None, 0, max(*plan.weight_epochs, *plan.loss_epochs), max(plan.prune_at)
-    for epochs in sorted({*plan.prune_at, max(shown, pruned), plan.epochs_of(start)}):  # legs keep their own snapshots
+    for epochs in sorted({*plan.prune_at, max(shown, pruned), plan.epochs_of(start)}):  # each leg has its own snapshots
         begins, before = before, epochs
         leg = folder / f"trained-{start}-{epochs}"
         if (leg / "done.ckpt").exists():
@@ -145,8 +145,8 @@ def train(plan: Plan, start: str, root: Path | None, folder: Path, device: str, 
         weights = KoopmanSpectrumMonitor(window=plan.weight_epochs[-1] + 1, dirpath=leg)
         loss = KoopmanSpectrumMonitor("train_loss", window=plan.loss_epochs[-1], dirpath=leg, prefix="koopman_loss")
         kept = {f"weights-{start}": (weights, plan.weight_epochs), f"loss-{start}": (loss, plan.loss_epochs)}
-        waiting = KoopmanPruner(SPARSITY, settled_change=1e-12, dirpath=leg, **PAPERS)  # its state is for the branches
-        watching: list[Callback] = [weights, loss] if begins < shown else []  # each analysis takes its time
+        waiting = KoopmanPruner(SPARSITY, settled_change=1e-12, dirpath=leg, **PAPERS)  # for its state in the branches
+        watching: list[Callback] = [weights, loss] if begins < shown else []  # each analysis costs time
         watching += [waiting] if begins < pruned else []
         watching += [Curves(), Reached(reached), Spectra(folder, kept)]
         done = fit(model, plan, root, leg, device, epochs, watching, done)
@@ -155,7 +155,7 @@ def train(plan: Plan, start: str, root: Path | None, folder: Path, device: str, 
 
 
 def prune(plan: Plan, branch: Branch, root: Path | None, folder: Path, device: str, reached: Progress) -> None:
-    """Go on from a checkpoint, pruned."""
+    """Prune the weights of a checkpoint and continue its training."""
     pl.seed_everything(0, verbose=False)
     model, place = PaperCNN(branch.start), folder / branch.name
     options: dict[str, Any] = {"sparsity": SPARSITY, "epoch": branch.point, "dirpath": place, **PAPERS}

@@ -1,4 +1,4 @@
-"""What is run at each scale, and which figure needs what."""
+"""What is run at each scale, and which trainings each figure needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SPARSITY = 0.75
 # the paper's main text, then its supplement
 FIGURES = ("2", "3", "4", "5", "S2", "S3", "S4", "S5", "S6")
 SPECTRA = {"2": "xavier", "S2": "he", "S3": "normal"}
-PRUNINGS = {"3": (1, 0), "S4": (1, 1), "S5": (2, 0), "S6": (2, 1)}  # algorithm, which of the two points
+PRUNINGS = {"3": (1, 0), "S4": (1, 1), "S5": (2, 0), "S6": (2, 1)}  # algorithm, index into ``prune_at``
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Plan:
 
     Attributes:
         name: Its name.
-        n_images: Training images, None for all.
+        n_images: Number of training images, None for all.
         epochs: Epochs of a training.
-        past_divergence: Epochs of the training from standard normal weights, the paper's diverging one.
+        past_divergence: Epochs of the training from standard normal weights, which diverges in the paper.
         loss_epochs: Epochs after which the spectrum of the loss is shown.
-        weight_epochs: Epochs after which that of the weights is shown.
-        prune_at: The two points at which is pruned.
-        further: Epochs after that.
+        weight_epochs: Epochs after which the spectrum of the weights is shown.
+        prune_at: The two epochs after which weights are pruned.
+        further: Epochs of training after pruning.
         noise_epochs: Epochs of the trainings on a noisy signal.
-        seeds: Number of seeds of those.
-        dataset: The images, by their name for :func:`load`.
+        seeds: Number of seeds for those trainings.
+        dataset: Name of the images for :func:`load`.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Plan:
     dataset: str = "mnist"
 
     def epochs_of(self, start: str) -> int:
-        """Epochs of the training from those weights."""
+        """Return the epochs of the training from that initialization."""
         return self.past_divergence if start == "normal" else self.epochs
 
 
@@ -59,7 +59,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Branch:
-    """A pruned training: from which weights, at which epoch, and by what."""
+    """A pruned training: its initialization, the epoch of pruning, and the method."""
 
     start: str
     point: int
@@ -67,7 +67,7 @@ class Branch:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of its files."""
         return f"pruned-{self.start}-{self.point}-{self.method.replace(' ', '-')}"
 
 
@@ -81,17 +81,17 @@ class Noisy:
 
     @property
     def name(self) -> str:
-        """Of its files."""
+        """Name of its files."""
         return f"noisy-{self.loss.replace(', ', '-').replace(' ', '-')}-{self.noise}-{self.seed}"
 
 
 def methods_of(figure: str) -> tuple[str, ...]:
-    """The methods that a pruning figure shows: an algorithm of the paper, and the baselines."""
+    """Return the methods that a pruning figure shows: an algorithm of the paper, and the baselines."""
     return (f"algorithm {PRUNINGS[figure][0]}", "magnitude", "random")
 
 
 def wanted(plan: Plan, figures: tuple[str, ...]) -> tuple[list[str], list[Branch], list[Noisy]]:
-    """Trainings, pruned ones and those on noisy signals that the figures need."""
+    """Return the trainings, the pruned ones, and those on noisy signals that the figures need."""
     pruned = {
         (plan.prune_at[PRUNINGS[figure][1]], method)
         for figure in figures

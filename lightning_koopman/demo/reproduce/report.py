@@ -1,4 +1,4 @@
-"""One self-contained page: each figure with what the paper claims, what was found, and a verdict."""
+"""One self-contained page: each figure with the paper's claims, what was found, and a verdict."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ th:first-child, td:first-child { text-align: left } td.differs { font-weight: 60
 
 
 def heading(figure: str) -> str:
-    """What a figure is called."""
+    """Return the heading of a figure."""
     if figure == "T1":
         return "Table 1: layers of hierarchical SVR"
     about = (
@@ -64,37 +64,37 @@ def heading(figure: str) -> str:
 
 
 def caption(results: Results, figure: str) -> str:
-    """What to see in a figure."""
+    """Return the caption of a figure: what to look at."""
     if figure in SPECTRA:
         return (
-            "Filled: eigenvalues of the training, large where they carry much of it. Hollow: those of a random walk "
-            "with the same step lengths. Look at whether the filled ones gather at 1, on the right, where the hollow "
+            "Filled: eigenvalues of the training, larger if more important. Hollow: those of a random walk "
+            "with the same step lengths. Look at whether the filled ones gather at 1, on the right, and the hollow "
             "ones do not. Percentages: the share of the importance within 0.05 of 1."
         )
     if figure in PRUNINGS:
         point = results.plan.prune_at[PRUNINGS[figure][1]]
         return (
-            f"75 % of the weights go after epoch {point} (dotted). Look at whether the Koopman line comes back to the "
-            "unpruned one, and at whether it lies anywhere else than magnitude's. A random mask keeps the values of "
-            "the weights it leaves."
+            f"75 % of the weights are pruned after epoch {point} (dotted). Look at whether the Koopman line returns to "
+            "the unpruned one, and whether it differs from magnitude's. A random mask keeps the values of the "
+            "remaining weights."
         )
     if figure == "4":
         return (
-            "Left: the Gaussian that the paper gives a wave. Right: what a single layer misses of the wave, by its "
-            "scale. Look at how wide the valley is in which the dashed line, the paper's choice, lies."
+            "Left: the Gaussian that the paper assigns to a wave. Right: the error of a single layer on the wave, by "
+            "its scale. Look at how wide the valley around the dashed line, the paper's choice, is."
         )
     if figure == "5":
         return (
-            "Black: the clean signal; grey: noisy samples; colour: the fit at the last epoch, first seed. Sobolev "
-            "losses here count all modes up to the scale; “literal” is equation 7 as it is printed."
+            "Black: the clean signal; gray: noisy samples; color: the fit at the last epoch, first seed. Sobolev "
+            "losses here use all modes up to the scale; “literal” is equation 7 as printed."
         )
-    return "Dots: our errors; bars: the paper's. A value of 1 is the accuracy asked for."
+    return "Dots: our errors; bars: the paper's. A value of 1 is the required accuracy."
 
 
 def page(
     results: Results, found: dict[str, list[Claim]], pictures: dict[str, list[Panel]], about: Sequence[str]
 ) -> str:
-    """The whole page."""
+    """Return the whole page as HTML."""
     verdicts = [claim.verdict for claim in every(found)]
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in MARKS)
     rows = "".join(
@@ -108,19 +108,19 @@ def page(
         f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width, "
         f"initial-scale=1'><title>{title}</title><style>{STYLE}</style><body><h1>{title}</h1>"
         f"<p>What the paper of I. Manojlović et al. (2020) claims, and what <code>python -m lightning_koopman.demo "
-        f"reproduce --scale {results.plan.name}</code> found: {counts}. Each verdict follows from a rule that is "
-        f"stated beneath it; one training for each start, so small differences may be chance.</p>"
+        f"reproduce --scale {results.plan.name}</code> found: {counts}. Each verdict follows from the rule "
+        f"stated beneath it. There is one training per initialization, so small differences may be chance.</p>"
         f"<p class='soft'>{html.escape(' '.join(about))}</p><ol class='overview'>{rows}</ol>{sections}</body></html>\n"
     )
 
 
 def short(figure: str) -> str:
-    """A figure's name in the overview."""
+    """Return a figure's name for the overview."""
     return "Table 1" if figure == "T1" else f"Figure {figure}"
 
 
 def section(results: Results, figure: str, found: Sequence[Claim], pictures: Sequence[Panel]) -> str:
-    """A figure with its claims."""
+    """Return a figure with its claims as HTML."""
     images = "".join(
         f"<div class='panels'>{''.join(map(image, group))}</div>"
         for _, group in itertools.groupby(pictures, key=lambda panel: panel.group)
@@ -140,13 +140,13 @@ def section(results: Results, figure: str, found: Sequence[Claim], pictures: Seq
 
 
 def image(panel: Panel) -> str:
-    """A panel within the page."""
+    """Return a panel as an HTML image."""
     data = base64.b64encode(panel.svg).decode()
     return f"<img alt='{html.escape(panel.title)}' src='data:image/svg+xml;base64,{data}'>"
 
 
 def table_1(results: Results) -> str:
-    """The table, ours before the paper's."""
+    """Return Table 1 as HTML, with our values before the paper's."""
     columns = ("function", "ε", "paper", "layers, FFT", "paper", "error", "paper", "layers, DMD", "paper", "error")
     head = "".join(f"<th>{each}</th>" for each in columns)
     body = ""
@@ -160,5 +160,5 @@ def table_1(results: Results) -> str:
         body += f"<tr>{''.join(cells)}</tr>"
     return (
         f"<div class='scroll'><table><thead><tr>{head}<th>paper</th></tr></thead><tbody>{body}</tbody></table></div>"
-        "<p class='soft'>Red: another number of layers, or an ε or error that differs by more than 5 %.</p>"
+        "<p class='soft'>Red: a different number of layers, or an ε or error that differs by more than 5 %.</p>"
     )

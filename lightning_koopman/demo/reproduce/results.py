@@ -1,4 +1,4 @@
-"""What the runs left on disk, and as tidy tables."""
+"""Results of the runs, read from disk and written as tidy tables."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRAIN, TEST, ACCURACY = 0, 1, 2  # columns of the curves
 
 @dataclass(frozen=True)
 class Results:
-    """Results of a scale in a folder, and the figures that are shown."""
+    """Results of one scale in a folder, and the figures that are shown."""
 
     plan: Plan
     folder: Path
@@ -32,29 +32,29 @@ class Results:
     table_1: bool
 
     def curves(self, start: str) -> Array:
-        """Training loss, test loss, test accuracy after each epoch: (epochs, 3)."""
+        """Return training loss, test loss and test accuracy after each epoch, (epochs, 3)."""
         return read(self.folder / f"trained-{start}.npz")["curves"]
 
     def spectrum(self, observable: str, start: str, epochs: int) -> Arrays:
-        """What :func:`spectrum_arrays` kept of the training and of the walk."""
+        """Return what :func:`spectrum_arrays` kept of the training and of the random walk."""
         return read(self.folder / f"{observable}-{start}-{epochs}.npz")
 
     def branch(self, start: str, point: int, method: str) -> Arrays:
-        """Curves, share of zeros and agreement with magnitude of a pruned training."""
+        """Return curves, share of zeros and agreement with magnitude of a pruned training."""
         return read(self.folder / f"{Branch(start, point, method).name}.npz")
 
     def noisy(self, loss: str, noise: float, seed: int) -> Arrays:
-        """Errors and fit of a training on a noisy signal."""
+        """Return the errors and the fit of a training on a noisy signal."""
         return read(self.folder / f"{Noisy(loss, noise, seed).name}.npz")
 
     def spread(self, loss: str, noise: float) -> float:
-        """Standard deviation of the fits, in that of the clean signal; mean over the seeds."""
+        """Return the fits' standard deviation relative to the clean signal's, as the mean over the seeds."""
         return float(np.mean([self.noisy(loss, noise, seed)["fit"].std() for seed in range(self.plan.seeds)])) / (
             self.mean_error
         )
 
     def noisy_errors(self, loss: str, noise: float) -> Array:
-        """Error against the clean signal at the end, a seed each."""
+        """Return the error against the clean signal for each seed: at the end, or with early stopping."""
         stopped = loss == LOSSES[-1]
         found = [self.noisy("L2" if stopped else loss, noise, seed) for seed in range(self.plan.seeds)]
         at = [each["held"].argmin() if stopped else -1 for each in found]
@@ -62,25 +62,25 @@ class Results:
 
     @cached_property
     def mean_error(self) -> float:
-        """Error of the clean signal's own mean."""
+        """Error of the clean signal's mean."""
         return float(np.std(CHIRP.clean()))
 
     @cached_property
     def table(self) -> Arrays:
-        """Table 1."""
+        """Layers and errors of Table 1."""
         return depth.table(self.folder)
 
     @cached_property
     def scales(self) -> Arrays:
-        """Figure 4."""
+        """Errors of Figure 4."""
         return depth.scales(self.folder)
 
     def starts(self) -> list[str]:
-        """The starts whose whole training is shown."""
+        """Return the initializations whose whole training is shown."""
         return [SPECTRA[figure] for figure in FIGURES if figure in self.figures and figure in SPECTRA]
 
     def write_tables(self, target: Path) -> list[Path]:
-        """Tidy tables: one observation a row."""
+        """Write tidy tables, one observation per row, and return their paths."""
         starts, branches, noisy = wanted(self.plan, self.figures)
         paths = []
         if starts:

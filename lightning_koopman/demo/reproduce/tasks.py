@@ -10,11 +10,11 @@ from lightning_koopman.demo.experiments.signals import CHIRP, learn
 from lightning_koopman.demo.reproduce import images
 from lightning_koopman.demo.reproduce.plan import Branch, Noisy, Plan
 
-NOISY = 0.003  # cost of an epoch on a signal, in epochs of 10,000 images
+NOISY = 0.003  # cost of an epoch on a signal, relative to one on 10,000 images
 
 
 def learn_chirp(plan: Plan, run: Noisy, folder: Path, device: str, reached: Progress) -> None:
-    """Learn the paper's signal through noise (section 6 and Figure 5)."""
+    """Learn the paper's signal from noisy samples (section 6 and Figure 5)."""
     found = learn(CHIRP, run.loss, run.noise, run.seed, plan.noise_epochs, reached, device)
     save(folder / f"{run.name}.npz", **{**found, "fit": found["fit"][:, 0]})
 
@@ -22,7 +22,7 @@ def learn_chirp(plan: Plan, run: Noisy, folder: Path, device: str, reached: Prog
 def tasks(
     plan: Plan, root: Path | None, folder: Path, device: str, wanted: tuple[list[str], list[Branch], list[Noisy]]
 ) -> list[Task]:
-    """All tasks whose results are not there yet."""
+    """Return the tasks whose results are still missing."""
     starts, branches, noisy = wanted
     places = (root, folder, device)
     found = [Task(f"trained-{each}", images.train, (plan, each, *places), plan.epochs_of(each)) for each in starts]
