@@ -65,7 +65,12 @@ for title, n_layers, scales in (
     pl.seed_everything(0)
     learner = Learner(n_layers, scales)
     trainer = pl.Trainer(
-        max_epochs=1500, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+        max_epochs=1500,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     trainer.fit(learner, DataLoader([(x, y)], batch_size=None))  # all samples at once
     with torch.no_grad():

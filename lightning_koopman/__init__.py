@@ -35,7 +35,7 @@ from lightning_koopman.sobolev.noise import shrink_noise, suggest_scales
 from lightning_koopman.stopping.rule import StoppingReason
 from lightning_koopman.trajectory.trajectory import Trajectory
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "HSVR",
     "AveragedWeights",

@@ -30,8 +30,8 @@ def spectrum_of(snapshots: list[Tensor], **options: object) -> tuple[Spectrum, f
     return trajectory.spectrum(), trajectory.nbytes / len(trajectory)
 
 
-def run() -> None:
-    """Print the table."""
+def run() -> dict[str, float]:
+    """Print the table, and return the errors of the eigenvalues."""
     sys.path.insert(0, str(TESTS))
     from problems import record
 
@@ -42,13 +42,15 @@ def run() -> None:
     )
     print("square error of its eigenvalues, weighted by importance, and what a sketch says of it itself")
     print(f"{'kept as':<17} {'bytes':>9} {'rank':>5} {'error of λ':>11} {'said':>8} {'unit fraction':>14}")
+    errors = {}
     for name, options in WAYS.items():
         found, size = spectrum_of(snapshots, **options)
         near = np.abs(found.eigenvalues[:, None] - exact.eigenvalues).min(axis=1)
         weights = found.importance / found.importance.sum()
-        error = float(np.sqrt(weights @ near**2))
+        error = errors[f"eigenvalues kept as {name}: error"] = float(np.sqrt(weights @ near**2))
         said = "" if found.sketch_errors is None else f"{np.sqrt(weights @ found.sketch_errors**2):.1e}"
         print(
             f"{name:<17} {size:>9,.0f} {found.rank:>5} {error:>11.1e} {said:>8} {found.unit_fraction():>14.4f}",
             flush=True,
         )
+    return errors

@@ -58,8 +58,8 @@ class EpochClock(pl.Callback):
         self.bar.update()
 
 
-def run(data_root: Path | None, epochs: int) -> None:
-    """Print the share at a full window of 100 snapshots."""
+def run(data_root: Path | None, epochs: int) -> dict[str, float]:
+    """Print the share at a full window of 100 snapshots, and return it."""
     silence()
     name = "digits" if data_root is None else "mnist"
     data = load(name, root=data_root, n_train=None if data_root is None else 10_000)
@@ -75,7 +75,7 @@ def run(data_root: Path | None, epochs: int) -> None:
     full = [times for row, times in zip(monitor.history, clock.epochs, strict=True) if row["n_snapshots"] == 100]
     if not full:
         print(f"The window of 100 snapshots never filled in {epochs} epochs: no share to report.")
-        return
+        return {}
     wall, spent = (statistics.median(column) for column in zip(*full, strict=True))
     print(f"epoch {wall:.3f} s, of which training waits for the monitor {1000 * spent:.1f} ms: {spent / wall:.2%} "
           f"(median of {len(full)})")  # fmt: skip
@@ -87,3 +87,4 @@ def run(data_root: Path | None, epochs: int) -> None:
         taken.append(time.perf_counter() - started)
     reading = statistics.median(taken)
     print(f"of these the reading takes {1000 * reading:.1f} ms: {reading / wall:.2%} of the epoch")
+    return {f"monitor / epoch, {name}": spent / wall, f"reading / epoch, {name}": reading / wall}

@@ -90,8 +90,9 @@ def worker(method: str, path: str) -> None:
     print(json.dumps({"seconds": seconds, "extra": extra}))
 
 
-def run(sizes: list[int], counts: list[int], rounds: int) -> None:
-    """Print the table for all sizes."""
+def run(sizes: list[int], counts: list[int], rounds: int) -> dict[str, float]:
+    """Print the table for all sizes, and return its ratios."""
+    ratios = {}
     print("\nOne spectrum, all methods on the same snapshots (median of rounds; extra memory beyond the input)")
     print(
         f"{'n':>9} {'m':>4}  {'method':<15} {'seconds':>8} {'÷ ours':>7} {'extra MiB':>10} {'÷ float32 snapshots':>20}"
@@ -122,11 +123,15 @@ def run(sizes: list[int], counts: list[int], rounds: int) -> None:
             seconds = {k: statistics.median(one["seconds"] for one in v) for k, v in measured.items()}
             for method, results in measured.items():
                 extra = statistics.median(one["extra"] for one in results)
+                size = f"{n:,} weights, {m} snapshots"
+                ratios[f"{size}: seconds of {method} / ours"] = seconds[method] / seconds["ours"]
+                ratios[f"{size}: extra memory of {method} / snapshots"] = extra / (4 * n * m / 2**20)
                 print(
                     f"{n:>9} {m:>4}  {method:<15} {seconds[method]:>8.3f} {seconds[method] / seconds['ours']:>7.2f} "
                     f"{extra:>10.1f} {extra / (4 * n * m / 2**20):>19.1%}",
                     flush=True,
                 )
+    return ratios
 
 
 if __name__ == "__main__":

@@ -31,8 +31,9 @@ def seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
     return statistics.median(times)
 
 
-def run(sizes: list[int], counts: list[int]) -> None:
-    """Print the tables."""
+def run(sizes: list[int], counts: list[int]) -> dict[str, float]:
+    """Print the tables, and return what share of the memory's bandwidth the update reaches."""
+    ratios = {}
     print(f"\nStreaming update, {torch.get_num_threads()} threads (median of {ROUNDS}); limit: reading the rows once")
     print(f"{'n':>9} {'m':>4}  {'way':<22} {'ms':>8} {'GB/s':>7} {'of the limit':>13}")
     for n in sizes:
@@ -45,11 +46,13 @@ def run(sizes: list[int], counts: list[int]) -> None:
             for name, kept, row in tqdm(ways, leave=False):
                 spent = seconds(lambda kept=kept, row=row: row_products([kept], row))
                 rate = kept.nbytes / spent
+                ratios[f"{n:,} weights, {m} snapshots in {name}: update's bandwidth / memory's"] = rate / limit
                 print(
                     f"{'':>9} {'':>4}  {name:<22} {1e3 * spent:>8.1f} {rate / 1e9:>7.1f} {rate / limit:>12.0%}",
                     flush=True,
                 )
     growth()
+    return ratios
 
 
 def growth() -> None:

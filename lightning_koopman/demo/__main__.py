@@ -7,6 +7,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -25,7 +26,9 @@ class EpochProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
-        self.bar = tqdm(total=trainer.max_epochs, initial=trainer.current_epoch, unit="epoch", file=sys.stdout)
+        often = 0.1 if sys.stdout.isatty() else 60.0  # seconds between updates: a file keeps all of them
+        shown = {"total": trainer.max_epochs, "initial": trainer.current_epoch, "unit": "epoch"}
+        self.bar = tqdm(**shown, file=sys.stdout, mininterval=often, maxinterval=often)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Advance the bar."""
@@ -33,7 +36,7 @@ class EpochProgress(pl.Callback):
         metrics = trainer.callback_metrics
         found = {label: f"{float(metrics[key]):.3g}" for label, key in shown.items() if key in metrics}
         phase = Phase.of(metrics["koopman/phase"]).value if "koopman/phase" in metrics else "unknown"
-        self.bar.set_postfix({**found, "phase": phase})
+        self.bar.set_postfix({**found, "phase": phase}, refresh=False)
         self.bar.update()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -77,21 +80,23 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
 
     pl.seed_everything(options.seed, verbose=False)
-    data = load(options.dataset, root=options.data_root, n_train=options.n_train)
+    try:
+        data = load(options.dataset, root=options.data_root, n_train=options.n_train)
+    except FileNotFoundError as error:
+        raise SystemExit(str(error)) from None
     model = PaperCNN(options.initialization, options.optimizer, options.learning_rate)
     print(
         f"{len(data.train):,} images of {options.dataset}, {sum(p.numel() for p in model.parameters()):,} weights "
         f"({options.initialization} initialisation), {options.optimizer}, {options.epochs} epochs",
         flush=True,
     )
-    weights = KoopmanSpectrumMonitor(window=options.window, log_figure=True)
-    loss = KoopmanSpectrumMonitor("train_loss", window=options.window, log_figure=True, prefix="koopman_loss")
+    monitor = KoopmanSpectrumMonitor(window=options.window, log_figure=True)
     stop = EarlyStopOnUnitEigenvalues(mode="report")
     trainer = pl.Trainer(
         max_epochs=options.epochs,
         accelerator=options.accelerator,
         devices=1,
-        callbacks=[weights, loss, stop, EpochProgress()],
+        callbacks=[monitor, stop, EpochProgress()],
         logger=CSVLogger(options.output, name=options.dataset),
         log_every_n_steps=1,
         enable_progress_bar=False,
@@ -105,15 +110,16 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
         f"\nAfter {trainer.current_epoch} epochs: training loss {float(metrics['train_loss']):.2g}, test loss "
         f"{float(metrics['test_loss']):.2g}, test accuracy {float(metrics['test_accuracy']):.1%}."
     )
-    for monitor in (weights, loss):
-        print(f"\n{monitor.summary()}")
-    print(f"\n{stop.message or 'The stop rule was never met; at the end: ' + stop.history[-1]['hold'] + '.'}")
-    seconds = sum(row["seconds"] for monitor in (weights, loss) for row in monitor.history)
-    print(f"\nBoth monitors together took {seconds:.1f} s. Figures and tables:")
-    for path in [path for monitor in (weights, loss) for path in (*monitor.figure_paths, monitor.history_path)]:
-        print(f"  {path}")
-    print(f"  {stop.history_path}")
-    return weights.figure_paths + loss.figure_paths
+    print("\nWhat the training did:")
+    for phase, rows in groupby(monitor.history, key=lambda row: row["phase"]):
+        epochs = [row["epoch"] for row in rows]
+        print(f"  epochs {epochs[0]:>3} to {epochs[-1]:>3}  {phase:<11}  {Phase(phase).meaning}")
+    print(f"\nWhat it is doing now. {monitor.summary()}")
+    print(f"\nWhen it could have stopped. {stop.message}")
+    history, *others = sorted(monitor.figure_paths, key=lambda path: path.stem != "history")
+    print(f"\nThe monitor took {sum(row['seconds'] for row in monitor.history):.1f} s. Look at\n  {history}")
+    print("and, for details, at", *(f"\n  {path}" for path in (*others, monitor.history_path, stop.history_path)))
+    return monitor.figure_paths
 
 
 if __name__ == "__main__":
