@@ -82,7 +82,7 @@ def step_by_hand(module: pl.LightningModule, loss: torch.Tensor) -> None:
 
 
 def weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 
 def mean(states: list[dict[str, torch.Tensor]], name: str) -> torch.Tensor:

@@ -80,7 +80,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 def vector(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
     """One flat copy (n,) of all given tensors."""
-    return torch.cat([parameter.detach().reshape(-1) for parameter in parameters.values()])
+    return torch.cat([parameter.detach().cpu().reshape(-1) for parameter in parameters.values()])
 
 
 def record(data: Any, epochs: int) -> np.ndarray:

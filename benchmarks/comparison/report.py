@@ -1,15 +1,17 @@
-"""What the spectra tell: conjugate methods, false alarms, and networks on digits."""
+"""What the spectra tell: conjugate methods, false alarms, networks on digits, and late generalisation."""
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.comparison.runs import DIGITS, conjugate, digits, kept
+from benchmarks.comparison.runs import DECAYS, DIGITS, ROUND, conjugate, digits, kept, of_factor
 from lightning_koopman import TrainingComparison, Trajectory, compare_trainings, plot_comparison
+from lightning_koopman.demo.experiments.cache import read
 from lightning_koopman.demo.experiments.figures import save_figure
 from lightning_koopman.demo.experiments.tables import markdown
 
@@ -63,7 +65,32 @@ def _digits(folder: Path, kind: str, seed: int) -> Trajectory:
     return kept(folder / f"digits-{kind}-{seed}.npz", lambda: digits(*DIGITS[kind], seed))
 
 
-def report(folder: Path, figure: Path) -> Iterator[str]:
+def generalisation(folder: Path, seeds: Sequence[int]) -> Iterator[list[str]]:
+    """Rows: what is known after so many steps of modular addition, with and without decay of the weights."""
+    stored = [[read(folder / f"{kind}-{seed}.npz") for seed in seeds] for kind in DECAYS]
+    times = len(stored[0][0]["rows"])
+    for time in sorted({round(times * share) for share in (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)}):
+        groups = [[of_factor(each["factor"][:, :time]) for each in group] for group in stored]
+        found = compare_trainings(*groups)
+        rows = np.array([[each["rows"][time - 1] for each in group] for group in stored])
+        yield [
+            str((time - 1) * ROUND),
+            *(f"{100 * value:.0f} %" for value in rows[:, :, 3].mean(1)),
+            *(f"{test.p_value:.2g}" for test in found.tests),
+            *(f"{split_by_chance(rows[0, :, column], rows[1, :, column]):.2g}" for column in (1, 2)),
+        ]
+
+
+def split_by_chance(first: np.ndarray, second: np.ndarray) -> float:
+    """How often the means of losses that are split by chance are as far apart."""
+    both, count = np.log(np.concatenate([first, second]) + 1e-12), len(first)
+    apart = abs(both[:count].mean() - both[count:].mean())
+    splits = [np.isin(np.arange(2 * count), each) for each in itertools.combinations(range(2 * count), count)]
+    assert len(splits) == math.comb(2 * count, count)
+    return float(np.mean([abs(both[each].mean() - both[~each].mean()) >= apart - 1e-12 for each in splits]))
+
+
+def report(folder: Path, seeds: Sequence[int], figure: Path) -> Iterator[str]:
     """All tables, one after another; the figure is written to a path."""
     yield "Online mirror descent beside:"
     yield "\n".join(markdown(HEAD, conjugacy()))
@@ -71,3 +98,6 @@ def report(folder: Path, figure: Path) -> Iterator[str]:
     yield "\n".join(markdown(("", "5 %", "10 %"), false_alarms(folder)))
     yield f"Networks on digits, {SEEDS} seeds each:"
     yield "\n".join(markdown(HEAD, networks(folder, figure)))
+    yield "Modular addition: accuracy on held-out pairs, and p-values that the two kinds do not differ:"
+    head = "steps", "with decay", "without", "eigenvalues", "step measure", "training loss", "held-out loss"
+    yield "\n".join(markdown(head, generalisation(folder, seeds)))

@@ -1,4 +1,4 @@
-"""The trainings that are compared: conjugate ones, and networks on digits."""
+"""The trainings that are compared: conjugate ones, networks on digits, and modular addition."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from torch import Tensor, nn
 from benchmarks.training import data_of
 from lightning_koopman import Trajectory
 from lightning_koopman.demo.experiments.cache import read, save
+from lightning_koopman.demo.experiments.runner import Progress, Task
 
 UNKNOWNS, ROWS, DRAWN, RATE = 10, 40, 8, 0.02  # of the least-squares problem: weights, rows, rows a step, step length
 EVERY, TIME, SPREAD = 10, 60, 0.3  # steps between two snapshots, snapshots, spread of the starts
 EPOCHS, BATCH = 40, 64  # on digits
+PRIME, SHARE, WIDTH, STEPS, ROUND = 59, 0.5, 64, 6000, 60  # of modular addition: steps, and those between snapshots
 
 DIGITS: dict[str, tuple[tuple[int, ...], str]] = {
     "5": ((5,), "sgd"), "10": ((10,), "sgd"), "40": ((40,), "sgd"), "160": ((160,), "sgd"), "10-10": ((10, 10), "sgd"),
     "40-40": ((40, 40), "sgd"), "40, momentum": ((40,), "momentum"), "40, Adam": ((40,), "adam"),
 }  # fmt: skip
+DECAYS = {"decay": 1.0, "no decay": 0.0}  # of the weights, with which modular addition generalises late, or not
 
 
 def conjugate(kind: str, seed: int) -> Trajectory:
@@ -78,11 +81,64 @@ def digits(widths: tuple[int, ...], optimizer: str, seed: int) -> Trajectory:
     return trajectory
 
 
+class Adder(nn.Module):
+    """A transformer of one layer, without normalisation, that reads a, b and = (as Nanda et al. 2023)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.place = nn.Embedding(PRIME + 1, WIDTH), nn.Parameter(torch.randn(3, WIDTH) / WIDTH**0.5)
+        nn.init.normal_(self.embed.weight, std=WIDTH**-0.5)
+        self.attend = nn.MultiheadAttention(WIDTH, 4, bias=False, batch_first=True)
+        self.middle = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.head = nn.Linear(WIDTH, PRIME, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = self.embed(x) + self.place
+        last = tokens[:, -1:]  # only what is read at the end counts
+        last = last + self.attend(last, tokens, tokens, need_weights=False)[0]
+        return self.head((last + self.middle(last))[:, 0])
+
+
+def add(decay: float, seed: int, folder: Path, name: str, reached: Progress) -> None:
+    """Modular addition, in full batches; saves the factor of the trajectory and the losses."""
+    pairs = torch.cartesian_prod(torch.arange(PRIME), torch.arange(PRIME))
+    inputs, targets = torch.cat([pairs, torch.full((len(pairs), 1), PRIME)], 1), pairs.sum(1) % PRIME
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
+    known, held = order[: round(SHARE * len(pairs))], order[round(SHARE * len(pairs)) :]
+    torch.manual_seed(seed)
+    network = Adder()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3, betas=(0.9, 0.98), weight_decay=decay)
+    trajectory, rows = Trajectory(_count(network)), []
+    for step in range(STEPS + 1):
+        loss = nn.functional.cross_entropy(network(inputs[known]), targets[known])
+        if step % ROUND == 0:
+            trajectory.append(_vector(network))
+            with torch.no_grad():
+                outputs = network(inputs[held])
+            right = float((outputs.argmax(1) == targets[held]).double().mean())
+            rows.append([step, float(loss.detach()), float(nn.functional.cross_entropy(outputs, targets[held])), right])
+            reached(step // ROUND)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    save(folder / f"{name}.npz", factor=trajectory.factor(), rows=np.array(rows))
+
+
+def additions(seeds: range, folder: Path) -> list[Task]:
+    """All trainings on modular addition."""
+    named = [(f"{kind}-{seed}", decay, seed) for seed in seeds for kind, decay in DECAYS.items()]
+    return [Task(name, add, (decay, seed, folder, name), STEPS // ROUND) for name, decay, seed in named]
+
+
 def kept(path: Path, train: Callable[[], Trajectory]) -> Trajectory:
     """A trajectory with the spectrum of one that is trained once: its factor, as the snapshots of so many weights."""
     if not path.exists():
         save(path, factor=train().factor())
-    factor = read(path)["factor"]
+    return of_factor(read(path)["factor"])
+
+
+def of_factor(factor: np.ndarray) -> Trajectory:
+    """A trajectory with this factor."""
     trajectory = Trajectory(len(factor), dtype=torch.float64)
     for column in factor.T:
         trajectory.append(column)

@@ -56,7 +56,7 @@ def test_it_ends_where_a_lower_rate_brings_nothing(fit, tmp_path):
         """Noise from the data, as wrong labels are: no learning rate takes it out of the loss."""
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-            return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1] + 2 * torch.randn(batch[1].shape))
+            return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1] + 2 * torch.randn_like(batch[1]))
 
     callbacks = koopman_autopilot(dirpath=tmp_path)
     trainer = fit(Wrong(), *callbacks, epochs=400)

@@ -248,7 +248,7 @@ def test_what_becomes_of_the_survivors(fit, root, survivors):
     class Look(root.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.current_epoch == 5 and batch_idx == 0:
-                seen.append((copy.deepcopy(pl_module.network), len(trainer.optimizers[0].state)))
+                seen.append((copy.deepcopy(pl_module.network).cpu(), len(trainer.optimizers[0].state)))
 
     pruner = KoopmanPruner(0.5, epoch=5, structured=True, survivors=survivors)
     fit(pruner, Look(), epochs=7)

@@ -18,7 +18,7 @@ from lightning_koopman.callbacks.monitor import COLUMNS, UNKNOWN
 
 
 def weights(module) -> np.ndarray:
-    return nn.utils.parameters_to_vector(module.parameters()).detach().numpy().copy()
+    return nn.utils.parameters_to_vector(module.parameters()).detach().cpu().numpy().copy()
 
 
 @pytest.fixture
@@ -174,7 +174,7 @@ def test_parameters_are_selected_by_name(trainer, regression):
     model = regression()
     trainer(callbacks=monitor).fit(model)
     expected = torch.cat([model.net[0].weight.reshape(-1), model.net[2].weight.reshape(-1)])
-    assert torch.equal(monitor.trajectory.last(), expected.detach())
+    torch.testing.assert_close(monitor.trajectory.last(), expected.detach(), rtol=1e-6, atol=1e-7)
 
 
 def test_every_n_epochs_takes_every_nth_snapshot(trainer, regression, spy):

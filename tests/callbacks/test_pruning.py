@@ -34,7 +34,7 @@ def watch(root):
             self.pruner, self.at_start, self.snapshots, self.checked = pruner, {}, [], 0
 
         def note(self, module) -> dict[str, torch.Tensor]:
-            return {name: value.detach().clone() for name, value in module.named_parameters()}
+            return {name: value.detach().cpu().clone() for name, value in module.named_parameters()}
 
         def on_train_start(self, trainer, pl_module):
             self.snapshots.append(vector(select_parameters(pl_module)))

@@ -26,7 +26,9 @@ def watcher(root):
             self.weights, self.seen, self.losses = {}, {}, {}
 
         def note(self, trainer, pl_module):
-            self.weights[trainer.global_step] = nn.utils.parameters_to_vector(pl_module.parameters()).detach().clone()
+            self.weights[trainer.global_step] = (
+                nn.utils.parameters_to_vector(pl_module.parameters()).detach().cpu().clone()
+            )
 
         def on_train_start(self, trainer, pl_module):
             self.note(trainer, pl_module)
