@@ -57,6 +57,5 @@ def on_config(config: Any) -> Any:
     config.mdx_configs["pymdownx.inlinehilite"] = {
         "custom_inline": [{"name": "math", "class": "math", "format": inline}]
     }
-    fences = config.mdx_configs["pymdownx.superfences"]["custom_fences"]
-    fences.append({"name": "math", "class": "math", "format": block})
+    config.mdx_configs["pymdownx.superfences"] = {"custom_fences": [{"name": "math", "class": "math", "format": block}]}
     return config
