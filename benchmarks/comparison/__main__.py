@@ -1,7 +1,7 @@
 """What the spectra of trainings tell: ``python -m benchmarks.comparison``.
 
 Compares methods that are known to be conjugate, equal trainings, networks on digits, and modular addition that
-generalises late.  What is finished is kept in the output folder and not repeated.
+generalizes late.  What is finished is kept in the output folder and not repeated.
 """
 
 from __future__ import annotations

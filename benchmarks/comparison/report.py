@@ -1,4 +1,4 @@
-"""What the spectra tell: conjugate methods, false alarms, networks on digits, and late generalisation."""
+"""What the spectra tell: conjugate methods, false alarms, networks on digits, and late generalization."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _digits(folder: Path, kind: str, seed: int) -> Trajectory:
     return kept(folder / f"digits-{kind}-{seed}.npz", lambda: digits(*DIGITS[kind], seed))
 
 
-def generalisation(folder: Path, seeds: Sequence[int]) -> Iterator[list[str]]:
+def generalization(folder: Path, seeds: Sequence[int]) -> Iterator[list[str]]:
     """Rows: what is known after so many steps of modular addition, with and without decay of the weights."""
     stored = [[read(folder / f"{kind}-{seed}.npz") for seed in seeds] for kind in DECAYS]
     times = len(stored[0][0]["rows"])
@@ -100,4 +100,4 @@ def report(folder: Path, seeds: Sequence[int], figure: Path) -> Iterator[str]:
     yield "\n".join(markdown(HEAD, networks(folder, figure)))
     yield "Modular addition: accuracy on held-out pairs, and p-values that the two kinds do not differ:"
     head = "steps", "with decay", "without", "eigenvalues", "step measure", "training loss", "held-out loss"
-    yield "\n".join(markdown(head, generalisation(folder, seeds)))
+    yield "\n".join(markdown(head, generalization(folder, seeds)))

@@ -24,7 +24,7 @@ DIGITS: dict[str, tuple[tuple[int, ...], str]] = {
     "5": ((5,), "sgd"), "10": ((10,), "sgd"), "40": ((40,), "sgd"), "160": ((160,), "sgd"), "10-10": ((10, 10), "sgd"),
     "40-40": ((40, 40), "sgd"), "40, momentum": ((40,), "momentum"), "40, Adam": ((40,), "adam"),
 }  # fmt: skip
-DECAYS = {"decay": 1.0, "no decay": 0.0}  # of the weights, with which modular addition generalises late, or not
+DECAYS = {"decay": 1.0, "no decay": 0.0}  # of the weights, with which modular addition generalizes late, or not
 
 
 def conjugate(kind: str, seed: int) -> Trajectory:
@@ -82,7 +82,7 @@ def digits(widths: tuple[int, ...], optimizer: str, seed: int) -> Trajectory:
 
 
 class Adder(nn.Module):
-    """A transformer of one layer, without normalisation, that reads a, b and = (as Nanda et al. 2023)."""
+    """A transformer of one layer, without normalization, that reads a, b and = (as Nanda et al. 2023)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -75,7 +75,7 @@ def write(cases: Sequence[Case], folder: Path, target: Path) -> None:
 
 
 def print_tables(cases: Sequence[Case], folder: Path) -> None:
-    """Every method right after pruning and at the end, means over initialisations and seeds."""
+    """Every method right after pruning and at the end, means over initializations and seeds."""
     for point, sparsity in product(POINTS, SPARSITIES):
         print(f"\nPruned after epoch {point} to {sparsity:.0%}: right after | after {FURTHER} further epochs")
         reference = of(cases, folder, point, UNPRUNED, 0.0)

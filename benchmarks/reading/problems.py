@@ -74,7 +74,7 @@ def factor(setting: Setting, epoch: int) -> float:
 
 
 class Block(nn.Module):
-    """A residual block with batch normalisation."""
+    """A residual block with batch normalization."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

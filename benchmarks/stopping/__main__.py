@@ -1,6 +1,6 @@
 """Evidence for the stop and the restart: ``python -m benchmarks.stopping``.
 
-Trains every combination of problem, initialisation, optimizer and seed to the end, with the callbacks only reporting;
+Trains every combination of problem, initialization, optimizer and seed to the end, with the callbacks only reporting;
 then replays the stop rules on what was recorded.  Thresholds are chosen on the runs with seeds 0 and 1 and reported on
 those with seeds 2 and 3.  Finished runs are kept in the output folder and not repeated.
 """

@@ -124,7 +124,8 @@ def run(sizes: list[int], counts: list[int], rounds: int) -> dict[str, float]:
             for method, results in measured.items():
                 extra = statistics.median(one["extra"] for one in results)
                 size = f"{n:,} weights, {m} snapshots"
-                ratios[f"{size}: seconds of {method} / ours"] = seconds[method] / seconds["ours"]
+                if method != "ours":
+                    ratios[f"{size}: seconds of {method} / ours"] = seconds[method] / seconds["ours"]
                 ratios[f"{size}: extra memory of {method} / snapshots"] = extra / (4 * n * m / 2**20)
                 print(
                     f"{n:>9} {m:>4}  {method:<15} {seconds[method]:>8.3f} {seconds[method] / seconds['ours']:>7.2f} "

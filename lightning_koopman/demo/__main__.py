@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     model = PaperCNN(options.initialization, options.optimizer, options.learning_rate)
     print(
         f"{len(data.train):,} images of {options.dataset}, {sum(p.numel() for p in model.parameters()):,} weights "
-        f"({options.initialization} initialisation), {options.optimizer}, {options.epochs} epochs",
+        f"({options.initialization} initialization), {options.optimizer}, {options.epochs} epochs",
         flush=True,
     )
     monitor = KoopmanSpectrumMonitor(window=options.window, log_figure=True)
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     print(f"\nWhen it could have stopped. {stop.message}")
     history, *others = sorted(monitor.figure_paths, key=lambda path: path.stem != "history")
     print(f"\nThe monitor took {sum(row['seconds'] for row in monitor.history):.1f} s. Look at\n  {history}")
-    print("and, for details, at", *(f"\n  {path}" for path in (*others, monitor.history_path, stop.history_path)))
+    print("and, for details, at", *(*others, monitor.history_path, stop.history_path), sep="\n  ")
     return monitor.figure_paths
 
 

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-# nn.Linear's and nn.Conv2d's own bias initialisation stays: the paper names only the weights' scheme
+# nn.Linear's and nn.Conv2d's own bias initialization stays: the paper names only the weights' scheme
 INITIALIZATIONS: dict[str, Callable[[Tensor], Any]] = {
     "he": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
     "xavier": nn.init.xavier_normal_,
