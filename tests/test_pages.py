@@ -70,3 +70,14 @@ def test_all_blocks_run(path, tmp_path, monkeypatch):
         line = path.read_text()[: block.start()].count("\n") + 1
         if "--8<--" not in block[1]:  # an example, which has a test of its own
             exec(compile("\n" * line + block[1], str(path), "exec"), names)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_to_files(name):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / name).read_text())
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_a_readme_is_short():
+    assert 500 <= len((ROOT / "README.md").read_text().split()) <= 900

@@ -65,10 +65,10 @@ class Pruned:
         }
         return {column: row[column] for column in COLUMNS}
 
-    def told(self, row: Mapping[str, Any], unit: str) -> str:
+    def told(self, row: Mapping[str, Any], unit: str, when: str) -> str:
         """Describe a row in words."""
         return (
-            f"pruned {self.pruned:,} of {self.of:,} {unit} ({row['sparsity']:.1%}) after epoch {row['epoch']}, by "
+            f"pruned {self.pruned:,} of {self.of:,} {unit} ({row['sparsity']:.1%}) after {when}, by "
             f"{row['modes']} of {row['rank']} Koopman modes of {row['snapshots']} snapshots. Magnitude pruning agrees "
             f"on {self.agreement:.1%}. {self.left:,} parameters remain."
         )

@@ -302,7 +302,7 @@ class KoopmanPruner(TrajectoryCallback):
         self.history.append(row)
         if self.guard.zero:
             self.write_history()
-        rank_zero_info(f"{type(self).__name__}: {done.told(row, self.method.unit)}")
+        rank_zero_info(f"{type(self).__name__}: {done.told(row, self.method.unit, self.clock.when(row['epoch']))}")
         with self.guard("logging the sparsity"):
             self.method.log(trainer, self.prefix)
         start_segments(trainer, pl_module)

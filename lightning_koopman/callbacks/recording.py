@@ -193,8 +193,8 @@ class Recording:
         if not self.finite:
             self._guard.warn(
                 "finite",
-                f"the observable {self.settings.observable!r} holds NaN or infinite values after epoch {epoch}: "
-                "it is not recorded, and a new trajectory starts once it is finite again.",
+                f"the observable {self.settings.observable!r} holds NaN or infinite values after "
+                f"{self._clock.when(epoch)}: it is not recorded, and a new trajectory starts once it is finite again.",
             )
 
     def value(self, trainer: pl.Trainer) -> float | None:

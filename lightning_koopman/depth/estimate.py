@@ -181,8 +181,10 @@ def check_rule(method: object, decay: Any) -> None:
 def check_range(name: str, points: Array) -> None:
     """Raise ValueError for points whose range is too small or too large to compute with."""
     ranges = np.ptp(points, axis=0)
-    if not (ranges.min() > 1 / EXTREME and ranges.max() < EXTREME):
-        raise ValueError(f"{name} has a range of {ranges.max():g}, too far from 1 to compute with: take another unit.")
+    small, large = ranges.min(), ranges.max()
+    if not (small > 1 / EXTREME and large < EXTREME):
+        found = large if small > 1 / EXTREME else small
+        raise ValueError(f"{name} has a range of {found:g}, too far from 1 to compute with: take another unit.")
 
 
 def _layers(
