@@ -52,7 +52,7 @@ class Learner(pl.LightningModule):
 
     def configure_optimizers(self) -> dict:
         optimizer = torch.optim.Adam(self.parameters(), lr=2e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=1500)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=600)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -65,7 +65,7 @@ for title, n_layers, scales in (
     pl.seed_everything(0)
     learner = Learner(n_layers, scales)
     trainer = pl.Trainer(
-        max_epochs=1500,
+        max_epochs=600,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
