@@ -49,7 +49,8 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     Args:
         profile: As for :func:`averaged_weights`.
-        length: Number of snapshots to average, ≥ 1, or several to choose from (default: chosen automatically).
+        length: Number of snapshots to average, ≥ 1, or several to choose from (default: chosen automatically).  As
+            long as fewer are held, all are averaged, the weights before training among them.
         power: Exponent p of ``profile="ramp"``, > 0.
         n_batches: Number of training batches for re-estimating batch normalization statistics, ≥ 4.
         every_n_epochs: Epochs between snapshots, ≥ 1.
@@ -106,6 +107,9 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         prefix: str = "koopman",
     ) -> None:
         check_average(profile, length, power)
+        lengths = [] if length is None else length if isinstance(length, Sequence) else [length]
+        if max(lengths, default=0) > check_count("window", window, 3):
+            raise ValueError(f"length={length!r} exceeds window={window}: raise `window`, which costs memory.")
         check_choice("storage", storage, ("ram", "disk"), "sketches hold no weights to average")
         super().__init__(
             parameters=parameters,
@@ -161,13 +165,13 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         Args:
             pl_module: The trained module.
             loss: Function that returns the loss of the module, for instance by ``trainer.validate(module)``.
-            lengths: Numbers of snapshots to try, ≥ 1 each.
+            lengths: Numbers of snapshots to try, ≥ 1 each; at most as many as are held are averaged.
 
         Returns:
             The loss of each length tried.
 
         Raises:
-            ValueError: If no average has been chosen yet, or a length is out of range.
+            ValueError: If no average has been chosen yet, or a length is not positive.
         """
         check_function("loss", loss, "a function of the module that returns its loss")
         self.average.search(pl_module.trainer, pl_module, lengths, lambda: loss(pl_module))
@@ -229,6 +233,8 @@ class KoopmanWeightAveraging(TrajectoryCallback):
     def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._choose(trainer, pl_module)
         self.average.put_in(trainer, pl_module)
+        if self.average.length > 1:
+            rank_zero_info(f"{type(self).__name__}: the module holds the average of {self.average.length} snapshots.")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.average.take_out(trainer, pl_module)

@@ -47,8 +47,8 @@ def check_rates(trainer: pl.Trainer, groups: Sequence[int] | None) -> None:
         name = type(config.scheduler).__name__
         if name not in SCHEDULES:
             raise ValueError(
-                f"the scheduler {name} sets rates that cannot be scaled by a factor: remove it from "
-                f"`configure_optimizers`, or use one of {', '.join(SCHEDULES)}."
+                f"ReduceLROnNoiseFloor cannot lower the rates of the scheduler {name}: remove the scheduler or the "
+                f"callback (of koopman_autopilot too), or use one of {', '.join(SCHEDULES)}."
             )
 
 

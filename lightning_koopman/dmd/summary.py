@@ -84,7 +84,7 @@ def _cluster(spectrum: Spectrum, surrogate: Spectrum, radius: float) -> str:
         f"same step lengths it is {_percent(walk)}"
     )
     if abs(ours - walk) < 0.1:
-        return f"{text}. The two are alike, so this alone is no evidence of convergence."
+        return f"{text}. That difference is too small to be evidence of convergence."
     if ours > walk:
         return f"{text}. The training has a larger stationary part than the walk."
     return f"{text}. The training has a smaller stationary part than the walk."
@@ -93,16 +93,13 @@ def _cluster(spectrum: Spectrum, surrogate: Spectrum, radius: float) -> str:
 def _rate(spectrum: Spectrum, max_residual: float, every: int, unit: str) -> str:
     slowest = math.nan if spectrum.full_rank else spectrum.slowest_modulus(max_residual)
     if math.isnan(slowest):
-        return "Rate: no other eigenvalue is certain enough to give a rate of convergence."
+        return "Spectral rate: no other eigenvalue is certain enough to give a rate of convergence."
     if slowest == 0.0:
-        return "Rate: every trusted eigenvalue other than 1 is 0: that part of the trajectory vanishes in one step."
+        return "Spectral rate: every trusted eigenvalue other than 1 is 0, so that part vanishes in one step."
+    text = f"Spectral rate: the slowest trusted eigenvalue other than 1 has |λ| = {slowest:.4f}"
     if slowest >= 1.0:
-        return f"Rate: the slowest trusted eigenvalue other than 1 has |λ| = {slowest:.4f}: that part does not decay."
-    halving = every * math.log(0.5) / math.log(slowest)
-    return (
-        f"Rate: the slowest trusted eigenvalue other than 1 has |λ| = {slowest:.4f}: that part of the trajectory "
-        f"halves every {halving:.1f} {unit}."
-    )
+        return f"{text}, so that part does not decay."
+    return f"{text}, so that part halves every {every * math.log(0.5) / math.log(slowest):.1f} {unit}."
 
 
 def _percent(fraction: float) -> str:

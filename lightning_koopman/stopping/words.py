@@ -22,7 +22,8 @@ def why_converged(row: Mapping[str, Any], rule: ConvergenceRule, observable: str
         scale: Name of the loss that the tolerance is relative to.
     """
     return (
-        f"{row['unit_fraction']:.0%} of the weights' importance lies within {rule.radius:g} of eigenvalue 1, and "
+        f"{row['unit_fraction']:.0%} of the weights' importance in the last {rule.horizon + 1} snapshots lies within "
+        f"{rule.radius:g} of eigenvalue 1, and "
         f"{observable} = {row['value']:.3g} is predicted to change by {row['predicted_change']:+.1g} over the next "
         f"{span} (at most {row['bound']:.1g}), less than {rule.tolerance:g} times {scale} ({row['scale']:.3g}). "
     )
@@ -31,7 +32,8 @@ def why_converged(row: Mapping[str, Any], rule: ConvergenceRule, observable: str
 def why_not(holds: Iterable[str]) -> str:
     """Return what blocked a stop, in one line, the most frequent first."""
     counts = Counter(hold for hold in holds if hold).most_common(3)
-    return "; ".join(f"{hold} ({count} times)" for hold, count in counts) or "no epoch was judged"
+    told = (f"{hold} ({count} {'time' if count == 1 else 'times'})" for hold, count in counts)
+    return "; ".join(told) or "no epoch was judged, since the observed loss was never logged"
 
 
 def collapse(rates: Sequence[float]) -> str:

@@ -31,9 +31,11 @@ from lightning_koopman.reading.steps import step_statistics
 TRAINABLE = ["net.0.weight", "net.0.bias", "net.3.weight", "net.3.bias"]
 
 
-def test_the_mean_is_validated_and_stays_in_the_end(fit):
+def test_the_mean_is_validated_and_stays_in_the_end(fit, caplog):
     module, trained = Net(), Trained()
-    fit(module, KoopmanWeightAveraging("tail", length=4), trained)
+    with caplog.at_level("INFO"):
+        fit(module, KoopmanWeightAveraging("tail", length=4), trained)
+    assert "the module holds the average of 4 snapshots" in caplog.text
     for epoch, seen in enumerate(module.seen, 1):
         newest = trained.after[: epoch + 1][-4:]
         for name in TRAINABLE:
@@ -257,6 +259,9 @@ def test_it_can_be_applied_to_a_copy(fit):
 
 
 def test_what_cannot_be_is_refused_before_training(fit):
+    for length in (40, [2, 31]):
+        with pytest.raises(ValueError, match=r"exceeds window=30: raise `window`"):
+            KoopmanWeightAveraging(length=length)
     with pytest.raises(ValueError, match="sketches"):
         KoopmanWeightAveraging(storage="sketch")
     with pytest.raises(ValueError, match="one of them"):

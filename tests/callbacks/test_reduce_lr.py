@@ -190,7 +190,7 @@ def test_rates_of_chosen_groups_are_told_and_the_least_rate_is_left_alone(fit, t
 
 def test_what_cannot_be_lowered_is_refused_by_name(fit, tmp_path):
     one = lambda o: schedules.OneCycleLR(o, 0.3, total_steps=100)  # noqa: E731
-    with pytest.raises(ValueError, match="OneCycleLR sets rates"):
+    with pytest.raises(ValueError, match="ReduceLROnNoiseFloor cannot lower the rates of the scheduler OneCycleLR"):
         fit(Noisy(schedule=one), ReduceLROnNoiseFloor(dirpath=tmp_path))
     with pytest.raises(ValueError, match="only 1 parameter groups"):
         fit(Noisy(), ReduceLROnNoiseFloor(groups=[3], dirpath=tmp_path))

@@ -17,7 +17,7 @@ def said(snapshots, **options) -> str:
 def test_it_names_the_rate_in_epochs():
     text = said(linear_system([1.0, 0.5], n=6, time=12), every=3)
     assert "cannot be told from 1" in text
-    assert "|λ| = 0.5000: that part of the trajectory halves every 3.0 epochs" in text
+    assert "|λ| = 0.5000, so that part halves every 3.0 epochs" in text
 
 
 def test_it_names_growth_and_full_rank():
