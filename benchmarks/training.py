@@ -1,4 +1,4 @@
-"""Trainings that several benchmarks share: problems and networks."""
+"""Problems and networks that several benchmarks share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Part = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One training: what is trained, and from where."""
+    """One training: problem, initialization, optimizer and seed."""
 
     problem: str
     start: str
@@ -31,7 +31,7 @@ class Case:
 
 
 def data_of(problem: str, root: Path | None) -> tuple[Part, Part, Part]:
-    """Inputs and targets for training, validation and test."""
+    """Return inputs and targets for training, validation and test."""
     if problem == "friedman":
         from sklearn.datasets import make_friedman1
 
@@ -45,7 +45,7 @@ def data_of(problem: str, root: Path | None) -> tuple[Part, Part, Part]:
         if problem == "digits":
             order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(0))
             inputs, targets, cuts = inputs[order], targets[order], (0, 1000, 1200, 1797)
-        else:  # 10,000 to train, 2,000 further images to validate, the data set's own test part
+        else:  # 10,000 images to train, 2,000 others to validate, the data set's own test part
             inputs = torch.cat([inputs[:12_000], inputs[-10_000:]])
             targets = torch.cat([targets[:12_000], targets[-10_000:]])
             cuts = (0, 10_000, 12_000, 22_000)
@@ -82,7 +82,7 @@ class Training(pl.LightningModule):
 
     @torch.no_grad()
     def score(self, part: Part) -> tuple[float, float]:
-        """Loss, and accuracy or the coefficient of determination in points."""
+        """Return the loss, and the accuracy or coefficient of determination in %."""
         outputs = torch.cat([self.network(some) for some in part[0].split(250)])
         if self.is_regression:
             points = 1 - nn.functional.mse_loss(outputs, part[1]) / part[1].var()

@@ -19,10 +19,10 @@ NAN, INF, F64 = math.nan, math.inf, torch.float64
 
 
 class Case(NamedTuple):
-    """How to make a value from the base call's, and what may come of it.
+    """A value, made from the base call's value, and the expected outcome.
 
-    Rule: "refuse": an error that names the argument; "equal": the base call's result; "either": one of both; "survive":
-    such an error, or a result whose numbers are finite.
+    Rules: "refuse", an error that names the argument; "equal", the base call's result; "either", one of these two;
+    "survive", an error that names the argument or a finite result.
     """
 
     label: str
@@ -36,12 +36,12 @@ def refuse(*tables: Mapping[str, Any], **values: Any) -> list[Case]:
 
 
 def made(rule: str, **makes: Any) -> list[Case]:
-    """Cases from functions of the base call's value, or from values."""
+    """Make cases from functions of the base call's value, or from values."""
     return [Case(key, rule, make if inspect.isroutine(make) or isinstance(make, type) else lambda _, value=make: value)
             for key, make in makes.items()]  # fmt: skip
 
 
-# the base calls' numbers are whole or powers of two, so that no dtype rounds them
+# base calls use integers and powers of two, so that no dtype rounds them
 # fmt: off
 ODD = {"str": "abc", "digits": "3", "nothing": "", "bytes": b"3", "dict": {}, "set": {1}, "object": object(),
     "type": int,
@@ -68,7 +68,7 @@ def count(least: int) -> list[Case]:
 
 
 def number(low: float = -INF, high: float = INF, closed: str = "") -> list[Case]:
-    """A number between ``low`` and ``high``; ``closed`` holds the ends that belong to it: "[" and "]"."""
+    """A number between ``low`` and ``high``; ``closed`` lists the ends that are included: "[" and "]"."""
     ends = {"low": low, "int_low": int(low)} if low > -INF and "[" not in closed else {}
     ends |= {"below": low - 1, "tiny_below": np.nextafter(low, -INF), "minus_huge": -1e300} if low > -INF else {}
     ends |= {"above": high + 1, "far_above": 1e300, **({} if "]" in closed else {"high": high})} if high < INF else {}
@@ -81,7 +81,7 @@ def number(low: float = -INF, high: float = INF, closed: str = "") -> list[Case]
 
 
 def spoiled(value: Any) -> Callable[[Any], Any]:
-    """Puts a value into the middle of a copy of an array."""
+    """Return a function that puts a value into the middle of a copy of an array."""
     def make(base: Any) -> Any:
         kind = object if value is None else np.result_type(type(value), np.float64)
         changed = np.array(base.numpy() if isinstance(base, torch.Tensor) else base, dtype=kind)
@@ -114,7 +114,7 @@ def table(base: Any, index: Any = None) -> Any:
 BAD_NUMBERS = {"with_nan": spoiled(NAN), "with_inf": spoiled(INF), "with_minus_inf": spoiled(-INF)}
 EMPTIED = {"empty_rows": lambda v: v[:0], "no_columns": lambda v: v[..., :0], "deep": lambda v: v[None, None, None]}
 LENGTHS = {"fewer": lambda v: v[:-1], "more": lambda v: np.concatenate([v, v[-1:]])}
-ARRAY = [  # real, finite numbers of a given shape, NumPy or PyTorch
+ARRAY = [  # real, finite array of a given shape, NumPy or PyTorch
     *refuse(ANY, three=3, dates=np.zeros(12, "M8[s]"), ragged=[[1, 2], [3]]),
     *made("refuse", **BAD_NUMBERS, **EMPTIED, **LENGTHS, with_none=spoiled(None), with_complex=spoiled(2j),
         masked=masked,
@@ -143,9 +143,9 @@ ARRAY = [  # real, finite numbers of a given shape, NumPy or PyTorch
     *made("survive", huge=lambda v: v * 1e300, large=lambda v: v * 1e30, tiny=lambda v: v * 1e-300,
         zeros=lambda v: v * 0,
           constant=lambda v: v * 0 + 5, bools=lambda v: v > 3)]
-ROWS = but(ARRAY, *LENGTHS, "tuple", "array", "tensor", "one")  # of any number
+ROWS = but(ARRAY, *LENGTHS, "tuple", "array", "tensor", "one")  # any number of rows
 SIGNED, SIGNED_ROWS = but(ARRAY, "negative"), but(ROWS, "negative")
-TENSOR = [  # NaN goes through where automatic mixed precision wants to see it
+TENSOR = [  # NaN is allowed: automatic mixed precision needs to see it
     *refuse(ANY, three=3, zero_d=torch.tensor(1.0)),
     *made("refuse", **EMPTIED, fewer=LENGTHS["fewer"], complex=lambda v: v + 1j, int64=lambda v: v.long(),
         meta=lambda v: v.to("meta")),
@@ -168,7 +168,7 @@ PATTERNS = [*but(refuse(ANY, three=3, ints=[1], mixed=["0*", 3], nested=[["0*"]]
     out="!*", some=["0*", "nope"]), "str"),
             *made("equal", tuple=lambda v: (v,), listed=lambda v: [v], np_str=np.str_, array=lambda v: np.array([v]))]
 LATE = but(PATTERNS, "digits", "strings", "nothing", "unknown", "out", "some", "empty_list",
-    "empty")  # only a run tells what they match
+    "empty")  # what they match is known only during a run
 FUNCTION = [*but(THING, "type", "function", "module_class"), *refuse(no_argument=lambda: 1)]
 SCHEME = but(CHOICE, "type", "function")
 WHOLE = [*but(refuse(ANY, fractions=[0.5], nans=[NAN], bools=[True, False], mask=np.ma.array([1, 2], mask=[1, 0]),
@@ -201,7 +201,7 @@ NORM = [*refuse(ANY, zero=0, three=3, half=1.5, beyond=10**400), *made("equal", 
 
 
 def mapping(**wrong: Any) -> list[Case]:
-    """A mapping from names; ``wrong`` are values that one of them must not have."""
+    """A mapping from names; ``wrong`` are invalid values for its entries."""
     spoil = {f"value_{key}": lambda base, value=value: {**base, next(iter(base)): value} for key,
         value in wrong.items()}
     return [*but(refuse(ANY, three=3), "dict"), *made("refuse", **spoil)]
@@ -212,7 +212,7 @@ NO_SCORE = {**NO_TENSOR, "nan": torch.full((8, 4), NAN), "complex": torch.ones(8
 
 
 def changed(**wrong: Any) -> list[Case]:
-    """A saved state; ``wrong`` are values that its entries must not have."""
+    """A saved state; ``wrong`` are invalid values for its entries."""
     spoil = {f"{key}_{label}": lambda state, key=key, value=value: {**state, key: value} for key,
         values in wrong.items() for label, value in values.items()}
     gone = {f"{key}_gone": lambda state, key=key: {k: v for k, v in state.items() if k != key} for key in wrong}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before any library that reads it is imported: workers share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers share the cores; libraries read this when imported
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ torch.set_num_threads(min(4, torch.get_num_threads()))
 
 
 ROOTS = ["pytorch_lightning", "lightning.pytorch"]
-UNDER_BOTH = {"test_monitor", "test_cli"}  # enough to tell that both names work; all else runs under the first
+UNDER_BOTH = {"test_monitor", "test_cli"}  # enough to check both names; all other tests use the first
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -188,6 +188,6 @@ def mnist_trajectory(mnist_root: str) -> np.ndarray:
 
 @pytest.fixture(params=["digits", "mnist"])
 def real_trajectory(request: pytest.FixtureRequest) -> np.ndarray:
-    """Each of the real trajectories (MNIST's only where the data are at hand)."""
+    """Each of the real trajectories (MNIST's only if the data are available)."""
     found: np.ndarray = request.getfixturevalue(f"{request.param}_trajectory")
     return found

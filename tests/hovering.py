@@ -1,4 +1,4 @@
-"""A small noisy regression whose weights come to hover, and what tests of it share."""
+"""A small noisy regression whose weights come to hover, and helpers for its tests."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Unvalidated(Net):
 
 
 class Trained(Callback):
-    """Keeps the weights in training after each epoch, and before the first."""
+    """Stores the training weights before the first epoch and after each."""
 
     def __init__(self) -> None:
         self.after: list[dict[str, torch.Tensor]] = []
@@ -73,7 +73,7 @@ class Trained(Callback):
 
 
 def step_by_hand(module: pl.LightningModule, loss: torch.Tensor) -> None:
-    """A step of several optimizers, under manual optimization."""
+    """Take a step with every optimizer under manual optimization."""
     for optimizer in module.optimizers():
         optimizer.zero_grad()
     module.manual_backward(loss)

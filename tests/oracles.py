@@ -1,4 +1,4 @@
-"""Independent answers: LAPACK's DMD (by Drmač himself) out of the library that SciPy bundles; sums, term by term."""
+"""Independent oracles: Drmač's own DMD in the LAPACK that SciPy bundles, and Sobolev sums term by term."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LapackDMD:
 
 @cache
 def lapack() -> ctypes.CDLL | None:
-    """The LAPACK bundled with SciPy's wheel, or None where SciPy was built against another one."""
+    """Return the LAPACK bundled with SciPy's wheel, or None if SciPy was built against another one."""
     for path in sorted(Path(scipy.__file__).parent.parent.glob("scipy.libs/libscipy_openblas*")):
         library = ctypes.CDLL(str(path))
         if hasattr(library, "scipy_dgedmd_"):
@@ -34,7 +34,7 @@ def lapack() -> ctypes.CDLL | None:
 
 
 def dgedmd(snapshots: np.ndarray, *, tol: float = 1e-3, rank: int | None = None) -> LapackDMD:
-    """DMD by LAPACK's ``dgedmd`` of snapshots (time, n): scaled columns, plain Ritz pairs with residuals."""
+    """Compute Ritz pairs and residuals of snapshots (time, n) with scaled columns by LAPACK's ``dgedmd``."""
     data = np.array(snapshots.T, dtype=np.float64, order="F")
     x, y = data[:, :-1].copy(order="F"), data[:, 1:].copy(order="F")  # both are overwritten
     rows, columns = x.shape
@@ -44,7 +44,7 @@ def dgedmd(snapshots: np.ndarray, *, tol: float = 1e-3, rank: int | None = None)
 
 
 def dgedmdq(snapshots: np.ndarray, *, tol: float = 1e-3, rank: int | None = None) -> LapackDMD:
-    """DMD by LAPACK's ``dgedmdq``: a Householder QR of the snapshots (time, n) first, then ``dgedmd`` of its factor."""
+    """Apply LAPACK's ``dgedmdq``: a Householder QR of the snapshots (time, n), then ``dgedmd`` of its factor."""
     data = np.array(snapshots.T, dtype=np.float64, order="F")
     rows, count = data.shape
     size = min(rows, count)
@@ -105,7 +105,7 @@ def sobolev_sum(
     norm: int = 1,
     weights: np.ndarray | None = None,
 ) -> float:
-    """Equations 7 and 8 term by term over all modes of the box; points (N, D) on the unit torus, values (N, M)."""
+    """Sum equations 7 and 8 term by term over all modes of the box; points (N, D) on the unit torus, values (N, M)."""
     reach = math.ceil(max(scales))
     total = 0.0
     pairs = list(zip(outputs, scales, strict=True)) if len(outputs) > 1 else [(outputs[0], s) for s in scales]

@@ -1,4 +1,4 @@
-"""Trajectories, with known answers or of a real training."""
+"""Trajectories with known answers, and of a real training."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tqdm import tqdm
 from lightning_koopman import Trajectory
 from lightning_koopman.demo.cnn import PaperCNN
 
-ACCELERATOR = os.environ.get("LIGHTNING_KOOPMAN_ACCELERATOR", "cpu")  # where tests train: "gpu" for a machine with one
+ACCELERATOR = os.environ.get("LIGHTNING_KOOPMAN_ACCELERATOR", "cpu")  # device for training: "gpu" or "cpu"
 
 
 def linear_system(eigenvalues: list[complex], n: int, time: int, seed: int = 0, noise: float = 0.0) -> np.ndarray:
-    """Snapshots (time, n) of w ↦ A w where A has the given eigenvalues (give λ with Im λ > 0 for its pair)."""
+    """Snapshots (time, n) of w ↦ A w, where A has the given eigenvalues (λ with Im λ > 0 stands for its pair)."""
     rng = np.random.default_rng(seed)
     blocks = []
     for value in eigenvalues:
@@ -44,7 +44,7 @@ def linear(rates: list[complex], n: int = 40, count: int = 16, seed: int = 0) ->
     """Snapshots Σ_j Re(λ_j^t v_j) with known parts."""
     drawn = np.random.default_rng(seed)
     t = np.arange(count)[:, None]
-    sizes = [1.0, *[0.5] * (len(rates) - 1)]  # the first weighs most, so none is ranked above it
+    sizes = [1.0, *[0.5] * (len(rates) - 1)]  # the first is the largest, so none ranks above it
     parts = [
         size * (np.asarray(rate) ** t * (drawn.normal(size=n) + 1j * drawn.normal(size=n))).real
         for rate, size in zip(rates, sizes, strict=True)
@@ -53,7 +53,7 @@ def linear(rates: list[complex], n: int = 40, count: int = 16, seed: int = 0) ->
 
 
 def trajectory_of(snapshots: np.ndarray, **options: Any) -> Trajectory:
-    """Snapshots (time, n) recorded, in float64 unless said."""
+    """Record snapshots (time, n) in a trajectory, in float64 by default."""
     trajectory = Trajectory(snapshots.shape[1], **{"dtype": torch.float64, **options})
     for snapshot in snapshots:
         trajectory.append(torch.from_numpy(snapshot))
@@ -61,25 +61,25 @@ def trajectory_of(snapshots: np.ndarray, **options: Any) -> Trajectory:
 
 
 def full_spectrum(eigenvalues: list[complex]) -> np.ndarray:
-    """The given eigenvalues with the conjugates of the complex ones."""
+    """Return the given eigenvalues and the conjugates of the complex ones."""
     pairs = [[value, np.conj(value)] if complex(value).imag else [value] for value in eigenvalues]
     return np.array([value for pair in pairs for value in pair], dtype=complex)
 
 
 def match(ours: np.ndarray, theirs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices that pair two sets of eigenvalues with the least total distance."""
+    """Return the indices that pair two sets of eigenvalues at the least total distance."""
     assert len(ours) == len(theirs), f"{len(ours)} eigenvalues against {len(theirs)}"
     return linear_sum_assignment(np.abs(ours[:, None] - theirs[None]))
 
 
 def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Largest distance of matched eigenvalues."""
+    """Return the largest distance between matched eigenvalues."""
     i, j = match(np.asarray(ours), np.asarray(theirs))
     return float(np.abs(np.asarray(ours)[i] - np.asarray(theirs)[j]).max())
 
 
 def vector(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-    """One flat copy (n,) of all given tensors."""
+    """Return one flat copy (n,) of all given tensors."""
     return torch.cat([parameter.detach().cpu().reshape(-1) for parameter in parameters.values()])
 
 
@@ -100,12 +100,12 @@ def record(data: Any, epochs: int) -> np.ndarray:
 
 
 def held(trajectory: object) -> np.ndarray:
-    """The snapshots that a trajectory holds, in float64: its increments, added up without rounding."""
+    """Return a trajectory's snapshots in float64: its increments, summed without rounding."""
     rows = [segment.double().numpy() for segment in trajectory._held.segments()]
     return np.cumsum(np.concatenate(rows), axis=0)
 
 
 def assert_recorded(found: object, expected: object) -> None:
-    """Snapshots are kept to one rounding of a step between two of them."""
+    """Assert that snapshots agree to one float32 rounding of their largest value."""
     found, expected = np.asarray(found), np.asarray(expected)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2.0**-23 * np.abs(expected).max())

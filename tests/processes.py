@@ -1,7 +1,7 @@
-"""A training in several processes, for the tests of sharded strategies: run as a script, told what to do by JSON.
+"""A training in several processes for the tests of sharded strategies, run as a script with JSON options.
 
-Each process writes what its callbacks hold; the first also writes the whole weights after each epoch, gathered by
-PyTorch itself, for the single-process result that they are compared with.
+Each process writes what its callbacks hold. The first also writes the whole weights after each epoch, gathered by
+PyTorch itself, from which the tests compute the single-process result.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KINDS = {
 
 
 def make_module(pl: Any, options: dict[str, Any]) -> Any:
-    """A classifier of digits under the root of Lightning that is asked for."""
+    """Build a classifier of digits on ``pl``, one of the two names of Lightning."""
 
     class Classifier(pl.LightningModule):
         def __init__(self) -> None:
@@ -94,7 +94,7 @@ def make_strategy(pl: Any, kind: str, devices: int, *, sharded: bool = True) -> 
         sizes = {"data_parallel_size": devices, "tensor_parallel_size": 1, "save_distributed_checkpoint": sharded}
         return pl.strategies.ModelParallelStrategy(**sizes, process_group_backend="gloo")
     if kind == "fsdp":
-        # Lightning and PyTorch refuse FSDP on the CPU unless they are told otherwise in their own classes
+        # overrides the checks of Lightning and PyTorch that refuse FSDP on the CPU
         class OnCPU(pl.strategies.FSDPStrategy):
             @contextmanager
             def model_sharded_context(self) -> Any:
@@ -105,7 +105,7 @@ def make_strategy(pl: Any, kind: str, devices: int, *, sharded: bool = True) -> 
 
                 return FullyShardedDataParallel(
                     model, device_id=torch.device("cpu"), **self.kwargs
-                )  # its own CPU check
+                )  # for PyTorch's own CPU check
 
         saved = "sharded" if sharded else "full"
         return OnCPU(auto_wrap_policy={nn.Linear}, state_dict_type=saved, process_group_backend="gloo")
@@ -113,7 +113,7 @@ def make_strategy(pl: Any, kind: str, devices: int, *, sharded: bool = True) -> 
 
 
 def whole_weights(trainer: Any, module: Any) -> np.ndarray:
-    """All weights, gathered by PyTorch."""
+    """Return all weights, gathered by PyTorch."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     root = trainer.strategy.model
@@ -126,7 +126,7 @@ def whole_weights(trainer: Any, module: Any) -> np.ndarray:
         order = list(local_chunks(root))
         values = [found[name] for name in order]
     else:
-        local_chunks(module)  # shards again what is gathered
+        local_chunks(module)  # reshards gathered parameters
         values = [each.full_tensor() if hasattr(each, "full_tensor") else each for each in module.parameters()]
     return torch.cat([each.detach().reshape(-1) for each in values]).numpy()
 
@@ -147,7 +147,7 @@ def main() -> None:
 
         def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
             now = whole_weights(trainer, pl_module)
-            if not np.array_equal(now, self.whole[-1]):  # set by a callback
+            if not np.array_equal(now, self.whole[-1]):  # changed by a callback
                 self.whole.append(now)
 
         def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -167,7 +167,7 @@ def main() -> None:
                     self.spectra.append((list(recorder.epochs), spectrum.eigenvalues, spectrum.residuals))
 
     callbacks = [KINDS[kind](**given, dirpath=folder / "out") for kind, given in options["callbacks"]]
-    if options.get("hovers"):  # says the reading
+    if options.get("hovers"):  # make every reading report hovering
         for callback in callbacks:
             callback.recording.read = lambda *given, read=callback.recording.read: replace(
                 read(*given), phase=Phase.HOVERING
@@ -220,7 +220,7 @@ def main() -> None:
         found[kind] = own
         found.setdefault("all", []).append(own)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
-    if torch.distributed.is_initialized():  # threads of connections that are left open may abort the process at its end
+    if torch.distributed.is_initialized():  # threads of open connections may abort the process at exit
         torch.distributed.destroy_process_group()
 
 

@@ -59,7 +59,7 @@ for row in STATES:
 def run(network: Any) -> torch.Tensor:
     return network(torch.ones(2, 4))
 READING, COMPARED = lk.read_training(RECORDED), lk.compare_trainings(RECORDED, RECORDED)
-LOSSES = but(SIGNED_ROWS, *LISTS, *BAD_NUMBERS, "empty_list", "empty", "empty_rows", "no_columns")  # NaN, or none
+LOSSES = but(SIGNED_ROWS, *LISTS, *BAD_NUMBERS, "empty_list", "empty", "empty_rows", "no_columns")  # NaN or empty is ok
 with TemporaryDirectory() as folder:
     SAVED = RECORDED.save(f"{folder}/rows")
 OWNERS = {"Spectrum": SPECTRUM, "TrainingComparison": COMPARED,
@@ -81,7 +81,7 @@ MONITORS = ("KoopmanSpectrumMonitor", "EarlyStopOnUnitEigenvalues", "KoopmanPrun
 
 
 def each(kind: list[Case], /, **values: Any) -> dict[str, tuple[Any, list[Case]]]:
-    """Arguments of one kind, and their values."""
+    """Return arguments of one kind, each with its valid value."""
     return {name.replace("__", "."): (value, kind) for name, value in values.items()}
 
 
@@ -100,7 +100,7 @@ ARGUMENTS = {
            chance_loss=1.5, max_frequency=2.0, highest=64.0, C=4.0, cache_size=64.0, samples_per_scale=32.0,
            KoopmanPruner__threshold=0.25, MaskSet__from_scores__threshold=8.0),
     **each(but(number(0), "small"), HSVR__tol=2.0**-10, Spectrum__slowest_modulus__max_residual=16.0),
-         # libsvm never returns
+         # with a tiny tol, libsvm never returns
     **each(number(0, 1, "["), tol=2.0**-10), **each(number(0, 1, "]"), fraction=0.5), **each(number(1), decay=2.0),
     **each(number(), exponent=-0.25), **each(number(0, INF, "["), epsilon=0.125), **each(number(0, 64, "]"),
         lowest=4.0),
@@ -158,7 +158,7 @@ ARGUMENTS = {
 # fmt: on
 # -- calls: all that is public, with all arguments; some exclude each other, some objects are judged by what they do
 
-EXCLUDED = {  # beside Lightning's hooks, and what only a run can tell: unmatched patterns, metrics that nobody logs
+EXCLUDED = {  # besides Lightning's hooks and what fails only in a run: unmatched patterns, metrics not logged
     "DepthEstimate": "made by estimate_depth", "MLPSuggestion": "made by suggest_mlp", "Spectrum": "made by dmd_rrr",
     "ChannelRemoval": "made by remove_channels", "AveragedWeights": "made by averaged_weights",
     "TrainingComparison": "made by compare_trainings",
@@ -166,7 +166,7 @@ EXCLUDED = {  # beside Lightning's hooks, and what only a run can tell: unmatche
     "TrainingReading": "made by read_training", "KoopmanWarning": "a category", "StoppingReason": "an enumeration",
     "HSVR.set_score_request": "scikit-learn's own",
 }  # fmt: skip
-APART: dict[str, list[dict[str, Any]]] = {  # arguments of further calls, which the first is made without
+APART: dict[str, list[dict[str, Any]]] = {  # further calls; the first call leaves out these arguments
     "Trajectory": [{"sketch": 7, "storage": "sketch", "n": 3}], "HSVR": [{"scales": [16.0, 4.0]}],
     "SobolevLoss": [{"widths": [8], "scales": 4}, {"n_outputs": 2, "widths": [8], "scales": 4}],
         "SobolevLoss.forward": [{"hidden": POINTS[:, None].repeat(1, 8)}],
@@ -217,7 +217,7 @@ def public(name: str) -> Any:
 
 
 def names() -> Iterator[str]:
-    """All public callables, the methods of classes too."""
+    """Yield all public callables, methods of classes included."""
     for name in lk.__all__:
         own = vars(public(name)) if inspect.isclass(public(name)) and not hasattr(public(name), "on_fit_start") else ()
         methods = {f"{name}.{key}" for key in own if key[0] != "_" and callable(getattr(public(name), key))}
@@ -231,13 +231,11 @@ def about(name: str, argument: str) -> tuple[Any, list[Case]]:
 
 
 def bases(name: str) -> Iterator[dict[str, Any]]:
-    """Arguments of valid calls."""
+    """Yield the arguments of valid calls."""
     apart = APART.get(name, [])
     alone = {next(iter(each)) for each in apart}
     known = [key for key in inspect.signature(public(name)).parameters if key not in ("self", *alone)]
     yield from ({key: about(name, key)[0] for key in known}, *apart)
-
-    # where some of the values still end in an error without the argument's name, or go through
 
 
 TESTED = [(name, argument, base) for name in sorted(names()) for base in bases(name) for argument in base]
@@ -245,9 +243,9 @@ TESTED = [(name, argument, base) for name in sorted(names()) for base in bases(n
 
 @contextlib.contextmanager
 def bounded() -> Iterator[None]:
-    """Within it there is only so much time, and so much memory."""
+    """Limit the time and the memory of the block."""
 
-    class TooLongError(BaseException):  # no `except Exception` catches it
+    class TooLongError(BaseException):  # not caught by `except Exception`
         pass
 
     def end(*_: Any) -> None:
@@ -266,7 +264,7 @@ def bounded() -> Iterator[None]:
 
 
 def plain(value: Any, seen: tuple[int, ...] = ()) -> list[Any]:
-    """A result as a flat list of arrays and words."""
+    """Flatten a result into a list of arrays and strings."""
     inside = (*seen, id(value))
     if isinstance(value, lk.Spectrum):
         return [value.eigenvalues, value.residuals]
@@ -312,7 +310,7 @@ def called(name: str, given: dict[str, Any]) -> list[Any]:
 
 
 def judge(name: str, argument: str, base: dict[str, Any], case: Case) -> str | None:
-    """What is wrong with what came of it, or None."""
+    """Return what is wrong with the outcome, or None."""
     given, wanted = copy.deepcopy(base), copy.deepcopy(base)
     given[argument] = case.make(given[argument])
     with warnings.catch_warnings(record=True) as told:

@@ -1,4 +1,4 @@
-"""Each example runs without network, and prints what the docs show but for its numbers."""
+"""Each example runs offline and prints what the docs show, numbers aside."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NEEDS = {
 
 
 def words(text: str) -> list[str]:
-    """The first words of each line, without numbers: processors differ in the rest."""
+    """Return the first words of each line; the rest differs between processors."""
     return [" ".join(re.findall(r"[A-Za-z]+", line)[:2]) for line in text.splitlines() if line.strip()]
 
 

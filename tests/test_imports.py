@@ -1,4 +1,4 @@
-"""Which module may import which: no cycles, and nothing of the package from the benchmarks."""
+"""Import rules: benchmarks import without cycles, and the package imports no benchmark."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ ROOT = Path(__file__).parents[1]
 
 
 def modules(folder: str) -> dict[str, Path]:
-    """Files of a package by the name that they are imported under."""
+    """Map the modules of a package from import name to file."""
     names = {path: path.relative_to(ROOT).with_suffix("").parts for path in (ROOT / folder).rglob("*.py")}
     return {".".join(parts).removesuffix(".__init__"): path for path, parts in names.items()}
 
 
 def imported(path: Path) -> set[str]:
-    """Names of modules, and of what may be one, that a file imports anywhere."""
+    """Return all names that a file imports anywhere and that may be modules."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

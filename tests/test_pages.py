@@ -20,7 +20,7 @@ PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.m
 
 
 def runs(rate: float, seeds: range) -> list[Trajectory]:
-    """Noisy decays, one a seed."""
+    """Record noisy decays, one per seed."""
     found = []
     for seed in seeds:
         random, trajectory = torch.Generator().manual_seed(seed), Trajectory(50)
@@ -33,7 +33,7 @@ def runs(rate: float, seeds: range) -> list[Trajectory]:
 
 
 def reader() -> dict[str, Any]:
-    """What a reader of a page has: a network with its data and optimizer, samples of a signal, finished runs."""
+    """Return what a page assumes: a network with data and optimizer, samples of a signal, finished runs."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 26 * 26, 10))
@@ -68,7 +68,7 @@ def test_all_blocks_run(path, tmp_path, monkeypatch):
     names = reader()
     for block in BLOCK.finditer(path.read_text()):
         line = path.read_text()[: block.start()].count("\n") + 1
-        if "--8<--" not in block[1]:  # an example, which has a test of its own
+        if "--8<--" not in block[1]:  # examples have their own test
             exec(compile("\n" * line + block[1], str(path), "exec"), names)
 
 

@@ -1,4 +1,4 @@
-"""The house stays as it is drawn: imports run one way, and nothing grows too long to be read."""
+"""Structure of the package: imports run one way, and files and classes stay short."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import lightning_koopman
 
 ROOT = Path(lightning_koopman.__file__).parent
-# each may import what stands before it
+# each may import itself and those before it
 FLOORS = [
     "_types", "_checks", "dmd", "parameters", "fourier", "trajectory", "stopping", "reading", "averaging", "sobolev",
     "pruning", "depth", "plots", "compare", "callbacks", "__init__", "demo",
@@ -20,7 +20,7 @@ MODULES = {path: path.relative_to(ROOT).with_suffix("").parts for path in sorted
 
 
 def imported(path: Path) -> set[tuple[str, ...]]:
-    """The package's modules that a module imports, wherever it does so."""
+    """Return the package's modules that a module imports anywhere."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning_koopman"):
@@ -42,7 +42,7 @@ def test_no_import_goes_round():
         MODULES[path]: {parts if parts in names else (*parts, "__init__") for parts in imported(path)}
         for path in MODULES
     }
-    TopologicalSorter(graph).prepare()  # raises where there is a cycle
+    TopologicalSorter(graph).prepare()  # raises on a cycle
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: "/".join(MODULES[path]))

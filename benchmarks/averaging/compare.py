@@ -1,4 +1,4 @@
-"""Judges averages of the recorded weights at every tenth of a training, and where the stop would end it."""
+"""Score averages of the recorded weights at each tenth of a training, and find where the stop would end it."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.judge import StopJudge
 
 WINDOW = 30  # snapshots that KoopmanWeightAveraging keeps
-LAST_FEW, QUARTER, FIFTH = 5, 0.25, 0.2  # the newest five; where torch's example and Lightning's SWA begin
+LAST_FEW, QUARTER, FIFTH = 5, 0.25, 0.2  # the newest five; shares averaged by torch's example and Lightning's SWA
 MEANS = "mean of the last 5", "torch swa_utils (from 75 %)", "Lightning SWA (from 80 %)"
 VARIANTS = (
     "last weights", "last, new statistics", "**KoopmanWeightAveraging**", "best length by validation",
     *MEANS, *(f"EMA {decay:g}" for decay in DECAYS), "best length in hindsight",
 )  # fmt: skip
-POINTS, LOSS = 3, 2  # columns of what is judged
+POINTS, LOSS = 3, 2  # columns of the scores
 
 
 def compare(setting: Setting, root: Path | None, recorded: Path, folder: Path, reached: Progress) -> None:
-    """Judge one training."""
+    """Score the averages of one training."""
     stored = read(recorded / f"{setting.name}.npz")
     judge = Judge(setting, problems.parts_of(setting.problem, root, n_scored=N_TEST))
     snapshots, rows = torch.from_numpy(stored["snapshots"]), stored["rows"]
-    if not len(rows):  # its first epoch ended in NaN
+    if not len(rows):  # the first epoch ended in NaN
         save(folder / f"{setting.name}.npz", rows=rows)
         return
     found: list[list[list[float]]] = []
@@ -65,14 +65,14 @@ def compare(setting: Setting, root: Path | None, recorded: Path, folder: Path, r
 
 
 def mean(snapshots: Tensor, epoch: int, count: int) -> Tensor:
-    """Mean of the newest snapshots after an epoch."""
+    """Return the mean of the newest ``count`` snapshots after an epoch."""
     return snapshots[epoch + 1 - count : epoch + 1].double().mean(0).float()
 
 
 def average_at(
     setting: Setting, judge: Judge, snapshots: Tensor, epoch: int, *, only: bool = False
 ) -> tuple[int, dict[int, list[float]]]:
-    """The length that the library chooses after an epoch, and how good each length tried is, or only that one."""
+    """Return the length that the library chooses after an epoch, and the scores of all it tried (or only of that)."""
     trajectory = Trajectory(snapshots.shape[1])
     since = jumped(setting, epoch)
     for weights in snapshots[max(since, epoch + 1 - WINDOW) : epoch + 1]:
@@ -85,7 +85,7 @@ def average_at(
 
 
 def jumped(setting: Setting, epoch: int) -> int:
-    """Epochs before the newest jump of the learning rate."""
+    """Return the number of epochs before the newest jump of the learning rate (0 if there is none)."""
     if setting.schedule != "step":
         return 0
     factors = [problems.factor(setting, each) for each in range(epoch)]
@@ -95,7 +95,7 @@ def jumped(setting: Setting, epoch: int) -> int:
 def stop_of(
     setting: Setting, snapshots: Tensor, rows: npt.NDArray[np.float64], **options: Any
 ) -> tuple[int, StoppingReason]:
-    """The epoch after which the stop ends a training, and why; else its last."""
+    """Return the epoch after which the stop ends a training (the last if it does not), and the reason."""
     stop = EarlyStopOnUnitEigenvalues(**options)
     judge = StopJudge(stop.rule, stop.patience, hovering_counts=stop.restore == "average")
     trajectory, reading = Trajectory(snapshots.shape[1], capacity=WINDOW), None
@@ -120,7 +120,7 @@ def stop_of(
 
 
 def tasks(chosen: list[Setting], root: Path | None, recorded: Path) -> list[Task]:
-    """All comparisons of what was recorded."""
+    """Return one comparison for each recorded training."""
     known = [each for each in chosen if (recorded / f"{each.name}.npz").exists()]
     given = root, recorded, recorded / "compared"
     return [Task(each.name, compare, (each, *given), each.epochs, COSTS[each.problem]) for each in known]

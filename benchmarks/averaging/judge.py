@@ -1,4 +1,4 @@
-"""How good weights are: losses on a few training batches, on validation and on test data."""
+"""Scores of weights: losses on a few training batches, on validation data and on test data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = "validation_loss", "validation_points", "test_loss", "test_points"
 
 
 class Judge:
-    """Judges weights of a setting's network.
+    """Scores weights of a setting's network.
 
     Args:
         setting: The training.
@@ -33,12 +33,12 @@ class Judge:
         drawn = torch.Generator().manual_seed(17)
         self.batches = list(problems.batches(setting, parts[0], drawn))
         self.held = [(x[:most], y[:most]) for (x, y), most in zip(parts[1:], (N_VALIDATION, N_TEST), strict=True)]
-        if setting.problem in ("augmented", "resnet"):  # judged on images that are turned as well
+        if setting.problem in ("augmented", "resnet"):  # also scored on rotated images
             self.held = [(problems.turned(x, drawn), y) for x, y in self.held]
 
     @torch.no_grad()
     def set(self, weights: Tensor, *, statistics: bool = True) -> None:
-        """Set the network's weights, with batch statistics of their own."""
+        """Set the network's weights and, unless ``statistics`` is False, recompute its batch statistics."""
         vector_to_parameters(weights, self.network.parameters())
         if self.norms and statistics:
             for layer in self.norms:
@@ -51,21 +51,21 @@ class Judge:
 
     @torch.no_grad()
     def on_batches(self, weights: Tensor, count: int) -> npt.NDArray[np.float64]:
-        """Losses (count,) of the training batches, by batch statistics."""
+        """Return losses (count,) of training batches, each normalized by its own statistics."""
         self.set(weights, statistics=False)
         for layer in self.norms:
             layer.train()
-        chosen = self.batches[-count:]  # others than those of the statistics
+        chosen = self.batches[-count:]  # not the batches that the statistics come from
         return np.array([float(self.loss(self.network(inputs), targets).mean()) for inputs, targets in chosen])
 
     def of(self, weights: Tensor) -> list[float]:
-        """The four numbers of :data:`NAMES`; points are those of accuracy, or of the coefficient of determination."""
+        """Return the four scores of :data:`NAMES`; points are accuracy or the coefficient of determination in %."""
         self.set(weights)
         return self.of_network(self.network)
 
     @torch.no_grad()
     def of_network(self, network: nn.Module) -> list[float]:
-        """The same, of a network as it is."""
+        """Return the same scores for a network with its present weights and batch statistics."""
         network = copy.deepcopy(network).eval()
         found = []
         for inputs, targets in self.held:

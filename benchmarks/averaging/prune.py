@@ -1,4 +1,4 @@
-"""Prunes the average of the weights, or the last weights, by magnitude, and trains on."""
+"""Prune the average of the weights, or the last weights, by magnitude and train further."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lightning_koopman.demo.experiments.tables import mean_and_error
 from lightning_koopman.pruning.prunable import prunable_parameters
 
 SPARSITIES, FURTHER = (0.75, 0.9, 0.95, 0.98), 30
-# scored by, gone on from
+# weights that are scored, weights that are pruned and trained further
 WAYS = {"magnitude": ("last", "last"), "scores of the average": ("average", "last"), "average": ("average", "average")}
 
 
 def prunings(seeds: Iterable[int]) -> list[Setting]:
-    """The trainings whose ends are pruned: the paper's CNN, with and without noise."""
+    """Return the trainings that are pruned at their end: the paper's CNN, with and without noise."""
     wanted = {("mnist", "adam", 1e-3), ("augmented", "adam", 1e-3), ("augmented", "sgd", 0.05)}
     chosen = [each for each in SETTINGS if each.seed in seeds and each.schedule == "constant"]
     return [each for each in chosen if (each.problem, each.optimizer, each.rate) in wanted]
 
 
 def prune(setting: Setting, root: Path | None, recorded: Path, folder: Path, reached: Progress) -> None:
-    """Prune a training's end in each way, and train on."""
+    """Prune the final weights of a training in each way, and train further."""
     snapshots = torch.from_numpy(read(recorded / f"{setting.name}.npz")["snapshots"])[-WINDOW - 1 :]
     parts = problems.parts_of(setting.problem, root, n_scored=N_TEST)
     judge, epoch = Judge(setting, parts), len(snapshots) - 1
@@ -60,21 +60,21 @@ def prune(setting: Setting, root: Path | None, recorded: Path, folder: Path, rea
 
 
 def scores(network: nn.Module, weights: Tensor) -> dict[str, Tensor]:
-    """Weights by the name of the parameters that are pruned."""
+    """Return the weights of the prunable parameters by name."""
     sizes = [parameter.numel() for parameter in network.parameters()]
     named = dict(zip([name for name, _ in network.named_parameters()], torch.split(weights, sizes), strict=True))
     return {name: named[name].reshape(each.shape) for name, each in prunable_parameters(network).items()}
 
 
 def tasks(seeds: Iterable[int], root: Path | None, recorded: Path) -> list[Task]:
-    """All prunings of what was recorded."""
+    """Return one pruning task for each recorded training."""
     known = [each for each in prunings(seeds) if (recorded / f"{each.name}.npz").exists()]
     given, epochs = (root, recorded, recorded / "pruned"), len(WAYS) * len(SPARSITIES) * FURTHER
     return [Task(each.name, prune, (each, *given), epochs, COSTS[each.problem]) for each in known]
 
 
 def rows(folder: Path, seeds: Iterable[int]) -> Iterator[list[str]]:
-    """Rows: test points right away and after 30 epochs, and what the ways are ahead of magnitude."""
+    """Rows: test points right after pruning and 30 epochs later, and the gain of the other ways over magnitude."""
     points = np.array([read(folder / f"{each.name}.npz")["points"] for each in prunings(seeds)
                        if (folder / f"{each.name}.npz").exists()])  # fmt: skip
     for place, sparsity in enumerate(SPARSITIES if len(points) else ()):

@@ -1,4 +1,4 @@
-"""Trains, and keeps what averages are made of: the weights after each epoch, and those that EMAs of the steps hold."""
+"""Train and record what averages need: the weights after each epoch, and exponential averages over all steps."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from benchmarks.reading.problems import PROBLEMS, Setting
 from benchmarks.reading.record import COSTS, Learner
 from lightning_koopman.demo.experiments.runner import Progress, Task
 
-DECAYS = 0.99, 0.999  # of the exponential averages of all steps
-KNOWN, UNSEEN = (0,), (2, 3, 1)  # seeds: the one that the rules were chosen on, and those that are reported
+DECAYS = 0.99, 0.999  # of the exponential averages over all steps
+KNOWN, UNSEEN = (0,), (2, 3, 1)  # seeds: one to choose the rules on, the others to report
 SETTINGS = [each for seed in (*KNOWN, *UNSEEN) for problem in PROBLEMS for each in problems.settings(problem, seed)]
 
 
 def tenths(setting: Setting) -> list[int]:
-    """The epochs at which averages are compared."""
+    """Return the epochs at which averages are compared."""
     return sorted({max(1, round(setting.epochs * share / 10)) for share in range(1, 11)})
 
 
 class Averages:
-    """Exponential averages of all steps."""
+    """Exponential averages over all steps."""
 
     def __init__(self) -> None:
         self.held: list[Tensor] = []
@@ -38,7 +38,7 @@ class Averages:
 
 
 def train(setting: Setting, root: Path | None, folder: Path, reached: Progress) -> None:
-    """Train once and save."""
+    """Train once and save the records."""
     learner = Learner(setting, problems.parts_of(setting.problem, root, n_scored=N_TEST))
     judge, averages = Judge(setting, learner.parts), Averages()
     snapshots, held, rows = [learner.weights()], [], []
@@ -59,5 +59,5 @@ def train(setting: Setting, root: Path | None, folder: Path, reached: Progress) 
 
 
 def tasks(chosen: list[Setting], root: Path | None, folder: Path) -> list[Task]:
-    """All trainings."""
+    """Return all trainings."""
     return [Task(each.name, train, (each, root, folder), each.epochs, COSTS[each.problem]) for each in chosen]

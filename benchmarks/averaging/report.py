@@ -20,7 +20,7 @@ from lightning_koopman.demo.experiments.figures import BLUE, GREEN, GREY, ORANGE
 from lightning_koopman.demo.experiments.tables import markdown
 from lightning_koopman.stopping.rule import StoppingReason
 
-NOISY = 0.01  # of the baseline loss: change of the validation loss from epoch to epoch, half of the time
+NOISY = 0.01  # of the baseline loss: median change of the validation loss per epoch in a noisy training
 PATIENCES = 3, 5, 10
 OURS = "**KoopmanWeightAveraging**"
 SHOWN = {"last weights": GREY, OURS: ORANGE, "EMA 0.99": GREEN, "EMA 0.999": BLUE}
@@ -29,7 +29,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Compared:
-    """A training with what was judged of it."""
+    """A training with the scores of its averages."""
 
     setting: Setting
     arrays: dict[str, npt.NDArray[Any]]
@@ -40,7 +40,7 @@ class Compared:
 
     @property
     def learned(self) -> bool:
-        """Whether its least test loss is that of a network that has learned."""
+        """Whether the lowest test loss is that of a network that has learned."""
         return len(self.rows) > 0 and self.setting.learned(float(self.rows[:, 4].min()))
 
     @cached_property
@@ -50,7 +50,7 @@ class Compared:
         return bool(np.median(np.abs(np.diff(late))) > NOISY * self.setting.baseline)
 
     def judged(self, variant: str) -> Array:
-        """The numbers of an average at every tenth, (tenths, 4)."""
+        """Return the scores (tenths, 4) of an average at each tenth of the training."""
         return self.arrays["judged"][:, VARIANTS.index(variant)]
 
     @property
@@ -58,7 +58,7 @@ class Compared:
         return int(self.arrays["stopped"])
 
     def early_stopping(self, patience: int) -> tuple[int, int]:
-        """Epochs of ``EarlyStopping`` on the validation loss, and of the weights that it restores."""
+        """Return the epochs at which ``EarlyStopping`` on the validation loss stops, and whose weights it restores."""
         best, kept = np.inf, 1
         for epoch, loss in enumerate(self.rows[:, 2], 1):
             if loss < best:
@@ -69,13 +69,13 @@ class Compared:
 
 
 def load(folder: Path, seeds: tuple[int, ...]) -> list[Compared]:
-    """The compared trainings of some seeds that learned anything."""
+    """Load the compared trainings of some seeds, except those that learned nothing."""
     known = [each for each in SETTINGS if each.seed in seeds and (folder / f"{each.name}.npz").exists()]
     return [run for run in (Compared(each, read(folder / f"{each.name}.npz")) for each in known) if run.learned]
 
 
 def over_time(runs: list[Compared]) -> Iterator[list[str]]:
-    """Rows: each average, on each problem, mean over all tenths of all trainings, beside the last weights."""
+    """Rows: each average relative to the last weights, by problem, mean over all tenths of all trainings."""
     for variant in VARIANTS[1:]:
         cells, means = [], []
         for problem in PROBLEMS:
@@ -91,7 +91,7 @@ def over_time(runs: list[Compared]) -> Iterator[list[str]]:
 
 
 def ends(runs: list[Compared]) -> Iterator[list[str]]:
-    """Rows: ways to end a training, the epochs that they save, points and loss beside the best single epoch's."""
+    """Rows: ways to end a training, the epochs saved, and points and loss relative to the best single epoch."""
     ways: dict[str, Any] = {
         "**stop, its average kept**": lambda run: (run.stopped, run.arrays["at_stop"]),
         "stop, last weights": lambda run: (run.stopped, run.rows[run.stopped - 1, 2:6]),
@@ -124,14 +124,14 @@ def ends(runs: list[Compared]) -> Iterator[list[str]]:
 
 
 def stops(runs: list[Compared]) -> str:
-    """How many trainings were ended, and why."""
+    """Describe how many trainings were ended, and why."""
     reasons = [str(run.arrays["reason"]) for run in runs]
     told = [f"{reasons.count(each.value)} {each.value}" for each in StoppingReason if each.value in reasons]
     return f"{len(runs)} trainings: {', '.join(told)}."
 
 
 def figure(runs: list[Compared], path: Path) -> None:
-    """Test points over the training, of the last weights and of averages, for a training of each problem."""
+    """Plot test points of the last weights and of averages over the epochs, for one training of each problem."""
     picture = blank(11.0, 6.2)
     axes = picture.subplots(2, 3).ravel()
     wanted = {"digits": 0.5, "friedman": 0.5, "mnist": 1e-3, "augmented": 0.5, "resnet": 0.05, "transformer": 5e-3}
@@ -170,7 +170,7 @@ def figure(runs: list[Compared], path: Path) -> None:
 
 
 def report(folder: Path, seeds: tuple[int, ...], path: Path) -> str:
-    """All tables; the figure is written to a path."""
+    """Return all tables and write the figure to ``path``."""
     runs = load(folder / "compared", seeds)
     figure(runs, path)
     head = ("points / loss beside the last weights", *PROBLEMS, "mean")

@@ -1,4 +1,4 @@
-"""What averaging takes of an epoch: choosing a length, putting the average in, taking it out."""
+"""Share of an epoch that averaging takes: choosing a length, putting the average in, taking it out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from lightning_koopman import KoopmanWeightAveraging
 from lightning_koopman.demo.experiments.training import BATCH, Batches, quiet_trainer
 
-N_SAMPLES, EPOCHS, WIDTHS = 10_000, 34, (784, 1000, 200, 10)  # 987,210 weights; 30 snapshots are held from epoch 29 on
+N_SAMPLES, EPOCHS, WIDTHS = 10_000, 34, (784, 1000, 200, 10)  # 987,210 weights; the window of 30 is full at epoch 29
 
-SPENT = 1e-4  # seconds; less was no work
+SPENT = 1e-4  # seconds; a shorter call did nothing
 
 
 class Wide(pl.LightningModule):
@@ -41,7 +41,7 @@ class Wide(pl.LightningModule):
 
 
 class Clock(pl.Callback):
-    """Notes how long epochs take."""
+    """Records how long epochs take."""
 
     def __init__(self, spent: dict[str, list[float]]) -> None:
         self.spent = spent
@@ -54,11 +54,11 @@ class Clock(pl.Callback):
 
 
 def times() -> str:
-    """Seconds of each part, medians of the epochs with a full window, and shares of an epoch."""
+    """Return the time of each part (median over epochs with a full window), and its share of an epoch."""
     drawn = torch.Generator().manual_seed(0)
     x, y = torch.randn(N_SAMPLES, WIDTHS[0], generator=drawn), torch.randint(10, (N_SAMPLES,), generator=drawn)
     rows = []
-    for length, parts in ((None, ("choose",)), (30, ("put_in", "take_out"))):  # found out, or all that is held
+    for length, parts in ((None, ("choose",)), (30, ("put_in", "take_out"))):  # chosen length, or full window
         spent: dict[str, list[float]] = defaultdict(list)
         with tempfile.TemporaryDirectory() as folder:
             averaging = KoopmanWeightAveraging(length=length, dirpath=folder)

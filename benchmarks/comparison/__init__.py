@@ -1,1 +1,1 @@
-"""What the spectra of two kinds of trainings tell, where the answer is known and where it is not."""
+"""Comparison of two kinds of trainings by their spectra, where the answer is known and where it is not."""

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=cores(), help="trainings at a time")
     parser.add_argument("--figure", type=Path, help="where distances are drawn (default: in the output folder)")
     options = parser.parse_args()
-    folder, seeds = options.output, range(1, GROUP + 1)  # the sizes of modular addition were chosen on seed 0
+    folder, seeds = options.output, range(1, GROUP + 1)  # seed 0 served to choose the sizes of modular addition
     run_all(missing(additions(seeds, folder), folder), options.jobs)
     told = []
     for text in report(folder, seeds, options.figure or folder / "comparison.png"):

@@ -1,4 +1,4 @@
-"""What the spectra tell: conjugate methods, false alarms, networks on digits, and late generalization."""
+"""Comparisons by spectrum: conjugate methods, false alarms, networks on digits, and late generalization."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_koopman.demo.experiments.figures import save_figure
 from lightning_koopman.demo.experiments.tables import markdown
 
 METHODS = "mirror", "gradient on u", "gradient on w"
-SEEDS, GROUP, PAIRS, POOL = 10, 5, 200, 60  # of each kind; of each group, and pairs of them, in the false alarms
+SEEDS, GROUP, PAIRS, POOL = 10, 5, 200, 60  # seeds of a kind; false alarms: runs of a group, pairs, pool
 HEAD = ("", "eigenvalues apart", "within", "p", "steps apart", "within", "p", "told apart")
 
 
 def row(name: str, found: TrainingComparison, first: int = 0, second: int = 1) -> list[str]:
-    """A row of a table: distances, p-values, verdict."""
+    """Return a row of a table: distances, p-values, verdict."""
     tests = [test for test in found.tests if test.groups == (first, second)]
     cells = [text for test in tests for text in (f"{test.between:.3g}", f"{test.within:.3g}", f"{test.p_value:.2g}")]
     return [name, *cells, {True: "yes", False: "no", None: "–"}[found.different(first, second)]]
 
 
 def conjugacy() -> Iterator[list[str]]:
-    """Rows: online mirror descent beside itself, the gradient descent conjugate to it, and another one."""
+    """Rows: online mirror descent against itself, against its conjugate gradient descent, and against another one."""
     groups = [[conjugate(kind, 100 * index + seed) for seed in range(SEEDS)] for index, kind in enumerate(METHODS)]
     again = [conjugate(METHODS[0], 900 + seed) for seed in range(SEEDS)]
     yield row("mirror descent again", compare_trainings(groups[0], again))
@@ -37,7 +37,7 @@ def conjugacy() -> Iterator[list[str]]:
 
 
 def false_alarms(folder: Path) -> Iterator[list[str]]:
-    """Rows: how often equal trainings are told apart, at two levels."""
+    """Rows: how often trainings of the same kind are told apart, at two levels."""
     random = np.random.default_rng(0)
     pool = [_digits(folder, "40", seed) for seed in range(1000, 1000 + POOL)]
     for name in ("mirror descent", "digits, 40 hidden units"):
@@ -53,7 +53,7 @@ def false_alarms(folder: Path) -> Iterator[list[str]]:
 
 
 def networks(folder: Path, figure: Path) -> Iterator[list[str]]:
-    """Rows: networks on digits by pairs; the distances of all are drawn."""
+    """Rows: pairs of networks on digits; plots the distances of all networks."""
     groups: list[Sequence[Trajectory]] = [[_digits(folder, kind, seed) for seed in range(SEEDS)] for kind in DIGITS]
     found, names = compare_trainings(*groups), list(DIGITS)
     save_figure(plot_comparison(found, names=names), figure)
@@ -66,7 +66,7 @@ def _digits(folder: Path, kind: str, seed: int) -> Trajectory:
 
 
 def generalization(folder: Path, seeds: Sequence[int]) -> Iterator[list[str]]:
-    """Rows: what is known after so many steps of modular addition, with and without decay of the weights."""
+    """Rows: accuracy and p-values after growing numbers of steps of modular addition, with and without weight decay."""
     stored = [[read(folder / f"{kind}-{seed}.npz") for seed in seeds] for kind in DECAYS]
     times = len(stored[0][0]["rows"])
     for time in sorted({round(times * share) for share in (0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)}):
@@ -82,7 +82,7 @@ def generalization(folder: Path, seeds: Sequence[int]) -> Iterator[list[str]]:
 
 
 def split_by_chance(first: np.ndarray, second: np.ndarray) -> float:
-    """How often the means of losses that are split by chance are as far apart."""
+    """Return the p-value of a permutation test on the difference between the mean log losses."""
     both, count = np.log(np.concatenate([first, second]) + 1e-12), len(first)
     apart = abs(both[:count].mean() - both[count:].mean())
     splits = [np.isin(np.arange(2 * count), each) for each in itertools.combinations(range(2 * count), count)]
@@ -91,7 +91,7 @@ def split_by_chance(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def report(folder: Path, seeds: Sequence[int], figure: Path) -> Iterator[str]:
-    """All tables, one after another; the figure is written to a path."""
+    """Yield the tables one by one, and write the figure to ``figure``."""
     yield "Online mirror descent beside:"
     yield "\n".join(markdown(HEAD, conjugacy()))
     yield f"Equal trainings, {PAIRS} pairs of {GROUP} and {GROUP}, told apart at a level of:"

@@ -15,27 +15,27 @@ from lightning_koopman import Trajectory
 from lightning_koopman.demo.experiments.cache import read, save
 from lightning_koopman.demo.experiments.runner import Progress, Task
 
-UNKNOWNS, ROWS, DRAWN, RATE = 10, 40, 8, 0.02  # of the least-squares problem: weights, rows, rows a step, step length
+UNKNOWNS, ROWS, DRAWN, RATE = 10, 40, 8, 0.02  # least squares: weights, rows, rows per step, step length
 EVERY, TIME, SPREAD = 10, 60, 0.3  # steps between two snapshots, snapshots, spread of the starts
 EPOCHS, BATCH = 40, 64  # on digits
-PRIME, SHARE, WIDTH, STEPS, ROUND = 59, 0.5, 64, 6000, 60  # of modular addition: steps, and those between snapshots
+PRIME, SHARE, WIDTH, STEPS, ROUND = 59, 0.5, 64, 6000, 60  # modular addition; the last two: steps, steps per snapshot
 
 DIGITS: dict[str, tuple[tuple[int, ...], str]] = {
     "5": ((5,), "sgd"), "10": ((10,), "sgd"), "40": ((40,), "sgd"), "160": ((160,), "sgd"), "10-10": ((10, 10), "sgd"),
     "40-40": ((40, 40), "sgd"), "40, momentum": ((40,), "momentum"), "40, Adam": ((40,), "adam"),
 }  # fmt: skip
-DECAYS = {"decay": 1.0, "no decay": 0.0}  # of the weights, with which modular addition generalizes late, or not
+DECAYS = {"decay": 1.0, "no decay": 0.0}  # weight decay: with it, modular addition generalizes late, without it not
 
 
 def conjugate(kind: str, seed: int) -> Trajectory:
-    """Online least squares with positive weights w, by one of three methods.
+    """Solve online least squares with positive weights w by one of three methods.
 
-    Mirror descent with the entropy as its potential moves along the flow of gradient descent on u, where w = u²/4: the
-    two are conjugate (Amid, Warmuth 2020).  Gradient descent on w is another flow.
+    Mirror descent with the entropy as its potential follows the flow of gradient descent on u, where w = u²/4: the two
+    are conjugate (Amid, Warmuth 2020).  Gradient descent on w follows another flow.
 
     Args:
         kind: ``"mirror"``, ``"gradient on u"`` or ``"gradient on w"``.
-        seed: Of the start and of the rows drawn.
+        seed: Seed of the initial weights and of the rows drawn.
     """
     drawn = np.random.default_rng(0)
     rows, solution = drawn.standard_normal((ROWS, UNKNOWNS)) / UNKNOWNS**0.5, drawn.uniform(0.5, 2.0, UNKNOWNS)
@@ -57,7 +57,7 @@ def conjugate(kind: str, seed: int) -> Trajectory:
 
 
 def digits(widths: tuple[int, ...], optimizer: str, seed: int) -> Trajectory:
-    """A network on scikit-learn's digits, a snapshot an epoch."""
+    """Train a network on scikit-learn's digits, with one snapshot per epoch."""
     (inputs, targets), _, _ = data_of("digits", None)
     torch.manual_seed(seed)
     sizes = inputs[0].numel(), *widths, 10
@@ -82,7 +82,7 @@ def digits(widths: tuple[int, ...], optimizer: str, seed: int) -> Trajectory:
 
 
 class Adder(nn.Module):
-    """A transformer of one layer, without normalization, that reads a, b and = (as Nanda et al. 2023)."""
+    """A one-layer transformer without normalization that reads a, b and = (as in Nanda et al. 2023)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,13 +94,13 @@ class Adder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = self.embed(x) + self.place
-        last = tokens[:, -1:]  # only what is read at the end counts
+        last = tokens[:, -1:]  # only the output at the last token is used
         last = last + self.attend(last, tokens, tokens, need_weights=False)[0]
         return self.head((last + self.middle(last))[:, 0])
 
 
 def add(decay: float, seed: int, folder: Path, name: str, reached: Progress) -> None:
-    """Modular addition, in full batches; saves the factor of the trajectory and the losses."""
+    """Train on modular addition in full batches; save the factor of the trajectory and the losses."""
     pairs = torch.cartesian_prod(torch.arange(PRIME), torch.arange(PRIME))
     inputs, targets = torch.cat([pairs, torch.full((len(pairs), 1), PRIME)], 1), pairs.sum(1) % PRIME
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
@@ -125,20 +125,20 @@ def add(decay: float, seed: int, folder: Path, name: str, reached: Progress) -> 
 
 
 def additions(seeds: range, folder: Path) -> list[Task]:
-    """All trainings on modular addition."""
+    """Return all trainings on modular addition."""
     named = [(f"{kind}-{seed}", decay, seed) for seed in seeds for kind, decay in DECAYS.items()]
     return [Task(name, add, (decay, seed, folder, name), STEPS // ROUND) for name, decay, seed in named]
 
 
 def kept(path: Path, train: Callable[[], Trajectory]) -> Trajectory:
-    """A trajectory with the spectrum of one that is trained once: its factor, as the snapshots of so many weights."""
+    """Load a trajectory, or train and save it; only its factor is kept, which has the same spectrum."""
     if not path.exists():
         save(path, factor=train().factor())
     return of_factor(read(path)["factor"])
 
 
 def of_factor(factor: np.ndarray) -> Trajectory:
-    """A trajectory with this factor."""
+    """Return a trajectory with this factor."""
     trajectory = Trajectory(len(factor), dtype=torch.float64)
     for column in factor.T:
         trajectory.append(column)

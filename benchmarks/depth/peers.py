@@ -1,4 +1,4 @@
-"""HSVR with predicted depth, and models whose parameters are searched for, on the same samples."""
+"""HSVR with predicted depth against models with searched parameters, on the same samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_koopman.demo.experiments.tables import show
 from lightning_koopman.demo.table1 import N_FINE, TABLE, Array, samples
 
 FOLDS = KFold(5, shuffle=True, random_state=0)
-GAMMAS = 10.0 ** np.arange(0, 5.5, 0.5)  # the functions' inputs are 2 wide, a photograph's 1
+GAMMAS = 10.0 ** np.arange(0, 5.5, 0.5)  # the inputs span 2 for the functions, 1 for the photographs
 PENALTIES, RIDGES = (1.0, 10.0, 100.0, 1000.0), (1e-8, 1e-6, 1e-4, 1e-2, 1.0)
 EPSILONS = (0.01, 0.03, 0.1)
 
@@ -39,7 +39,7 @@ def gaussian_process(n_inputs: int) -> BaseEstimator:
     return GaussianProcessRegressor(kernel, n_restarts_optimizer=2, random_state=0)
 
 
-# of targets whose range is 1
+# for targets scaled to a range of 1
 MODELS: dict[str, Callable[[int], BaseEstimator]] = {
     "HSVR, FFT": lambda _: HSVR(),
     "HSVR, taper": lambda _: HSVR(taper=True),
@@ -54,19 +54,19 @@ PHOTOGRAPHS = ("china.jpg, a line", "flower.jpg, a patch")
 CASES = [
     (problem, model)
     for problem, model in product((*(row.name for row in TABLE), *PHOTOGRAPHS), MODELS)
-    if not (problem in PHOTOGRAPHS and model == "HSVR, DMD")  # whose samples are not equidistant
+    if not (problem in PHOTOGRAPHS and model == "HSVR, DMD")  # DMD needs equidistant samples
 ]
 
 
 def data(problem: str) -> tuple[Array, Array, Array, Array]:
-    """Points and values to fit, and to score."""
+    """Return points and values to fit, then points and values to score."""
     if problem not in PHOTOGRAPHS:
         (row,) = (row for row in TABLE if row.name == problem)
         return *samples(row), *samples(row, N_FINE)
     from sklearn.datasets import load_sample_image
 
     brightness = load_sample_image(problem.partition(",")[0]).mean(axis=2)
-    if problem == PHOTOGRAPHS[0]:  # a line through the roofs
+    if problem == PHOTOGRAPHS[0]:  # one row of pixels, across the roofs
         values = brightness[200]
         points = np.linspace(0, 1, len(values))[:, None]
     else:  # 40 × 40 pixels of petals
@@ -82,12 +82,12 @@ def name_of(problem: str, model: str) -> str:
 
 
 def fit(problem: str, model: str, folder: Path, _: Progress) -> None:
-    """Fit one model, search included, and record its errors and its time."""
+    """Fit one model, including its search, and record its errors and time."""
     x, y, points, values = data(problem)
-    scale, shift = np.ptp(y), y.mean()  # searched models are given what HSVR finds out by itself
+    scale, shift = np.ptp(y), y.mean()  # the searched models need the scaling that HSVR infers itself
     started = time.perf_counter()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # parameters at the ends of their ranges
+        warnings.simplefilter("ignore")  # warnings of parameters at the ends of their ranges
         fitted = MODELS[model](x.shape[1]).fit(x, (y - shift) / scale)
     spent = time.perf_counter() - started
     missed = fitted.predict(points) - (values - shift) / scale
@@ -101,7 +101,7 @@ def fit(problem: str, model: str, folder: Path, _: Progress) -> None:
 
 
 def tasks(folder: Path) -> list[Task]:
-    """All fits."""
+    """Return all fits."""
     return [Task(name_of(*case), fit, (*case, folder)) for case in CASES]
 
 

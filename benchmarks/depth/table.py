@@ -1,4 +1,4 @@
-"""The paper's Table 1 in full, the error by depth, and the time of estimates and fits."""
+"""The paper's full Table 1, the error by depth, and the time of estimates and fits."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from lightning_koopman.demo.experiments.figures import BLUE, GREY, INK, ORANGE, 
 from lightning_koopman.demo.experiments.tables import show
 from lightning_koopman.demo.table1 import N_FINE, N_SAMPLES, TABLE, Row, largest_error, samples
 
-CLOSE = 0.05  # of the paper's figure
+CLOSE = 0.05  # relative difference from the paper's value
 FURTHER = 2  # layers beyond the predicted depth
 MANY = 10_000  # samples of the timed fits
 
 
 def print_table() -> None:
-    """Table 1 beside the paper's."""
+    """Print Table 1 beside the paper's."""
     started = time.perf_counter()
     rows = []
     for row in TABLE:
@@ -60,7 +60,7 @@ def print_table() -> None:
 
 
 def draw_depths(target: Path) -> Path:
-    """The error by depth, with the predicted depth marked: the phase transition."""
+    """Plot the error by depth and mark the predicted depth: the phase transition."""
     from matplotlib.ticker import MaxNLocator
 
     figure = blank(11, 8.6)
@@ -102,7 +102,7 @@ def draw_depths(target: Path) -> Path:
 
 
 def print_speed() -> None:
-    """Time of the estimates, and of a fit to many samples beside a plain loop over scikit-learn's SVR."""
+    """Print the time of the estimates, and of a fit to many samples beside a plain loop over scikit-learn's SVR."""
     print()
     header = (f"function, {MANY:,} samples", "layers", "loop over SVR, s", "error / ε", "HSVR, s", "error / ε")
     show(header, (_fit_row(row) for row in TABLE if row.fft_layers >= 5))
@@ -115,7 +115,7 @@ def print_speed() -> None:
 
 
 def _fit_row(row: Row) -> tuple[object, ...]:
-    """Both fits of a function."""
+    """Fit one function both ways and return the row."""
     x, y = samples(row, MANY)
     fine, values = samples(row, 2 * MANY - 1)
     epsilon = 0.01 * np.ptp(y)

@@ -1,4 +1,4 @@
-"""What is pruned, when, how much, and the callbacks that do so by each method."""
+"""What is pruned, when and how much, and the callbacks of each method."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from lightning_koopman.demo.experiments.training import Once, masked, random_sco
 from lightning_koopman.parameters.reinitialize import reinitialize, select_modules
 from lightning_koopman.pruning.optimizer_state import forget
 
-ALL = {"window": None, "rule": "paper", "prefix": "paper"}  # as the paper: all snapshots, and the one mode at 1
+ALL = {"window": None, "rule": "paper", "prefix": "paper"}  # as in the paper: all snapshots, and the one mode at 1
 STARTS, SEEDS = ("he", "xavier"), (0, 1, 2)
 POINTS, FURTHER, SPARSITIES = (50, 100), 30, (0.75, 0.9)
 LAST = POINTS[-1] + FURTHER
 CHANNEL_POINT = POINTS[0]
-# by the channels left of 16, 32 and 100: the share to remove, by layer; the first layer takes most of the time
+# channels left of 16, 32 and 100: share to remove by layer; the first layer takes most of the time
 LEFT = {
     "8, 16, 50": {"network.*.weight": 0.5},
     "4, 16, 50": {"network.0.weight": 0.75, "network.[37].weight": 0.5},
@@ -47,7 +47,7 @@ UNPRUNED, DENSE = "unpruned", "dense, drawn anew"
 
 @dataclass(frozen=True)
 class Run:
-    """One branch: a case, the epoch after which it is pruned, how, and how much."""
+    """One branch: a case, the epoch after which it is pruned, the method, and the amount."""
 
     case: Case
     point: int
@@ -75,7 +75,7 @@ def runs_of(case: Case) -> Iterator[Run]:
 
 
 def removed(shares: dict[str, float], drawn: torch.Generator | None = None) -> Once:
-    """Channels removed by other scores, with the same tool: Torch-Pruning's magnitude, or random numbers."""
+    """Remove channels with the same tool but other scores: Torch-Pruning's magnitude, or random numbers."""
     images = torch.zeros(1, 1, 28, 28)
 
     def act(trainer: pl.Trainer, pl_module: Any) -> None:
@@ -94,7 +94,7 @@ def removed(shares: dict[str, float], drawn: torch.Generator | None = None) -> O
 
 
 def reinitialized(scheme: str) -> Once:
-    """All weights reinitialized, none pruned."""
+    """Reinitialize all weights and prune none."""
 
     def act(trainer: pl.Trainer, pl_module: Any) -> None:
         reinitialize(list(select_modules(pl_module, None, scheme).values()), scheme, seed=0)
@@ -104,7 +104,7 @@ def reinitialized(scheme: str) -> Once:
 
 
 def lightning_pruning(sparsity: float, module: Training) -> list[Callback]:
-    """Lightning's own callback, at the same moment as the others."""
+    """Return Lightning's own callback, set to act when the others do."""
     layers = [(layer, "weight") for layer in module.network if isinstance(layer, (nn.Conv2d, nn.Linear))]
     options: dict[str, Any] = {"apply_pruning": False, "use_global_unstructured": True}
     pruning = ModelPruning("l1_unstructured", layers, amount=sparsity, **options)
@@ -112,7 +112,7 @@ def lightning_pruning(sparsity: float, module: Training) -> list[Callback]:
 
 
 def channel_pruners(left: str, epoch: int, folder: str | Path) -> list[Callback]:
-    """Pruners that remove channels, one for each group of layers."""
+    """Return pruners that remove channels, one for each group of layers."""
     return [
         KoopmanPruner(share, epoch=epoch, structured=True, parameters=layers, dirpath=folder, prefix=f"koopman{suffix}")
         for (layers, share), suffix in zip(LEFT[left].items(), ("", "/more"), strict=False)
@@ -120,7 +120,7 @@ def channel_pruners(left: str, epoch: int, folder: str | Path) -> list[Callback]
 
 
 def callbacks_of(run: Run, module: Training, folder: str) -> list[Callback]:
-    """The callbacks that carry a method out."""
+    """Return the callbacks of a method."""
     if isinstance(run.amount, float):
         return mask_callbacks(run, module, folder)
     if run.method == "koopman channels":

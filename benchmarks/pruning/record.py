@@ -1,4 +1,4 @@
-"""The trainings to be pruned, and those pruned."""
+"""The base trainings, and the branches pruned from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_koopman.demo.experiments.training import BATCH, Batches, Reached,
 
 
 class Scores(Callback):
-    """Loss and accuracy on the test data at the start and after each epoch; on the training data at start and end."""
+    """Loss and accuracy: on test data at the start and after each epoch, on training data at start and end."""
 
     def __init__(self, training: Part, test: Part) -> None:
         self.training, self.test = training, test
@@ -34,7 +34,7 @@ class Scores(Callback):
         self.total, self.count = torch.zeros(()), 0
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if not self.rows:  # by now all methods have acted
+        if not self.rows:  # all methods have acted by now
             self.rows.append(pl_module.score(self.test))
             self.ends.append(pl_module.score(self.training))
 
@@ -57,12 +57,12 @@ def batches(part: Part, seed: int) -> Batches:
 
 
 def train_base(case: Case, root: Path | None, folder: Path, reached: Progress) -> None:
-    """Train a case to the end without pruning, with a checkpoint and its snapshots at each point."""
+    """Train a case to the end without pruning, and save a checkpoint and the snapshots at each point."""
     training, _, test = data_of(case.problem, root)
     module, samples, scores, ckpt_path = Training(case), batches(training, case.seed), Scores(training, test), None
     for stop in (*POINTS, LAST):
         leg = folder / f"{case.name}-{stop}"
-        shutil.rmtree(leg, ignore_errors=True)  # of a run that was cut off
+        shutil.rmtree(leg, ignore_errors=True)  # left by an interrupted run
         never: dict[str, Any] = {"sparsity": 0.5, "settled_change": 1e-12, "dirpath": leg}
         callbacks = [KoopmanPruner(**never), KoopmanPruner(**never, **ALL), scores, Reached(reached)]
         if stop in POINTS:
@@ -75,7 +75,7 @@ def train_base(case: Case, root: Path | None, folder: Path, reached: Progress) -
 
 
 def train_branch(run: Run, root: Path | None, folder: Path, reached: Progress) -> None:
-    """Prune a case at a point and train it on."""
+    """Prune a case at a point and train it further."""
     training, _, test = data_of(run.case.problem, root)
     module, scores = Training(run.case), Scores(training, test)
     with tempfile.TemporaryDirectory() as scratch:
@@ -94,7 +94,7 @@ def train_branch(run: Run, root: Path | None, folder: Path, reached: Progress) -
 
 
 def tasks(cases: list[Case], root: Path | None, folder: Path) -> list[Task]:
-    """The trainings to be pruned first, then those pruned."""
+    """Return the base trainings, then the pruned branches."""
     found = [Task(case.name, train_base, (case, root, folder), LAST) for case in cases]
     runs = [run for case in cases for run in runs_of(case)]
     return found + [Task(run.name, train_branch, (run, root, folder), FURTHER, needs=run.case.name) for run in runs]

@@ -39,7 +39,7 @@ LINES = {
 
 
 class Record:
-    """One recorded branch, or the unpruned run seen as one."""
+    """One recorded branch, or the same epochs of the unpruned run."""
 
     def __init__(self, run: Run, folder: Path) -> None:
         self.run = run
@@ -57,7 +57,7 @@ class Record:
 
 
 def of(cases: Sequence[Case], folder: Path, point: int, method: str, amount: float | str) -> list[Record]:
-    """The records of one method, one a case."""
+    """Return the records of one method, one per case."""
     amount = 0.0 if method in (UNPRUNED, DENSE) else amount
     return [Record(Run(case, point, method, amount), folder) for case in cases]
 
@@ -75,7 +75,7 @@ def write(cases: Sequence[Case], folder: Path, target: Path) -> None:
 
 
 def print_tables(cases: Sequence[Case], folder: Path) -> None:
-    """Every method right after pruning and at the end, means over initializations and seeds."""
+    """Print each method right after pruning and at the end, means over initializations and seeds."""
     for point, sparsity in product(POINTS, SPARSITIES):
         print(f"\nPruned after epoch {point} to {sparsity:.0%}: right after | after {FURTHER} further epochs")
         reference = of(cases, folder, point, UNPRUNED, 0.0)
@@ -99,7 +99,7 @@ def print_tables(cases: Sequence[Case], folder: Path) -> None:
 
 
 def print_channels(cases: Sequence[Case], folder: Path) -> None:
-    """Removed channels: size, operations and points lost against the unpruned run."""
+    """Print the runs with removed channels: size, operations, accuracy and gain over the unpruned run."""
     print(f"\nChannels removed after epoch {CHANNEL_POINT}, accuracy on the test data")
     reference = of(cases, folder, CHANNEL_POINT, UNPRUNED, 0.0)
     table = [("16, 32, 100", UNPRUNED, "65,558", "1.136", *accuracies(reference), "")]
@@ -114,18 +114,18 @@ def print_channels(cases: Sequence[Case], folder: Path) -> None:
 
 
 def gain(found: Sequence[Record], reference: Sequence[Record]) -> str:
-    """Points of accuracy gained at the end over the reference."""
+    """Format the final gain in accuracy over the reference, in points."""
     value, error = mean_and_error([a.end[3] - b.end[3] for a, b in zip(found, reference, strict=True)])
     return f"{value:+.2f} ± {error:.2f}"
 
 
 def accuracies(found: Sequence[Record]) -> list[str]:
-    """Mean accuracies on the test data, right after and at the end."""
+    """Format the mean accuracies on the test data, right after pruning and at the end."""
     return [f"{np.mean([getattr(each, moment)[3] for each in found]):.2f}" for moment in ("after", "end")]
 
 
 def rows(cases: Sequence[Case], folder: Path) -> Iterator[tuple[Any, ...]]:
-    """All runs, one a row."""
+    """Yield all runs, one per row."""
     whole: list[tuple[int, float | str, str]]
     whole = [(point, sparsity, method) for point, sparsity in product(POINTS, SPARSITIES) for method in METHODS]
     whole += [(point, 0.0, method) for point, method in product(POINTS, (UNPRUNED, DENSE))]
@@ -136,7 +136,7 @@ def rows(cases: Sequence[Case], folder: Path) -> Iterator[tuple[Any, ...]]:
 
 
 def draw(cases: Sequence[Case], folder: Path, target: Path) -> list[Path]:
-    """The counterparts of the paper's Figures 3–6, at 75 %."""
+    """Draw the counterparts of the paper's Figures 3–6, at a sparsity of 75 %."""
     shown = {
         "pruning-algorithm-1.png": (UNPRUNED, "koopman, reconstruction", "magnitude", "random mask"),
         "pruning-algorithm-2.png": (UNPRUNED, "koopman, reinit", "random mask", DENSE),

@@ -1,4 +1,4 @@
-"""What pruning costs and gains in time: mask upkeep, and an epoch and inference before and after a removal."""
+"""Time that pruning costs and saves: keeping masks, and an epoch and inference before and after a removal."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lightning_koopman.demo.experiments.runner import silence
 from lightning_koopman.demo.experiments.tables import show
 from lightning_koopman.demo.experiments.training import BATCH, Batches, quiet_trainer
 
-BEFORE, AFTER = 8, 8  # epochs timed; the first after a removal is not
+BEFORE, AFTER = 8, 8  # epochs timed, without the first after a removal
 
 
 class Clock(Callback):
-    """Wall time of the epochs and of inference on the test data, by whether the network has been pruned."""
+    """Wall time of epochs and of inference on the test data, before and after pruning."""
 
     def __init__(self, test: Any, pruner: KoopmanPruner) -> None:
         self.test, self.pruner = test, pruner
@@ -44,7 +44,7 @@ class Clock(Callback):
 
 
 def run(root: Path | None, threads: int) -> None:
-    """Print the times, measured in one run each."""
+    """Print the times, each measured in one run."""
     silence()
     torch.set_num_threads(threads)
     print(f"\nTimes on {threads} threads, medians of {BEFORE} epochs before and {AFTER} after")

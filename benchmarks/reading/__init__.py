@@ -1,1 +1,1 @@
-"""What the reading says of trainings, beside what then happened."""
+"""The reading of trainings against what happened next."""

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
     options = parser.parse_args()
     chosen = [each for each in SETTINGS if each.problem in options.problems]
-    known = table(seed=1, count=options.synthetic)  # thresholds were set on seed 0
+    known = table(seed=1, count=options.synthetic)  # thresholds were chosen on seed 0
     print(known, flush=True)
     run_all(missing(tasks(chosen, options.data_root, options.output), options.output), options.jobs)
     text = report(options.output, options.figure or options.output / "phases.png")

@@ -17,13 +17,13 @@ from benchmarks.training import Case, Part, Training, data_of
 from lightning_koopman.demo.experiments.training import BATCH
 
 PROBLEMS = ("digits", "friedman", "mnist", "augmented", "resnet", "transformer")
-N_TRAIN, N_SCORED = 3000, 1500  # samples an epoch; samples that a loss is measured on
-CONTEXT, WIDTH, ROUND = 64, 64, 100  # of the transformer: tokens, features, steps between two snapshots
+N_TRAIN, N_SCORED = 3000, 1500  # samples per epoch; samples to measure a loss on
+CONTEXT, WIDTH, ROUND = 64, 64, 100  # transformer: tokens, features, steps per snapshot
 RATES = {"adam": (3e-4, 1e-3, 1e-2), "adamw": (3e-4, 1e-3, 5e-3), "sgd": (0.01, 0.05, 0.5)}
 KNOWN, UNSEEN = 0, 1  # seeds
 
 
-# losses of networks that ignore their input: entropies of the classes, variance, entropy of single characters
+# losses of networks that ignore their input: entropy of the classes, variance, entropy of single characters
 BASELINES = {"digits": 2.303, "friedman": 1.0, "mnist": 2.301, "augmented": 2.301, "resnet": 2.301, "transformer": 3.25}
 
 
@@ -46,7 +46,7 @@ class Setting:
         return BASELINES[self.problem]
 
     def learned(self, loss: float) -> bool:
-        """Whether a loss is below half of the baseline loss, for characters of text below two thirds."""
+        """Whether a loss is below half of the baseline loss (two thirds for the transformer)."""
         return loss < (2 / 3 if self.problem == "transformer" else 0.5) * self.baseline
 
     @property
@@ -55,7 +55,7 @@ class Setting:
 
 
 def settings(problem: str, seed: int) -> list[Setting]:
-    """The trainings on one problem: constant rates of three sizes, and two schedules."""
+    """Return the trainings on one problem: three constant rates and two schedules."""
     kinds = ("adamw" if problem in ("resnet", "transformer") else "adam", "sgd")
     found = [Setting(problem, kind, "constant", rate, seed) for kind in kinds for rate in RATES[kind]]
     return found + [
@@ -67,7 +67,7 @@ SETTINGS = [each for seed, problem in product((KNOWN, UNSEEN), PROBLEMS) for eac
 
 
 def factor(setting: Setting, epoch: int) -> float:
-    """The learning rate of an epoch, from 0, relative to the first."""
+    """Return the learning rate of an epoch (from 0) relative to the first."""
     if setting.schedule == "cosine":
         return 0.5 * (1 + math.cos(math.pi * epoch / setting.epochs))
     return 0.1 ** (epoch * 2 // setting.epochs) if setting.schedule == "step" else 1.0
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A character model of two layers."""
+    """A two-layer character model."""
 
     def __init__(self, characters: int) -> None:
         super().__init__()
@@ -112,13 +112,13 @@ class Transformer(nn.Module):
 
 
 def scored(setting: Setting) -> int:
-    """Samples of the training data that a loss is measured on."""
+    """Return the number of training samples to measure a loss on."""
     return 200 if setting.problem == "transformer" else N_SCORED
 
 
 @cache
 def text() -> tuple[Tensor, int]:
-    """Characters of the standard library's sources, and how many different ones there are."""
+    """Return the characters of the standard library's sources, and the size of the vocabulary."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     letters = "".join(path.read_text(encoding="utf-8", errors="ignore") for path in files)[:4_000_000]
     codes = torch.tensor([min(ord(letter), 127) for letter in letters])
@@ -126,7 +126,7 @@ def text() -> tuple[Tensor, int]:
 
 
 def parts_of(problem: str, root: Path | None, *, n_scored: int = N_SCORED) -> tuple[Part, Part, Part]:
-    """Inputs and targets: training, validation, test."""
+    """Return inputs and targets for training, validation and test."""
     if problem != "transformer":
         train, validation, test = data_of({"augmented": "mnist", "resnet": "mnist"}.get(problem, problem), root)
         return tuple(
@@ -141,7 +141,7 @@ def parts_of(problem: str, root: Path | None, *, n_scored: int = N_SCORED) -> tu
 
 
 def network_of(setting: Setting) -> nn.Module:
-    """A network, drawn by the seed."""
+    """Return a network initialized with the setting's seed."""
     torch.manual_seed(setting.seed)
     if setting.problem == "transformer":
         return Transformer(text()[1])
@@ -154,7 +154,7 @@ def network_of(setting: Setting) -> nn.Module:
 
 
 def optimizer_of(setting: Setting, network: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer; SGD has momentum on the tables of numbers."""
+    """Return the optimizer; SGD has momentum on digits and friedman only."""
     if setting.optimizer == "sgd":
         momentum = 0.9 if setting.problem in ("digits", "friedman") else 0.0
         rate = setting.rate * (1 - momentum) * (1 if setting.problem != "transformer" else 4)
@@ -164,7 +164,7 @@ def optimizer_of(setting: Setting, network: nn.Module) -> torch.optim.Optimizer:
 
 
 def loss_of(setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
-    """The loss of each sample, (batch,)."""
+    """Return a function that computes the loss of each sample, (batch,)."""
     if setting.problem == "friedman":
         return lambda outputs, targets: ((outputs - targets) ** 2).mean(1)
     if setting.problem == "transformer":
@@ -173,7 +173,7 @@ def loss_of(setting: Setting) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def turned(images: Tensor, drawn: torch.Generator) -> Tensor:
-    """Images turned, scaled and shifted at random."""
+    """Rotate, scale and shift images at random."""
     count = len(images)
     angle = (torch.rand(count, generator=drawn) - 0.5) * 1.2
     size = 1 + (torch.rand(count, generator=drawn) - 0.5) * 0.6
@@ -186,7 +186,7 @@ def turned(images: Tensor, drawn: torch.Generator) -> Tensor:
 
 
 def batches(setting: Setting, part: Part, drawn: torch.Generator) -> Iterator[Part]:
-    """The batches of one round."""
+    """Yield the batches of one epoch (for the transformer, of the steps between two snapshots)."""
     size = 32 if setting.problem == "transformer" else BATCH
     order = torch.randperm(len(part[0]), generator=drawn)
     if setting.problem == "transformer":

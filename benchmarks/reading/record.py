@@ -1,4 +1,4 @@
-"""Trains, and records what a reading is computed from and what came of the training."""
+"""Train, and record the inputs of a reading and how the training went on."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from lightning_koopman import Trajectory
 from lightning_koopman.demo.experiments.cache import save
 from lightning_koopman.demo.experiments.runner import Progress, Task
 
-AHEAD, AVERAGED = 10, 5  # epochs until what then happened; snapshots in an average of the weights
-BRANCHES = (0.15, 0.35, 0.55, 0.75, 0.95)  # of a training with a falling rate: where it goes on at the rate it has
+AHEAD, AVERAGED = 10, 5  # epochs from a reading to its label; snapshots in an average of the weights
+BRANCHES = (0.15, 0.35, 0.55, 0.75, 0.95)  # of a training with a falling rate: where a branch keeps its rate
 COSTS = {"digits": 0.15, "friedman": 0.15, "mnist": 1.0, "augmented": 1.2, "resnet": 2.0, "transformer": 2.0}
 
 
 class Learner:
-    """A network in training, with the average of its last weights."""
+    """A network in training, with its newest weights to average."""
 
     def __init__(self, setting: Setting, parts: tuple[Part, Part, Part]) -> None:
         self.setting, self.parts = setting, parts
@@ -37,7 +37,7 @@ class Learner:
         self.newest: deque[Tensor] = deque(maxlen=AVERAGED)
 
     def branch(self) -> Learner:
-        """A copy that goes on by itself."""
+        """Return an independent copy that trains on its own."""
         other = copy.copy(self)
         other.network, other.optimizer = copy.deepcopy((self.network, self.optimizer))
         other.optimizer.param_groups[0]["params"] = list(other.network.parameters())
@@ -57,7 +57,7 @@ class Learner:
             group["lr"] = factor * rate
 
     def epoch(self, stepped: Callable[[], None] = lambda: None) -> tuple[float, float]:
-        """One epoch, with a call after each step; returns the means of the loss and of the gradient's norm."""
+        """Train one epoch with a call after each step; return the means of the loss and of the gradient's norm."""
         self.network.train()
         losses, norms = [], []
         for inputs, targets in problems.batches(self.setting, self.parts[0], self.drawn):
@@ -75,7 +75,7 @@ class Learner:
 
     @torch.no_grad()
     def scores(self, weights: Tensor | None = None) -> list[Tensor]:
-        """Losses (samples,) on training, validation and test data; other weights get batch statistics of their own."""
+        """Return losses (samples,) on training, validation and test data; ``weights`` get new batch statistics."""
         network = copy.deepcopy(self.network)
         if weights is not None:
             vector_to_parameters(weights, network.parameters())
@@ -106,7 +106,7 @@ class Learner:
 
 
 def fall(before: list[Tensor], after: list[Tensor]) -> list[float]:
-    """Change of the average's loss and its standard error: on training data, then on test data."""
+    """Return the change of the average's loss and its standard error, on training data, then on test data."""
     found = []
     for index in (0, 2):
         change = after[index] - before[index]
@@ -115,7 +115,7 @@ def fall(before: list[Tensor], after: list[Tensor]) -> list[float]:
 
 
 def train(setting: Setting, root: Path | None, folder: Path, reached: Progress) -> None:
-    """Train once and save."""
+    """Train once and save the records."""
     learner = Learner(setting, problems.parts_of(setting.problem, root))
     trajectory = Trajectory(learner.weights().numel())
     trajectory.append(learner.weights())
@@ -151,5 +151,5 @@ def train(setting: Setting, root: Path | None, folder: Path, reached: Progress) 
 
 
 def tasks(chosen: list[Setting], root: Path | None, folder: Path) -> list[Task]:
-    """All trainings, those of seeds that thresholds are set on first."""
+    """Return one task for each chosen training, in the given order."""
     return [Task(each.name, train, (each, root, folder), each.epochs, COSTS[each.problem]) for each in chosen]

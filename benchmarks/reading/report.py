@@ -1,4 +1,4 @@
-"""What the readings said, beside what then happened and beside what simpler rules say."""
+"""The readings against what happened next and against simpler rules."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from lightning_koopman.reading.reading import TrainingReading, read_gram
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.trend import HORIZON, loss_trend
 
-MATERIAL = 1.5e-3  # of the baseline: a fall that counts, as for the stop
-FIRST = 6  # epoch from which a reading is asked for more than patience
-SEEN = 12  # losses that the rules look at
-GOES_ON = (Phase.DESCENDING, Phase.WARMING_UP)  # where the advice is to train on
+MATERIAL = 1.5e-3  # of the baseline loss: a fall that counts, as for the stop
+FIRST = 6  # first epoch at which readings are scored
+SEEN = 12  # number of losses that the rules use
+GOES_ON = (Phase.DESCENDING, Phase.WARMING_UP)  # phases whose advice is to keep training
 LABELS = ("training data", "test data")
 SCALARS = ("step_correlation", "spectral_weight", "slowing", "loss_change")
 Bools = npt.NDArray[np.bool_]
@@ -49,7 +49,7 @@ class Run:
 
     @cached_property
     def readings(self) -> list[TrainingReading]:
-        """After each epoch."""
+        """The reading after each epoch."""
         gram, losses = self.arrays["gram"][1:, 1:], self.arrays["rows"][:, 0]
         found: list[TrainingReading] = []
         for epoch in range(1, self.epochs + 1):
@@ -59,7 +59,7 @@ class Run:
         return found
 
     def fell(self, label: int) -> dict[int, bool]:
-        """For each epoch whose future is known: whether the average's loss then fell by more than its noise."""
+        """Return, for each epoch with a known future, whether the average's loss then fell by more than its noise."""
         changes = self.arrays["falls"][:, 2 * label : 2 * label + 2]
         known = {epoch: change for epoch, change in enumerate(changes) if epoch >= FIRST and np.isfinite(change[0])}
         return {
@@ -68,13 +68,13 @@ class Run:
         }
 
     def slope(self, column: int, epoch: int) -> float:
-        """Predicted change over the horizon by the slope of the newest values."""
+        """Predict the change over the horizon from the slope of the newest values."""
         values = self.arrays["rows"][max(0, epoch - SEEN) : epoch, column]
         scale = self.setting.baseline if column != 1 else float(values.mean()) or 1.0
         return float(np.polyfit(np.arange(values.size), values, 1)[0]) * HORIZON / scale
 
     def forecast(self, epoch: int) -> float:
-        """Predicted change of the training loss by the library's own forecast, without the weights."""
+        """Predict the change of the training loss by the library's own forecast, without the weights."""
         return loss_trend(self.arrays["rows"][:epoch, 0]).change / self.setting.baseline
 
 
@@ -87,29 +87,29 @@ RULES: dict[str, Callable[[Run, int], float]] = {
 
 
 def load(folder: Path, seed: int) -> list[Run]:
-    """The recorded runs of a seed, but those that ended with NaN before a reading could be taken."""
+    """Load the recorded runs of a seed, except those that ended with NaN before the first scored reading."""
     chosen = [each for each in SETTINGS if each.seed == seed and (folder / f"{each.name}.npz").exists()]
     runs = [Run(each, read(folder / f"{each.name}.npz")) for each in chosen]
     return [run for run in runs if run.epochs > FIRST]
 
 
 def balanced(said: Bools, fell: Bools) -> float:
-    """Mean of the shares that are right among those that fell and those that did not."""
+    """Return the balanced accuracy: mean share of right answers where the loss fell and where it did not."""
     return float(np.mean([np.mean(said[fell == each] == each) for each in (True, False) if (fell == each).any()]))
 
 
 def pairs(runs: Iterable[Run], label: int) -> list[tuple[Run, int, bool]]:
-    """All epochs whose future is known."""
+    """Return all epochs whose future is known."""
     return [(run, epoch, fell) for run in runs for epoch, fell in run.fell(label).items()]
 
 
 def goes_on(run: Run, epoch: int) -> bool:
-    """Whether the reading says that it does."""
+    """Whether the reading says to keep training."""
     return run.readings[epoch - 1].phase in GOES_ON
 
 
 def rules(known: list[Run], unseen: list[Run], label: int) -> Iterator[list[str]]:
-    """Rows: what the reading and each rule get right on unseen seeds, thresholds set on the known ones."""
+    """Rows: accuracy of the reading and of each rule on the unseen seed, thresholds chosen on the known one."""
     fell = np.array([each for *_, each in pairs(unseen, label)])
     said = np.array([goes_on(run, epoch) for run, epoch, _ in pairs(unseen, label)])
     yield ["**the phase**", f"**{balanced(said, fell):.1%}**", f"{np.mean(said == fell):.1%}"]
@@ -123,7 +123,7 @@ def rules(known: list[Run], unseen: list[Run], label: int) -> Iterator[list[str]
 
 
 def confusion(runs: list[Run], label: int) -> Iterator[list[Any]]:
-    """Rows: each phase, how often the average's loss fell afterwards and how often not."""
+    """Rows: for each phase, how often the average's loss fell afterwards and how often not."""
     counts = Counter((run.readings[epoch - 1].phase, fell) for run, epoch, fell in pairs(runs, label))
     for phase in Phase:
         if counts[phase, True] or counts[phase, False]:
@@ -131,7 +131,7 @@ def confusion(runs: list[Run], label: int) -> Iterator[list[Any]]:
 
 
 def by_problem(runs: list[Run]) -> Iterator[list[str]]:
-    """Rows: what the phase gets right on each problem."""
+    """Rows: accuracy of the phase on each problem."""
     for problem in PROBLEMS:
         row = [problem]
         for label in range(2):
@@ -143,7 +143,7 @@ def by_problem(runs: list[Run]) -> Iterator[list[str]]:
 
 
 def changes(run: Run) -> int:
-    """How often the phase changes, apart from the ten epochs after the learning rate fell by a step."""
+    """Count the phase changes, except in the ten epochs after a step of the learning rate."""
     phases = [reading.phase for reading in run.readings]
     rates = [factor(run.setting, epoch) for epoch in range(run.epochs)]
     steps = [epoch for epoch, (a, b) in enumerate(pairwise(rates), 1) if b < 0.5 * a]
@@ -154,7 +154,7 @@ def changes(run: Run) -> int:
 
 
 def unit_fractions(run: Run) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Share of the importance near 1, epoch by epoch: of all snapshots, and of the newest eleven."""
+    """Return the share of the importance near 1 after each epoch: of all snapshots, and of the newest eleven."""
     gram, found = run.arrays["gram"], []
     for epoch in range(3, run.epochs + 1):
         held = gram[: epoch + 1, : epoch + 1]
@@ -166,7 +166,7 @@ def unit_fractions(run: Run) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.fl
 
 
 def steadiness(values: npt.NDArray[np.float64]) -> tuple[float, float]:
-    """Noise from epoch to epoch, and the spread of the trend, of a scalar."""
+    """Return a scalar's noise from epoch to epoch, and the spread of its trend."""
     finite = values[np.isfinite(values)]
     if finite.size < 5:
         return np.nan, np.nan
@@ -176,7 +176,7 @@ def steadiness(values: npt.NDArray[np.float64]) -> tuple[float, float]:
 
 
 def stability(runs: list[Run]) -> Iterator[list[str]]:
-    """Rows: each scalar's noise against its trend, medians over the trainings."""
+    """Rows: noise and trend of each scalar, medians over the trainings."""
     series = {name: [np.array([getattr(r, name) for r in run.readings]) for run in runs] for name in SCALARS}
     whole, window = zip(*(unit_fractions(run) for run in runs), strict=True)
     series |= {"unit fraction, newest 11 snapshots": list(window), "unit fraction, all snapshots": list(whole)}
@@ -187,7 +187,7 @@ def stability(runs: list[Run]) -> Iterator[list[str]]:
 
 
 def walk_like(run: Run, random: np.random.Generator, *, equal: bool) -> Run:
-    """A random walk from the same start with the same step lengths, or with equal ones of the same mean square."""
+    """Return a random walk from the same start, with the same step lengths or equal ones of the same mean square."""
     gram = run.arrays["gram"]
     lengths = np.sqrt(np.diag(gram))
     if equal:
@@ -217,7 +217,7 @@ def convergence(runs: list[Run]) -> Iterator[list[str]]:
 
 
 def coverage(runs: list[Run]) -> tuple[float, int]:
-    """Share of the loss changes over the horizon that lay in the predicted range, and their number."""
+    """Return the share of loss changes over the horizon within the predicted range, and their number."""
     inside = []
     for run in runs:
         losses, constant = run.arrays["rows"][:, 0], run.setting.schedule == "constant"
@@ -228,7 +228,7 @@ def coverage(runs: list[Run]) -> tuple[float, int]:
 
 
 def draw(runs: list[Run], path: Path) -> Path:
-    """Phases of all runs, a strip each, with a mark where the average's loss fell in the ten epochs after."""
+    """Draw the phases of each run as a strip, marked where the average's loss fell in the next ten epochs."""
     from matplotlib.patches import Patch, Rectangle
 
     figure = blank(11, 7.2)
@@ -256,7 +256,7 @@ def draw(runs: list[Run], path: Path) -> Path:
 
 
 def report(folder: Path, figure: Path) -> str:
-    """All tables, in Markdown; thresholds are set on the known seed, what is shown is of the other one."""
+    """Return all tables in Markdown: thresholds are chosen on the known seed, results are of the other."""
     known, unseen = load(folder, KNOWN), load(folder, UNSEEN)
     lines = [f"{len(unseen)} trainings with a seed that no threshold was set on, {len(known)} with the other.", ""]
     for label, name in enumerate(LABELS):

@@ -1,4 +1,4 @@
-"""Trajectories whose phase is known, as Gram matrices of their steps: parts in orthogonal subspaces add up."""
+"""Trajectories of known phase, as Gram matrices of their steps (a sum over parts in orthogonal subspaces)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASELINE = 1.0
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Positions (r, time) of the orthogonal parts, the losses (time,), and the phases that are right."""
+    """Positions (r, time) of the orthogonal parts, the losses (time,), and the correct phases."""
 
     parts: list[Array]
     losses: Array
@@ -34,7 +34,7 @@ class Synthetic:
 
 
 class Draw:
-    """What all kinds draw: the dimension, the snapshots, the level of the loss and its noise."""
+    """Random values that all kinds share: dimension, number of snapshots, level of the loss and its noise."""
 
     def __init__(self, random: Random, least: int = 12, most: int = 100) -> None:
         self.random = random
@@ -44,19 +44,19 @@ class Draw:
         self.scatter = random.standard_normal(self.time)
 
     def flat(self, noise: float = 1.0) -> Array:
-        """A loss that stands still."""
+        """Return a loss that is constant up to noise."""
         return self.level * (1 + noise * self.noise * self.scatter)
 
     def directions(self, count: int | None = None) -> Array:
-        """Independent directions of unit length on average, a column a snapshot."""
+        """Return independent directions of unit mean square length, one column per snapshot."""
         return wishart_root(self.random, self.n, count or self.time) / np.sqrt(self.n)
 
     def walk(self, lengths: float | Array = 1.0) -> Array:
-        """A random walk."""
+        """Return the positions of a random walk."""
         return np.cumsum(self.directions() * lengths, axis=1)
 
     def about(self, memory: float) -> Array:
-        """Positions about a point (Ornstein–Uhlenbeck), a root mean square of 1 from it."""
+        """Return positions around a point (Ornstein–Uhlenbeck) at a root mean square distance of 1."""
         drawn, found = self.directions(), np.empty((min(self.n, self.time), self.time))
         found[:, 0] = drawn[:, 0]
         for t in range(1, self.time):
@@ -65,20 +65,20 @@ class Draw:
 
 
 def drift(random: Random) -> Synthetic:
-    """A steady drift under noise while the loss stands still."""
+    """Return a steady drift under noise at a constant loss."""
     d = Draw(random)
     return Synthetic([d.walk(10 ** -random.uniform(-0.5, 1)), d.t[None]], d.flat(0.1), ("drifting",))
 
 
 def descent(random: Random) -> Synthetic:
-    """The same while the loss falls."""
+    """Return a steady drift under noise with a falling loss."""
     d = Draw(random)
     losses = d.flat() + random.uniform(0.5, 2) * d.level * (1 - d.t / d.time)
     return Synthetic([d.walk(10 ** -random.uniform(-0.5, 1)), d.t[None]], losses, ("descending",))
 
 
 def decay(random: Random) -> Synthetic:
-    """One to three geometric decays to a point; descending early, settled late; drawn again in between."""
+    """Return one to three geometric decays to a point: descending early or settled late, redrawn if in between."""
     while True:
         d, count = Draw(random), int(random.integers(1, 4))
         rates, sizes = random.uniform(0.6, 0.97, count), random.uniform(0.3, 1, count)
@@ -89,18 +89,18 @@ def decay(random: Random) -> Synthetic:
         if 0.5 * (square - later) > 5e-3:
             return Synthetic(parts, losses, ("descending",))
         if 0.5 * (square - later) < 4e-4 and square < 0.03**2:
-            floor = ("hovering",) if square < (3 * noise) ** 2 else ()  # of the size of the noise itself
+            floor = ("hovering",) if square < (3 * noise) ** 2 else ()  # within the noise
             return Synthetic(parts, losses, ("settled", *floor))
 
 
 def walk(random: Random) -> Synthetic:
-    """A random walk."""
+    """Return a random walk."""
     d = Draw(random)
     return Synthetic([d.walk()], d.flat(), ("unknown",))
 
 
 def walk_of_changing_lengths(random: Random) -> Synthetic:
-    """A random walk whose steps change their length, as by a schedule or at random."""
+    """Return a random walk whose step lengths change, as by a schedule or at random."""
     d = Draw(random)
     cosine = (1 + 0.95 * np.cos(np.pi * d.t / d.time)) / 2 + 0.01
     lengths = cosine if random.random() < 0.5 else np.exp(random.normal(0, 0.7, d.time))
@@ -108,7 +108,7 @@ def walk_of_changing_lengths(random: Random) -> Synthetic:
 
 
 def momentum(random: Random) -> Synthetic:
-    """A random walk whose noise momentum of 0.9 carries over 8 steps a snapshot."""
+    """Return a random walk with momentum 0.9 and 8 steps per snapshot."""
     d, each = Draw(random, most=50), 8
     drawn = d.directions(d.time * each)
     velocity = np.zeros_like(drawn)
@@ -118,13 +118,13 @@ def momentum(random: Random) -> Synthetic:
 
 
 def hovering(random: Random) -> Synthetic:
-    """Noise about a point."""
+    """Return noise around a point."""
     d = Draw(random)
     return Synthetic([d.about(random.uniform(0, 0.85))], d.flat(), ("hovering",))
 
 
 def hovering_after_descent(random: Random) -> Synthetic:
-    """Noise about a point that was reached from 3 to 30 times as far."""
+    """Return noise around a point, after an approach from 3 to 30 times its size."""
     d = Draw(random, least=45)
     fall = 0.7**d.t
     parts = [d.about(random.uniform(0, 0.85)), 10 ** random.uniform(0.5, 1.5) * fall[None]]
@@ -132,20 +132,20 @@ def hovering_after_descent(random: Random) -> Synthetic:
 
 
 def hovering_with_drift(random: Random) -> Synthetic:
-    """Noise about a point that moves too slowly to matter."""
+    """Return noise around a point that moves too slowly to matter."""
     d = Draw(random)
     return Synthetic([d.about(random.uniform(0, 0.6)), random.uniform(0, 0.01) * d.t[None]], d.flat(), ("hovering",))
 
 
 def descent_under_noise(random: Random) -> Synthetic:
-    """Noise about a point that moves on, while the loss falls."""
+    """Return noise around a moving point with a falling loss."""
     d = Draw(random, least=20)
     losses = d.flat(0.3) + 2 * d.level * (1 - d.t / d.time)
     return Synthetic([d.about(random.uniform(0, 0.6)), random.uniform(0.4, 1) * d.t[None]], losses, ("descending",))
 
 
 def oscillation(random: Random) -> Synthetic:
-    """A rotation, or steps to and fro, under noise."""
+    """Return a rotation, or steps back and forth, under noise."""
     d = Draw(random)
     period = 2.0 if random.random() < 0.3 else random.uniform(2, min(8, d.time / 2))
     turns = 2 * np.pi * d.t / period
@@ -154,7 +154,7 @@ def oscillation(random: Random) -> Synthetic:
 
 
 def saddle(random: Random) -> Synthetic:
-    """A small part that grows while the loss hardly moves: anything but settled or hovering."""
+    """Return a small growing part at an almost constant loss: drifting or descending."""
     d = Draw(random)
     grown = random.uniform(1.05, 1.3) ** (d.t - d.time + 1)
     parts = [0.3 * grown[None], 10 ** random.uniform(-3, -1.5) * d.about(0.5)]
@@ -162,7 +162,7 @@ def saddle(random: Random) -> Synthetic:
 
 
 def explosion(random: Random) -> Synthetic:
-    """Steps and loss that grow."""
+    """Return growing steps and a growing loss."""
     d = Draw(random)
     grown = random.uniform(1.15, 1.6) ** (d.t - d.time + 1)
     parts = [10 * grown[None], 10 * grown * d.directions() * random.uniform(0, 1)]
@@ -170,7 +170,7 @@ def explosion(random: Random) -> Synthetic:
 
 
 def descent_of_changing_lengths(random: Random) -> Synthetic:
-    """A descent whose steps shrink to a third, as by a schedule."""
+    """Return a descent whose steps shrink to a third, as by a schedule."""
     d = Draw(random)
     lengths = 0.65 + 0.35 * np.cos(np.pi * d.t / d.time)
     came = np.cumsum(lengths)
@@ -197,7 +197,7 @@ KINDS: list[Callable[[Random], Synthetic]] = [
 
 
 def table(seed: int, count: int) -> str:
-    """Phases of so many trajectories of each kind, in Markdown."""
+    """Return the phases found for ``count`` trajectories of each kind, in Markdown."""
     random = np.random.default_rng(seed)
     lines = ["| trajectory | right | found |", "| --- | --- | --- |"]
     right, settled, unsettled = 0, 0, 0

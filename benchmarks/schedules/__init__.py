@@ -1,1 +1,1 @@
-"""Learning rates that fall by themselves, beside schedules with a known end and other rules."""
+"""Automatic reductions of the learning rate against schedules with a known end and other rules."""

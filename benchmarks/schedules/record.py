@@ -1,4 +1,4 @@
-"""Trains with each way to set the learning rate, in Lightning's Trainer, with what a user would give it."""
+"""Train with each way to set the learning rate, in Lightning's Trainer as a user would set it up."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from lightning_koopman.demo.experiments.cache import save
 from lightning_koopman.demo.experiments.runner import Progress, Task
 from lightning_koopman.demo.experiments.training import Reached, quiet_trainer
 
-SEEDS = 4, 5  # that nothing was chosen on; rules and rates were on seed 0
-CEILINGS = {"friedman": 160, "digits": 160, "augmented": 120, "resnet": 60, "transformer": 36}  # epochs at most
-# the constant rates with the best averages on the known seed, less those of digits, which are a guess
+SEEDS = 4, 5  # used for no choice; rules and rates were chosen on seed 0
+CEILINGS = {"friedman": 160, "digits": 160, "augmented": 120, "resnet": 60, "transformer": 36}  # most epochs
+# the constant rates with the best averages on the known seed, except for digits (a guess)
 TUNED = {
     ("friedman", "adam"): 0.01, ("friedman", "sgd"): 0.45, ("digits", "adam"): 0.003, ("resnet", "adamw"): 0.0025,
     ("augmented", "sgd"): 0.15, ("transformer", "adamw"): 0.0075,
 }  # fmt: skip
-TIMES = 1 / 3, 1, 3  # the tuned rate
+TIMES = 1 / 3, 1, 3  # multiples of the tuned rate
 SHARES = {"quarter": 0.25, "half": 0.5, "whole": 1.0}  # of the ceiling: horizons of schedules that need one
 CONSTANT, AVERAGE, AUTOPILOT, PLATEAU = "constant", "average", "autopilot", "plateau"
 METHODS = (
@@ -41,11 +41,11 @@ METHODS = (
     *(f"onecycle {share}" for share in SHARES), "schedulefree", "swa",
 )  # fmt: skip
 SHOWN = 20  # validations in a training
-FACTOR, PATIENCE, MORE = 0.3, 4, 15  # of ReduceLROnPlateau, and the patience of EarlyStopping
+FACTOR, PATIENCE, MORE = 0.3, 4, 15  # factor and patience of ReduceLROnPlateau, patience of EarlyStopping
 
 
 class Rounds:
-    """Batches of the epochs, drawn by the seed."""
+    """Batches of each epoch, shuffled by the setting's seed."""
 
     def __init__(self, setting: Setting, part: Part) -> None:
         self.setting, self.part, self.drawn = setting, part, torch.Generator().manual_seed(setting.seed + 100)
@@ -59,24 +59,24 @@ class Rounds:
 
 
 class Training(pl.LightningModule):
-    """A network of a problem, whose validation keeps what is reported.
+    """A problem's network, whose validation records the reported scores.
 
     Args:
         setting: The training; its schedule is the method.
-        judge: What judges weights.
-        horizon: Epochs that a schedule is planned for.
-        batches: Batches of an epoch.
+        judge: Computes the scores of weights.
+        horizon: Number of epochs that a schedule is planned for.
+        batches: Number of batches in an epoch.
     """
 
     def __init__(self, setting: Setting, judge: Judge, horizon: int, batches: int) -> None:
         super().__init__()
         self.network, self.loss = problems.network_of(setting), problems.loss_of(setting)
         self.setting, self.judge, self.horizon, self.batches = setting, judge, horizon, batches
-        self.rows: list[list[float]] = []  # epoch, rate, training loss, and the judge's four numbers
+        self.rows: list[list[float]] = []  # epoch, rate, training loss, and the judge's four scores
 
     @property
     def free(self) -> bool:
-        """Whether the optimizer has weights of its own for evaluation."""
+        """Whether the optimizer keeps separate weights for evaluation."""
         return self.setting.schedule == "schedulefree"
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -98,7 +98,7 @@ class Training(pl.LightningModule):
         self.log("val_loss", found[0])
 
     def found(self) -> list[float]:
-        """The judge's four numbers of the present weights; those of an optimizer's own get statistics of their own."""
+        """Return the judge's four scores of the weights; batch statistics are recomputed for schedule-free weights."""
         if self.free:
             return self.judge.of(parameters_to_vector(self.network.parameters()).detach().clone())
         return self.judge.of_network(self.network)
@@ -121,7 +121,7 @@ class Training(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": planned, "interval": "step"}}
 
     def _free(self) -> torch.optim.Optimizer:
-        """The schedule-free kind of the setting's optimizer."""
+        """Return the schedule-free version of the setting's optimizer."""
         if self.setting.optimizer == "sgd":
             return schedulefree.SGDScheduleFree(self.network.parameters(), lr=self.setting.rate)
         decay = 0.01 if self.setting.optimizer == "adamw" else 0.0
@@ -129,13 +129,13 @@ class Training(pl.LightningModule):
 
 
 def horizon_of(setting: Setting) -> int:
-    """Epochs that a training may take."""
+    """Return the number of epochs that a training may take."""
     share = SHARES.get(setting.schedule.partition(" ")[2], 1.0)
     return round(share * CEILINGS[setting.problem])
 
 
 def callbacks_of(setting: Setting, folder: str) -> list[Callback]:
-    """What each method adds to the Trainer."""
+    """Return the callbacks that a method adds to the Trainer."""
     if setting.schedule in (AUTOPILOT, AVERAGE):
         whole = koopman_autopilot(dirpath=folder)
         falls = setting.schedule == AUTOPILOT
@@ -150,7 +150,7 @@ def _lr(setting: Setting) -> float:
 
 
 def train(setting: Setting, root: Path | None, folder: Path, reached: Progress) -> None:
-    """Train once and save: the rows of the validations, the final numbers, the epochs, and where the rate fell."""
+    """Train once and save the validation rows, the final scores, the epochs, and where the rate fell."""
     parts = problems.parts_of(setting.problem, root, n_scored=N_TEST)
     judge, horizon, batches = Judge(setting, parts), horizon_of(setting), Rounds(setting, parts[0])
     module = Training(setting, judge, horizon, len(batches))
@@ -175,7 +175,7 @@ def train(setting: Setting, root: Path | None, folder: Path, reached: Progress) 
 
 
 def settings(problem: str, seed: int) -> list[Setting]:
-    """All trainings on a problem with a seed."""
+    """Return all trainings on a problem with a seed."""
     return [
         Setting(problem, kind, method, float(f"{times * tuned:.2g}"), seed)
         for (each, kind), tuned in TUNED.items()
@@ -186,5 +186,5 @@ def settings(problem: str, seed: int) -> list[Setting]:
 
 
 def tasks(chosen: list[Setting], root: Path | None, folder: Path) -> list[Task]:
-    """All trainings."""
+    """Return all trainings."""
     return [Task(each.name, train, (each, root, folder), horizon_of(each), COSTS[each.problem]) for each in chosen]

@@ -29,7 +29,7 @@ from lightning_koopman.demo.experiments.tables import markdown
 from lightning_koopman.plots.style import PHASES
 
 EPOCH, VALIDATION, TEST_LOSS, POINTS = 0, 3, 5, 6  # columns of the rows of a training
-LOSS, END = 2, 3  # of its final numbers
+LOSS, END = 2, 3  # columns of its final scores
 LABELS = {
     CONSTANT: "constant rate, last weights", "cosine whole": "cosine over all epochs",
     AVERAGE: "average and stop, the rate stays", AUTOPILOT: "koopman_autopilot (dotted: the rate falls)",
@@ -59,7 +59,7 @@ def _epochs(case: Case, method: str) -> float:
 
 
 def _best(method: str, column: int, sign: float) -> Way:
-    """The epoch of a training with the best value of a column."""
+    """Return a way that picks the epoch of a training with the best value of a column."""
 
     def way(case: Case) -> Result:
         rows = case[method]["rows"]
@@ -70,7 +70,7 @@ def _best(method: str, column: int, sign: float) -> Way:
 
 
 def _hindsight(method: str) -> Way:
-    """The best horizon on test data."""
+    """Return a way that picks the horizon that is best on test data."""
     return lambda case: max((_last(f"{method} {share}")(case) for share in SHARES), key=lambda each: each.points)
 
 
@@ -90,11 +90,11 @@ WAYS: dict[str, Way] = {
 
 
 class Table:
-    """The results of all ways, (ways, cases, 3), of the cases in which a constant rate learns.
+    """Results (ways, cases, 3) of all ways, for the cases in which a constant rate learns.
 
     Args:
-        folder: Where the trainings are.
-        chosen: Their settings.
+        folder: Folder of the recorded trainings.
+        chosen: Settings of these trainings.
     """
 
     def __init__(self, folder: Path, chosen: list[Setting]) -> None:
@@ -119,7 +119,7 @@ class Table:
         self.results: npt.NDArray[np.float64] = np.array(rows)
 
     def chosen(self, **wanted: object) -> npt.NDArray[np.bool_]:
-        """Which cases have these fields; ``times`` is the rate relative to the tuned one."""
+        """Return a mask of the cases with these fields; ``times`` is the rate relative to the tuned one."""
         times = wanted.pop("times", None)
         found = [all(getattr(case, name) == value for name, value in wanted.items()) for case in self.cases]
         if times is not None:
@@ -134,13 +134,13 @@ def _learned(case: Setting, found: Case) -> bool:
 
 
 def _times(case: Setting) -> float:
-    """A case's rate relative to the tuned one, as one of those tried."""
+    """Return a case's rate relative to the tuned one, as the nearest of :data:`TIMES`."""
     tuned = TUNED[case.problem, case.optimizer]
     return min(TIMES, key=lambda each: abs(np.log(case.rate / tuned / each)))
 
 
 def by_problem(table: Table) -> Iterator[list[str]]:
-    """Rows: the mean of the points on each problem, over rates and seeds, and over problems."""
+    """Rows: mean points on each problem over rates and seeds, and their mean over problems."""
     for index, name in enumerate(WAYS):
         means = []
         for problem, kind in _kinds(table):
@@ -150,7 +150,7 @@ def by_problem(table: Table) -> Iterator[list[str]]:
 
 
 def by_rate(table: Table) -> Iterator[list[str]]:
-    """Rows: points at each rate, the spread over rates, loss and epochs; each mean is over problems and seeds."""
+    """Rows: points at each rate, spread over rates, loss and epochs, as means over problems and seeds."""
     groups = [table.chosen(problem=problem, optimizer=kind, seed=seed) for (problem, kind), seed in _groups(table)]
     for index, name in enumerate(WAYS):
         found = table.results[index]
@@ -166,17 +166,17 @@ def by_rate(table: Table) -> Iterator[list[str]]:
 
 
 def _kinds(table: Table) -> list[tuple[str, str]]:
-    """Problems with their optimizers, of which there are cases."""
+    """Return the pairs of problem and optimizer that have cases."""
     return [kind for kind in TUNED if kind in {(case.problem, case.optimizer) for case in table.cases}]
 
 
 def _groups(table: Table) -> list[tuple[tuple[str, str], int]]:
-    """Problems with their optimizers, and seeds."""
+    """Return the pairs of problem and optimizer, with each seed."""
     return sorted({((case.problem, case.optimizer), case.seed) for case in table.cases})
 
 
 def falls(table: Table) -> str:
-    """How often and when the rate fell."""
+    """Describe how often the rate fell and training stopped, and the points gained."""
     names, counts = list(WAYS), [len(found[AUTOPILOT]["falls"]) for found in table.cases.values()]
     ours, last = (
         table.results[names.index(name), :, 0] for name in ("**koopman_autopilot**", "constant rate, last epoch")
@@ -192,7 +192,7 @@ def falls(table: Table) -> str:
 
 
 def figure(table: Table, path: Path) -> None:
-    """Test points over the epochs at the tuned rate, of a training of each problem, below the autopilot's phases."""
+    """Plot test points over the epochs at the tuned rate for each problem, below the autopilot's phases."""
     known = [case for case in table.cases if _times(case) == 1]
     picture = blank(11.0, 6.4)
     axes = picture.subplots(2, max(1, -(-len(known) // 2)), squeeze=False).ravel()
@@ -228,7 +228,7 @@ def figure(table: Table, path: Path) -> None:
 
 
 def report(folder: Path, chosen: list[Setting], path: Path) -> str:
-    """All tables; the figure is written to a path."""
+    """Return all tables and write the figure to ``path``."""
     table = Table(folder, chosen)
     figure(table, path)
     kinds = [f"{problem}, {kind}" for problem, kind in _kinds(table)]

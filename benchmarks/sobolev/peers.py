@@ -1,4 +1,4 @@
-"""What needs no network: the mean, least squares in Fourier modes, smoothing splines, and the shrunk targets alone."""
+"""Peers without a network: the mean, least squares in Fourier modes, smoothing splines, and shrunk targets alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_koopman.fourier.modes import half_space
 
 FOLDS = 5
 PEERS = ("mean", "Fourier, least squares", "smoothing spline", "shrunk targets alone")
-Fit = Callable[[Array, Array, Array], Array]  # points, samples and where to predict, to predictions
+Fit = Callable[[Array, Array, Array], Array]  # (points, samples, where to predict) -> predictions
 
 
 def cross_validated(fits: Sequence[Fit], x: Array, y: Array, fine: Array) -> Array:
-    """The predictions of the fit with the least squared error on held-out fifths of the samples."""
+    """Return the predictions of the fit with the lowest squared error in 5-fold cross-validation."""
     fold = np.arange(len(x)) % FOLDS
     losses = [
         sum(((fit(x[fold != one], y[fold != one], x[fold == one]) - y[fold == one]) ** 2).sum() for one in range(FOLDS))
@@ -35,7 +35,7 @@ def cross_validated(fits: Sequence[Fit], x: Array, y: Array, fine: Array) -> Arr
 
 
 def fourier(problem: Signal, highest: int) -> Fit:
-    """Least squares in all modes ‖k‖₁ ≤ highest."""
+    """Return a least-squares fit in all modes ‖k‖₁ ≤ highest."""
 
     def basis(points: Array) -> Array:
         modes = torch.as_tensor(half_space(highest, points.shape[1], 1))
@@ -45,7 +45,7 @@ def fourier(problem: Signal, highest: int) -> Fit:
 
 
 def spline(problem: Signal, amount: float) -> Fit:
-    """SciPy's smoothing spline, in two dimensions its thin-plate spline."""
+    """Return SciPy's smoothing spline (in two dimensions its thin-plate spline)."""
     lows, highs = np.array(problem.domain).T
 
     def fit(x: Array, y: Array, fine: Array) -> Array:
@@ -60,7 +60,7 @@ def spline(problem: Signal, amount: float) -> Fit:
 
 
 def shrunk_alone(problem: Signal) -> Fit:
-    """The targets of the shrunk trainings, with straight lines between the samples."""
+    """Return linear interpolation of the targets of the shrunk trainings."""
 
     def fit(x: Array, y: Array, fine: Array) -> Array:
         targets = shrink_noise(x, y, domain=problem.domain)
@@ -78,7 +78,7 @@ def name_of(problem: str, noise: float, seed: int) -> str:
 
 
 def fit(name: str, noise: float, seed: int, folder: Path, _: Progress) -> None:
-    """Fit all of them to the samples that train the networks, and record their errors."""
+    """Fit all peers to the networks' training samples and record their errors."""
     problem = PROBLEMS[name]
     x, y, n_train = problem.draw(noise, seed)
     x, y, fine = x[:n_train], y[:n_train], problem.grid()
@@ -96,6 +96,6 @@ def fit(name: str, noise: float, seed: int, folder: Path, _: Progress) -> None:
 
 
 def tasks(seeds: tuple[int, ...], folder: Path) -> list[Task]:
-    """All fits."""
+    """Return all fits."""
     cases = product(PROBLEMS, NOISES, seeds)
     return [Task(name_of(*case), fit, (*case, folder)) for case in cases]

@@ -35,7 +35,7 @@ class Records:
         return read(self.folder / f"{run.name}.npz")
 
     def error(self, problem: str, method: str, noise: float, seed: int) -> float:
-        """RMSE against the clean signal of one training, at its last epoch unless the method says otherwise."""
+        """Return one training's RMSE against the clean signal, at its last epoch unless the method says otherwise."""
         if method in PEERS:
             return float(read(self.folder / f"{name_of(problem, noise, seed)}.npz")[method])
         if method == CHOSEN[0]:
@@ -51,7 +51,7 @@ class Records:
         return np.array([self.error(problem, method, noise, seed) for seed in self.seeds])
 
     def lasting(self, method: str, noise: float) -> Array:
-        """Errors over the epochs of the long trainings: (seeds, epochs)."""
+        """Return the errors (seeds, epochs) of the long trainings."""
         return np.array([self.load(Run("chirp", method, noise, seed, LONG))["errors"] for seed in self.seeds])
 
 
@@ -94,7 +94,7 @@ def write(folder: Path, seeds: tuple[int, ...], target: Path) -> None:
 
 
 def draw_fits(records: Records, target: Path) -> Path:
-    """The counterpart of the paper's Figure 5, with a fourth column."""
+    """Draw the counterpart of the paper's Figure 5, with a fourth column."""
     problem, seed = PROBLEMS["chirp"], records.seeds[0]
     fine, clean = problem.grid()[:, 0], problem.clean()[:, 0]
     figure = figures.blank(11, 6.4)
@@ -120,7 +120,7 @@ def draw_fits(records: Records, target: Path) -> Path:
 
 
 def draw_errors(records: Records, target: Path) -> Path:
-    """The error over the epochs of the long trainings: geometric mean over the seeds, with their range."""
+    """Draw the error of the long trainings over the epochs: geometric mean and range over the seeds."""
     figure = figures.blank(11, 3.4)
     axes = figure.subplots(1, len(NOISES))
     for axis, noise in zip(axes, NOISES, strict=True):

@@ -1,4 +1,4 @@
-"""What is learned through noise, by which loss, and from which samples."""
+"""The noisy signals, the losses and the samples of each training."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LASTING = ("L2", "Sobolev 1", "Sobolev 2", "Sobolev 2, shrunk")
 
 
 def runs(seeds: tuple[int, ...]) -> list[Run]:
-    """All trainings, the long ones first."""
+    """Return all trainings, the long ones first."""
     decays = tuple(f"L2, decay {decay}" for decay in DECAYS)
     found = [Run("chirp", method, noise, seed, LONG) for method, noise, seed in product(LASTING, NOISES, seeds)]
     found += [Run("chirp", method, noise, seed) for method, noise, seed in product(ON_CHIRP[::-1], NOISES, seeds)]
@@ -71,5 +71,5 @@ def train(run: Run, folder: Path, reached: Progress) -> None:
 
 
 def tasks(seeds: tuple[int, ...], folder: Path) -> list[Task]:
-    """All trainings."""
+    """Return one task for each training."""
     return [Task(run.name, train, (run, folder), run.epochs) for run in runs(seeds)]

@@ -1,4 +1,4 @@
-"""What a training step with each loss costs, against the same step with the squared error."""
+"""Time of a training step with each loss against the same step with the squared error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BOXES = ((1, 64), (2, 40), (3, 20), (3, 32), (4, 16))  # inputs and highest mode
 
 
 def step_of(method: str) -> Callable[[], None]:
-    """One training step of a fresh network on 3000 samples."""
+    """Return one training step of a new network on 3000 samples."""
     torch.manual_seed(0)
     x, y, net = torch.rand(N_SAMPLES, 1), torch.randn(N_SAMPLES, 1), sine_network(1, 1)
     loss: nn.Module = nn.MSELoss()
@@ -61,7 +61,7 @@ def run(threads: int) -> None:
 
 
 def basis_row(dim: int, highest: int) -> tuple[object, ...]:
-    """Size of the basis of that many inputs and modes, and the time of the loss and its gradient."""
+    """Return the row for ``dim`` inputs: the size of the basis, and the time of the loss and its gradient."""
     loss = SobolevLoss(highest, domain=(0, 1))
     x, y = torch.rand(N_SAMPLES, dim), torch.randn(N_SAMPLES, 1)
     outputs = torch.zeros_like(y).requires_grad_()
@@ -69,7 +69,7 @@ def basis_row(dim: int, highest: int) -> tuple[object, ...]:
     def act() -> None:
         loss(outputs, y, x).backward()
 
-    loss.eval()  # more modes than samples: no warning, it is only timed
+    loss.eval()  # suppresses the warning of more modes than samples
     act()
     modes = len(loss.rule.bands(1, dim).modes)
     spent = median(milliseconds(act, 1) for _ in range(5))

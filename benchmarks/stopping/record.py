@@ -1,4 +1,4 @@
-"""The trainings, with what the stop and the restart decide by recorded for the replay."""
+"""The trainings, which record the inputs of the stop and the restart for the replay."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ CASES = [
 
 
 def epochs_of(case: Case) -> int:
-    """Epochs that a case is trained."""
+    """Return the number of epochs that a case is trained for."""
     return EPOCHS if case.start != "5he" else RestartOnBadInitialization().check_epoch + 2  # only its start matters
 
 
 class RecordingStop(EarlyStopOnUnitEigenvalues):
-    """Keeps what the rule was given, for the replay."""
+    """Records the rule's inputs for the replay."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(mode="report", **options)
@@ -52,7 +52,7 @@ class RecordingStop(EarlyStopOnUnitEigenvalues):
 
 
 class Noticing(RestartOnBadInitialization):
-    """Notes a bad start, and lets it go on."""
+    """Records a bad start without restarting."""
 
     noticed = 0
 
@@ -61,7 +61,7 @@ class Noticing(RestartOnBadInitialization):
 
 
 class Scores(pl.Callback):
-    """Validation and test after each epoch."""
+    """Validation and test scores after each epoch."""
 
     def __init__(self, *parts: Part) -> None:
         self.parts, self.rows = parts, []
@@ -90,6 +90,6 @@ def train(case: Case, root: Path | None, folder: Path, reached: Progress) -> Non
 
 
 def tasks(cases: list[Case], root: Path | None, folder: Path) -> list[Task]:
-    """All trainings, the longest first."""
+    """Return all trainings, the longest first."""
     order = sorted(cases, key=lambda case: case.problem != "mnist")
     return [Task(case.name, train, (case, root, folder), epochs_of(case)) for case in order]

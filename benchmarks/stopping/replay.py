@@ -20,8 +20,8 @@ from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.rule import ConvergenceRule
 
 GRID = {"tolerance": (1e-3, 1.5e-3, 2e-3, 3e-3), "fraction": (0.7, 0.8, 0.9), "patience": (1, 2, 3, 4)}
-MOST_LOST = 0.25  # points of accuracy that the choice of thresholds allows, on average
-FALSE_STOP = 1.0  # points of accuracy that the run would still have gained
+MOST_LOST = 0.25  # points of accuracy that the chosen thresholds may lose on average
+FALSE_STOP = 1.0  # points of accuracy still to gain when a stop counts as false
 
 
 class Recorded:
@@ -36,7 +36,7 @@ class Recorded:
         self._verdicts: dict[tuple[float, float], list[bool]] = {}
 
     def agreed(self, tolerance: float, fraction: float) -> list[bool]:
-        """Whether the rule's witnesses agreed, epoch by epoch."""
+        """Whether all criteria of the rule were met after each epoch."""
         if (tolerance, fraction) not in self._verdicts:
             rule = ConvergenceRule(fraction=fraction, horizon=HORIZON, tolerance=tolerance)
             self._verdicts[tolerance, fraction] = [
@@ -65,7 +65,7 @@ def _unpadded(padded: np.ndarray) -> np.ndarray | None:
     return padded[rows][:, columns] if columns.any() else None
 
 
-Decision = tuple[int, int]  # completed epochs when it stops, and those of the weights that are kept
+Decision = tuple[int, int]  # completed epochs at the stop, and at the weights that are kept
 Rule = Callable[[Recorded], Decision]
 
 
@@ -99,7 +99,7 @@ def early_stopping(patience: int, *, restore: bool = True) -> Rule:
 
 
 def small_fall(least: float, epochs: int = 5) -> Rule:
-    """Stop when the training loss fell by less than ``least`` of the chance loss over some epochs."""
+    """Stop when the training loss fell by less than ``least`` of the baseline loss over some epochs."""
 
     def decide(run: Recorded) -> Decision:
         for epoch in range(epochs + 1, len(run.losses) + 1):
@@ -129,14 +129,14 @@ FAMILIES: dict[str, list[tuple[str, Rule]]] = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rule did to some runs: means, and the worst run."""
+    """Results of a rule on some runs: means, and the worst run."""
 
     saved: float  # % of the epochs
     least_saved: float
     lost: float  # points of accuracy below the best epoch
     doubt: float  # standard error of that mean
     most_lost: float
-    loss_excess: float  # % of the least test loss
+    loss_excess: float  # above the lowest test loss, in %
     false_stops: int
 
 
@@ -159,7 +159,7 @@ def outcome(rule: Rule, runs: list[Recorded]) -> Outcome:
 
 
 def choose(runs: list[Recorded]) -> dict[str, float]:
-    """The thresholds that save most among those that lose at most ``MOST_LOST`` points and never stop falsely."""
+    """Return the thresholds that save most while they lose at most ``MOST_LOST`` points and never stop falsely."""
     found = []
     for values in tqdm(list(product(*GRID.values())), desc="thresholds", leave=False):
         options = dict(zip(GRID, values, strict=True))
@@ -169,6 +169,6 @@ def choose(runs: list[Recorded]) -> dict[str, float]:
 
 
 def at_equal_saving(family: list[Outcome], saved: float) -> float:
-    """Accuracy that a family of rules loses where it saves as much, by interpolation between its thresholds."""
+    """Interpolate the accuracy that a family of rules loses where it saves as many epochs."""
     curve = sorted((result.saved, result.lost) for result in family)
     return float(np.interp(saved, *zip(*curve, strict=True), left=np.nan, right=np.nan))

@@ -35,7 +35,7 @@ COLUMNS = ("epochs saved", "least", "accuracy lost (points)", "most", "test loss
 
 
 def exponential_change(values: np.ndarray) -> float:
-    """Change over the horizon by a fit of a + b exp(−c t)."""
+    """Predict the change over the horizon by a fit of a + b exp(−c t)."""
     t = np.arange(values.size, dtype=float)
     start = (values[-1], values[0] - values[-1], 0.2)
     try:
@@ -49,7 +49,7 @@ def exponential_change(values: np.ndarray) -> float:
 
 
 def forecast_errors(runs: list[Recorded]) -> dict[str, np.ndarray]:
-    """Errors of the predicted change over the horizon, in % of the chance loss, over all epochs of all runs."""
+    """Return errors of the predicted change over the horizon, in % of the baseline loss, for all epochs of all runs."""
     errors: dict[str, list[float]] = {"Hankel DMD (ours)": [], "exponential fit": [], "no change": []}
     for run in runs:
         for epoch in range(HORIZON + 2, len(run.losses) - HORIZON + 1):
@@ -63,7 +63,7 @@ def forecast_errors(runs: list[Recorded]) -> dict[str, np.ndarray]:
 
 
 def report(folder: Path, figure: Path | None) -> str:
-    """All tables as Markdown; draws the curve."""
+    """Return all tables in Markdown and draw the curve."""
     runs = [Recorded(case, folder) for case in CASES if (folder / f"{case.name}.npz").exists()]
     sane = [run for run in runs if run.case.start in SANE]
     known, unseen = ([run for run in sane if run.case.seed in seeds] for seeds in (KNOWN, UNSEEN))
@@ -165,7 +165,7 @@ def _starts(runs: list[Recorded], rule: Rule) -> Iterator[tuple[Any, ...]]:
 
 
 def draw(curves: dict[str, list[Outcome]], chosen: Outcome, path: Path) -> None:
-    """Accuracy lost against epochs saved, for all rules."""
+    """Draw the accuracy lost against the epochs saved, for all rules."""
     figure = blank(7.2, 4.6)
     axis = figure.subplots()
     colors, markers = (BLUE, ORANGE, GREEN, OLIVE, GREY), "osDv^"

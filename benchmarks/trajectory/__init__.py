@@ -1,1 +1,1 @@
-"""What recording and spectra cost, and what each way to keep snapshots gives up: ``python -m benchmarks``."""
+"""Cost of recording and spectra, and accuracy of each way to keep snapshots: ``python -m benchmarks``."""

@@ -16,7 +16,7 @@ PARTS = "spectrum", "streaming", "kept", "monitor"
 
 
 def compare(found: dict[str, float], committed: dict[str, float]) -> str:
-    """A table of ratios beside the committed ones, for a reader: processors differ, so none of them is a failure."""
+    """Return a table of ratios beside the committed ones; processors differ, so no difference is a failure."""
     rows = [[name, f"{committed[name]:.3g}", f"{value:.3g}"] for name, value in found.items() if name in committed]
     return "\n".join(markdown(("ratio", "committed", "now"), rows))
 

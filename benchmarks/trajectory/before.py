@@ -24,14 +24,14 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).parents[2]
-COMMIT = "0a014fe"  # the last one with a compiled kernel
+COMMIT = "0a014fe"  # the last commit with a compiled kernel
 WAYS = {"now": {}, "before, compiled": {}, "before, NumPy": {"LIGHTNING_KOOPMAN_COMPILE": "0"}}
 ROUNDS = 5
 TRAININGS = ("CNN, digits", "digits", None), ("CNN, MNIST", "mnist", None), ("wide, digits", "digits", 800)
 
 
 def worker(n: int, m: int, rounds: int) -> None:
-    """Time append and spectrum of a full window; prints both medians in seconds."""
+    """Time append and spectrum of a full window, and print both medians in seconds."""
     from lightning_koopman import Trajectory
 
     random = torch.Generator().manual_seed(0)
@@ -54,7 +54,7 @@ def worker(n: int, m: int, rounds: int) -> None:
 
 
 def eigenvalues(path: str) -> None:
-    """Stream the snapshots in a file; prints the plain Ritz values."""
+    """Append the snapshots in a file one by one, and print the plain Ritz values."""
     from lightning_koopman import Trajectory
 
     snapshots = torch.from_numpy(np.load(path))
@@ -66,7 +66,7 @@ def eigenvalues(path: str) -> None:
 
 
 def run(code: str, folder: Path, environment: dict[str, str]) -> list[list[float]]:
-    """Run a worker with the package of a folder."""
+    """Run a worker with the package in a folder, and return what it prints."""
     given = {**os.environ, **environment, "PYTHONPATH": str(folder)}
     command = [sys.executable, "-W", "ignore", __file__, *code.split()]
     done = subprocess.run(command, env=given, cwd=folder, capture_output=True, text=True, check=True)
@@ -76,7 +76,7 @@ def run(code: str, folder: Path, environment: dict[str, str]) -> list[list[float
 
 @contextmanager
 def checkout(commit: str) -> Iterator[Path]:
-    """The earlier version, in a temporary worktree."""
+    """Check out the earlier version into a temporary worktree."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "before"
         git = ["git", "-C", str(ROOT), "worktree"]
@@ -115,7 +115,7 @@ def compare_times(folders: dict[str, Path], sizes: list[int], counts: list[int],
 
 
 def record(data: str, root: Path | None, width: int | None, epochs: int) -> np.ndarray:
-    """Weights of a real training: the paper's CNN, or a wide network of more than 524,288 weights."""
+    """Record the weights of a real training: the paper's CNN, or a wide network of more than 524,288 weights."""
     sys.path.insert(0, str(ROOT / "tests"))
     from problems import record as record_cnn
 

@@ -1,4 +1,4 @@
-"""What each way to keep snapshots costs in accuracy, on a real training: the paper's CNN on scikit-learn's digits."""
+"""Accuracy lost by each way to keep snapshots, on a real training: the paper's CNN on scikit-learn's digits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ WAYS = {
 
 
 def spectrum_of(snapshots: list[Tensor], **options: object) -> tuple[Spectrum, float]:
-    """Spectrum and bytes a snapshot."""
+    """Return the spectrum and the bytes per snapshot."""
     trajectory = Trajectory(snapshots[0].numel(), **options)  # type: ignore[arg-type]
     for snapshot in snapshots:
         trajectory.append(snapshot)

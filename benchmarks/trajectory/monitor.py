@@ -1,4 +1,4 @@
-"""What the monitor takes of an epoch: all its hooks timed from outside, in the training of the paper's CNN."""
+"""Share of an epoch that the monitor takes: its hooks are timed from outside while the paper's CNN is trained."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HOOKS = (
 
 
 class EpochClock(pl.Callback):
-    """Wall time of each epoch, and the monitor's part in it: the time that its hooks take."""
+    """Wall time of each epoch, and of the monitor's hooks in it."""
 
     def __init__(self, monitor: KoopmanSpectrumMonitor) -> None:
         self.spent, self.epochs = 0.0, []

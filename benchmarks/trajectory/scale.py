@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.trajectory.spectrum import memory
 
-TENSORS = 50  # parameters that the weights are split into
+TENSORS = 50  # number of parameters that share the weights
 WAYS = {
     "sketch": {"storage": "sketch"},
     "disk": {"storage": "disk"},
@@ -31,7 +31,7 @@ WAYS = {
 
 
 def worker(options: dict[str, Any]) -> None:
-    """Train in this process and those that Lightning starts beside it; each writes what it has measured."""
+    """Train in this process and in those that Lightning starts; each writes its own measurements."""
     import pytorch_lightning as pl
     import torch
     from torch.distributed.tensor import Shard, distribute_tensor
@@ -51,7 +51,7 @@ def worker(options: dict[str, Any]) -> None:
             torch.manual_seed(self.global_rank)
             mesh = self.device_mesh["data_parallel"]
             for _ in range(TENSORS if not self.weights else 0):
-                # on the meta device first: no process ever holds the whole
+                # on the meta device first, so that no process ever holds the whole
                 whole = torch.empty(int(options["parameters"]) // TENSORS, device="meta")
                 self.weights.append(torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])))
             self.to_empty(device="cpu")

@@ -1,7 +1,7 @@
-"""A whole spectrum by each method, on the same snapshots: seconds, and peak memory beyond the method's own input.
+"""A whole spectrum by each method on the same snapshots: seconds, and peak memory beyond the method's own input.
 
 Ours reads the float32 snapshots as they were recorded.  The peers need float64, time last; that copy is made for them
-beforehand and charged to neither their time nor their memory.  Each method runs in processes of its own, in turns.
+beforehand and counts neither in their time nor in their memory.  Each method runs in its own processes, in turns.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ METHODS = ("ours", "streaming", "numpy QR", "LAPACK dgedmdq", "PyDMD DMD")
 
 
 def make_snapshots(path: Path, n: int, m: int) -> None:
-    """Float32 snapshots (m, n) like a training's: slow decay of a few directions, and a slowing random walk."""
+    """Write float32 snapshots (m, n) like a training's: slow decay in a few directions, and a slowing random walk."""
     rng = np.random.default_rng(0)
     state = 0.05 * rng.standard_normal(n, dtype=np.float32)
     directions = rng.standard_normal((4, n), dtype=np.float32)
@@ -36,12 +36,12 @@ def make_snapshots(path: Path, n: int, m: int) -> None:
 
 
 def prepare(method: str, snapshots: np.ndarray) -> Callable[[], Any]:
-    """The call to be timed."""
+    """Return the call to be timed."""
     from lightning_koopman import Trajectory, dmd_rrr
 
     if method == "ours":
         return lambda: dmd_rrr(snapshots)
-    if method == "streaming":  # one epoch's work with all snapshots but one recorded: append the last, and the spectrum
+    if method == "streaming":  # the work of the last epoch: append one snapshot and take the spectrum
         trajectory = Trajectory(snapshots.shape[1], capacity=snapshots.shape[0])
         for row in snapshots:
             trajectory.append(row)
@@ -66,7 +66,7 @@ def prepare(method: str, snapshots: np.ndarray) -> Callable[[], Any]:
 
 
 def memory(field: str) -> float:
-    """A field of this process's memory in MiB: VmRSS (now) or VmHWM (peak)."""
+    """Return a field of this process's memory in MiB: VmRSS (now) or VmHWM (peak)."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024

@@ -1,8 +1,8 @@
-"""The streaming update against the machine's memory: its bandwidth as a ratio to that of reading the same rows once.
+"""Bandwidth of the streaming update relative to reading the same rows once.
 
 The limit is a sum over the rows with as many threads, the fastest way to read them.  The update reads each increment
-once and multiplies it with the newest one.  Then how its time grows with the weights n and the snapshots m, beside the
-time of the spectrum, which does not depend on n.
+once and multiplies it with the newest one.  A second table shows how its time grows with the weights n and the
+snapshots m, beside the time of the spectrum, which does not depend on n.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROUNDS = 7
 
 
 def seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
-    """Median time of a call, after one to warm up."""
+    """Return the median time of a call, after one warm-up call."""
     call()
     times = []
     for _ in range(rounds):
@@ -32,7 +32,7 @@ def seconds(call: Callable[[], object], rounds: int = ROUNDS) -> float:
 
 
 def run(sizes: list[int], counts: list[int]) -> dict[str, float]:
-    """Print the tables, and return what share of the memory's bandwidth the update reaches."""
+    """Print the tables, and return the share of the memory's bandwidth that the update reaches."""
     ratios = {}
     print(f"\nStreaming update, {torch.get_num_threads()} threads (median of {ROUNDS}); limit: reading the rows once")
     print(f"{'n':>9} {'m':>4}  {'way':<22} {'ms':>8} {'GB/s':>7} {'of the limit':>13}")

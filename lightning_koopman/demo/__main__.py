@@ -26,7 +26,7 @@ class EpochProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the bar."""
-        often = 0.1 if sys.stdout.isatty() else 60.0  # seconds between updates: a file keeps all of them
+        often = 0.1 if sys.stdout.isatty() else 60.0  # seconds between updates; a file keeps every update
         shown = {"total": trainer.max_epochs, "initial": trainer.current_epoch, "unit": "epoch"}
         self.bar = tqdm(**shown, file=sys.stdout, mininterval=often, maxinterval=often)
 
@@ -51,7 +51,7 @@ def _positive(text: str) -> int:
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command-line arguments."""
+    """Parse the command-line arguments."""
     parser = argparse.ArgumentParser(prog="python -m lightning_koopman.demo", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits", help="digits needs no network (default)")
     parser.add_argument("--data-root", type=Path, help="folder of torchvision's data sets (default: ./data)")
@@ -68,7 +68,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> list[Path]:
-    """Run the demo, or reproduce the paper; returns the figures that were drawn, or the report."""
+    """Run the demo or reproduce the paper; return the paths of the figures, or the report."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["reproduce"]:
         from lightning_koopman.demo.reproduce.command import main as reproduce

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-# nn.Linear's and nn.Conv2d's own bias initialization stays: the paper names only the weights' scheme
+# biases keep PyTorch's default initialization: the paper specifies only the weights' scheme
 INITIALIZATIONS: dict[str, Callable[[Tensor], Any]] = {
     "he": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
     "xavier": nn.init.xavier_normal_,
@@ -27,7 +27,7 @@ class PaperCNN(pl.LightningModule):
     Args:
         initialization: ``"he"``, ``"xavier"`` or ``"normal"`` (standard normal weights, the paper's bad start).
         optimizer: ``"adam"`` or ``"sgd"`` (momentum 0.9).
-        learning_rate: Step size, > 0; the paper takes 1e-3.
+        learning_rate: Step size, > 0; the paper uses 1e-3.
 
     Example:
         >>> import torch
@@ -53,12 +53,12 @@ class PaperCNN(pl.LightningModule):
                 INITIALIZATIONS[initialization](module.weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (batch, 10) of images (batch, 1, 28, 28)."""
+        """Compute logits (batch, 10) of images (batch, 1, 28, 28)."""
         logits: Tensor = self.network(images)
         return logits
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch."""
+        """Compute the cross-entropy of a batch."""
         images, labels = batch
         loss = nn.functional.cross_entropy(self(images), labels)
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True)
@@ -72,5 +72,5 @@ class PaperCNN(pl.LightningModule):
         self.log("test_accuracy", (logits.argmax(1) == labels).float().mean(), prog_bar=True)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The chosen optimizer over all parameters."""
+        """Return the chosen optimizer for all parameters."""
         return OPTIMIZERS[self.optimizer](self.parameters(), lr=self.learning_rate)

@@ -1,4 +1,4 @@
-"""Image data sets for the demo, whole in memory: 28×28 images with values in [0, 1]."""
+"""Image data sets for the demo, held in memory: 28×28 images with values in [0, 1]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATASETS = ("digits", "mnist", "fashion-mnist")
 
 @dataclass(frozen=True)
 class ImageData:
-    """A data set split in two: images (N, 1, 28, 28) float32 and labels (N,) int64 of each part."""
+    """A data set split into training and test parts: images (N, 1, 28, 28) float32 and labels (N,) int64."""
 
     train: TensorDataset
     test: TensorDataset
@@ -25,7 +25,7 @@ class ImageData:
     def loaders(
         self, batch_size: int = 64, seed: int = 0
     ) -> tuple[DataLoader[tuple[Tensor, ...]], DataLoader[tuple[Tensor, ...]]]:
-        """Shuffled training batches (reproducible from the seed) and test batches."""
+        """Return shuffled training batches (reproducible from the seed) and test batches."""
         order = torch.Generator().manual_seed(seed)
         return (
             DataLoader(self.train, batch_size=batch_size, shuffle=True, generator=order),
@@ -40,12 +40,12 @@ def load(name: str = "digits", *, root: str | Path | None = None, n_train: int |
         name: ``"digits"`` (1,797 images of 8×8 bundled with scikit-learn, enlarged to 28×28; no network needed),
             ``"mnist"`` or ``"fashion-mnist"`` (torchvision, downloaded unless found under ``root``).
         root: Folder of torchvision's data sets (default: ``data`` in the working directory).
-        n_train: Keep only the first so many training images, ≥ 1 (default: all).
+        n_train: Number of training images to keep, the first ones, ≥ 1 (default: all).
 
     Raises:
         ValueError: If the name is unknown or ``n_train`` is not positive.
         ModuleNotFoundError: If torchvision is needed and not installed.
-        FileNotFoundError: If the files are not there and cannot be downloaded.
+        FileNotFoundError: If the files are missing and cannot be downloaded.
     """
     if name not in DATASETS:
         raise ValueError(f"dataset must be one of {list(DATASETS)}, got {name!r}.")
@@ -82,7 +82,7 @@ def _torchvision(name: str, root: Path) -> tuple[Part, Part]:
     for train in (True, False):
         try:
             part = source(root, train=train, download=False)
-        except RuntimeError:  # not there
+        except RuntimeError:  # files are missing
             part = _download(source, root, train)
         parts.append((part.data[:, None].float() / 255, part.targets.long()))
     return parts[0], parts[1]

@@ -1,4 +1,4 @@
-"""The functions of the paper's Table 1 (supplement, section 11), and what the table says of them."""
+"""The functions of the paper's Table 1 (supplement, section 11), with the values it reports."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy import cos, pi, sin
 
 Array = npt.NDArray[np.float64]
 
-DOMAIN, N_SAMPLES, N_FINE = (0.0, 2.0), 1001, 2001  # end points included; the ε of all 16 rows tell as much
+DOMAIN, N_SAMPLES, N_FINE = (0.0, 2.0), 1001, 2001  # end points included, as the ε of all 16 rows shows
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Row:
     """One row of the table.
 
     Attributes:
-        name: The function, in words.
+        name: The function's formula.
         function: The function.
         epsilon: ε of the models, 1 % of the range.
         fft_layers: Number of layers from the Fourier transform.
@@ -71,12 +71,12 @@ TABLE = (
 
 
 def samples(row: Row, n: int = N_SAMPLES) -> tuple[Array, Array]:
-    """Equidistant points (n, 1) and the function's values (n,) there."""
+    """Return equidistant points (n, 1) and the function's values (n,) there."""
     points = np.linspace(*DOMAIN, n)
     return points[:, None], row.function(points)
 
 
 def largest_error(model: Any, row: Row) -> float:
-    """A fitted model's on the fine grid, which holds the samples and the points between them."""
+    """Return a fitted model's largest error on the fine grid: the samples and the points between them."""
     points, values = samples(row, N_FINE)
     return float(np.abs(model.predict(points) - values).max())

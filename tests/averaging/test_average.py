@@ -54,7 +54,7 @@ def test_a_fixed_point_of_a_linear_system_is_found_and_noise_is_averaged():
 
 
 def test_the_fluctuation_of_known_noise():
-    snapshots = np.arange(40.0)[:, None] * 0.1 + hovering(n=20_000)  # on a path that moves on
+    snapshots = np.arange(40.0)[:, None] * 0.1 + hovering(n=20_000)  # noise around a moving path
     steps = np.diff(snapshots, axis=0)
     assert profiles.fluctuation(steps @ steps.T) == pytest.approx(20_000, rel=0.03)
 
@@ -82,7 +82,7 @@ def test_the_longest_that_is_good(losses, scale):
         assert index == 0
         return
     allowed = min(means) + (2.5e-4 if scale else 0.0)
-    assert means[index] <= allowed + 1e-12  # ties of rounding are open
+    assert means[index] <= allowed + 1e-12  # ties within rounding may go either way
     assert all(i <= index for i, each in enumerate(means) if each <= allowed - 1e-12)
 
 
@@ -90,12 +90,12 @@ def test_the_steps_decide_where_no_losses_are_compared():
     assert averaged_weights(trajectory_of(hovering())).length == 10
     straight = np.arange(40.0)[:, None] * np.ones((1, 50))
     assert averaged_weights(trajectory_of(straight)).length == 1
-    assert averaged_weights(trajectory_of(hovering(4))).length == 1  # too few to tell
+    assert averaged_weights(trajectory_of(hovering(4))).length == 1  # too few snapshots to decide
 
 
 def test_losses_decide_where_they_are_given():
     def loss(values: torch.Tensor) -> torch.Tensor:
-        return (values - 3.0).square().reshape(4, -1).mean(1)  # of four batches
+        return (values - 3.0).square().reshape(4, -1).mean(1)  # one loss for each of four batches
 
     average = averaged_weights(trajectory_of(hovering()), loss=loss)
     assert average.length == 40

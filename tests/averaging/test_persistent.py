@@ -55,7 +55,7 @@ def test_chosen_modes_never_split_a_pair_and_are_never_none(seed, radius, rule):
     spectrum = dmd_rrr(snapshots, refine=False)
     modes = spectrum.persistent(radius, rule=rule)
     assert modes.any()
-    spectrum.combination(11, modes=modes)  # raises where a pair is split
+    spectrum.combination(11, modes=modes)  # raises if a conjugate pair is split
 
 
 def test_only_the_newest_snapshots_count_if_asked():

@@ -1,4 +1,4 @@
-"""All together: one trajectory, a new start where the first is bad, rates that fall, the average, and an end."""
+"""All callbacks together: a shared trajectory, restart, learning rate reduction, averaging and early stopping."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lightning_koopman import StoppingReason, koopman_autopilot
 
 
 class Convex(Net):
-    """A linear model, which can only come to hover."""
+    """A linear model, whose weights end up hovering."""
 
     def __init__(self) -> None:
         super().__init__(lr=0.02, shuffle=True)
@@ -41,7 +41,7 @@ def test_a_bad_start_is_drawn_anew_first(fit, tmp_path):
             super().__init__()
             self.net = torch.nn.Sequential(torch.nn.Linear(60, 30), torch.nn.ReLU(), torch.nn.Linear(30, 1))
             with torch.no_grad():
-                self.net[0].bias.fill_(-1e4)  # no unit ever answers
+                self.net[0].bias.fill_(-1e4)  # all units are dead
 
     callbacks = koopman_autopilot(dirpath=tmp_path)
     fit(Bad(), *callbacks, epochs=30)
@@ -53,7 +53,7 @@ def test_a_bad_start_is_drawn_anew_first(fit, tmp_path):
 
 def test_it_ends_where_a_lower_rate_brings_nothing(fit, tmp_path):
     class Wrong(Convex):
-        """Noise from the data, as wrong labels are: no learning rate takes it out of the loss."""
+        """Noise in the data, like wrong labels: no learning rate can remove it from the loss."""
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return torch.nn.functional.mse_loss(self.net(batch[0]), batch[1] + 2 * torch.randn_like(batch[1]))

@@ -1,4 +1,4 @@
-"""Averages of the weights: in for validation and checkpoints, out for training, free of the faults of others."""
+"""Weight averages: applied for validation and checkpoints, removed for training."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_resumed_run_is_as_the_uninterrupted_one(fit, tmp_path, kind):
     assert len(later.after) == 6
     for ours, theirs in zip(later.after, trained.after[5:], strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert str(again.history) == str(averaging.history)  # NaN where nothing was compared
+    assert str(again.history) == str(averaging.history)  # NaN where no losses were compared
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=1e-6, atol=1e-7)
 
@@ -145,12 +145,12 @@ def test_statistics_are_those_of_the_averages_training_batches(fit):
             twin.net(part)
     torch.testing.assert_close(module.net[1].running_mean, layer.running_mean)
     torch.testing.assert_close(module.net[1].running_var, layer.running_var)
-    assert module.count == 60  # what training counted, not the trial
+    assert module.count == 60  # counts training only, not the trial
 
 
 def test_the_length_follows_what_the_weights_do(fit):
     class Far(Net):
-        """Weights that go somewhere all along."""
+        """Weights that drift throughout training."""
 
         def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
             return (self.net[0].weight - 100).abs().mean()
@@ -162,7 +162,7 @@ def test_the_length_follows_what_the_weights_do(fit):
     assert hovering.history[-1]["average_length"] >= 5
     gains = [row["last_loss"] - row["average_loss"] for row in hovering.history[1:]]
     assert np.mean(gains) > 0
-    assert min(gains) > -0.05  # of a loss of about 1
+    assert min(gains) > -0.05  # the loss is about 1
 
 
 def test_a_jump_of_the_rate_starts_a_new_average(fit):
@@ -215,7 +215,7 @@ def test_validation_within_an_epoch_averages_the_present_weights(fit):
 
     module, trained, within = Net(), Trained(), Within()
     fit(module, KoopmanWeightAveraging("tail", length=3), trained, within, val_check_interval=0.5)
-    assert torch.equal(module.seen[0]["net.0.weight"], within.now[0])  # no average before there is one
+    assert torch.equal(module.seen[0]["net.0.weight"], within.now[0])  # no average exists yet
     after = [state["net.0.weight"] for state in trained.after]
     expected = (after[4] + after[5] + within.now[10]) / 3
     torch.testing.assert_close(module.seen[10]["net.0.weight"], expected, rtol=1e-5, atol=1e-6)
@@ -286,7 +286,7 @@ def test_where_a_trial_fails_the_steps_decide_with_one_warning(fit):
 
 
 def test_losses_are_compared_on_equal_terms(fit):
-    """The loss noted for the last weights is that of the last weights on the first batches, in evaluation mode."""
+    """The recorded last loss is computed with the last weights on the first batches, in evaluation mode."""
     module, trained, averaging = Net(dropout=0.5), Trained(), KoopmanWeightAveraging(length=(1, 3))
     fit(module, averaging, trained)
     twin = Net(dropout=0.5).eval()
@@ -311,7 +311,7 @@ def test_weights_that_hover_end_a_training_with_their_average(fit, tmp_path):
     for name in TRAINABLE:
         expected = mean(trained.after[-length:], name)
         torch.testing.assert_close(module.state_dict()[name], expected, rtol=1e-5, atol=1e-6)
-    # the last weights, without an average, would hover on
+    # without an average, the last weights keep hovering
     alone = EarlyStopOnUnitEigenvalues(dirpath=tmp_path, restore="last")
     fit(Net(lr=0.3, shuffle=True), alone, epochs=stop.stopped_epoch)
     assert alone.stopping_reason is StoppingReason.NOT_STOPPED
@@ -362,7 +362,7 @@ def test_statistics_within_a_round_fit_the_weights(fit):
     fit(module, KoopmanWeightAveraging("tail", length=1), val_check_interval=0.5, epochs=3)
     alone = Net(norm=True)
     fit(alone, val_check_interval=0.5, epochs=3)
-    for ours, theirs in zip(module.seen[::2], alone.seen[::2], strict=True):  # as they were trained, within an epoch
+    for ours, theirs in zip(module.seen[::2], alone.seen[::2], strict=True):  # within an epoch: the weights as trained
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

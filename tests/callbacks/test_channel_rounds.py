@@ -1,4 +1,4 @@
-"""``KoopmanPruner(structured=True)``: channels removed in the middle of a run."""
+"""``KoopmanPruner(structured=True)``: channel removal during training."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The rows of an image as a sequence, through a transformer encoder."""
+    """A transformer encoder that reads the rows of an image as a sequence."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
 
 @pytest.fixture
 def build(classifier):
-    """Builds classifiers of 8×8 digits around other networks."""
+    """Return a function that builds classifiers of 8×8 digits around a given network."""
 
     def make(network=Residual, **options):
         module = classifier(n=300, **options)
@@ -85,7 +85,7 @@ def saving(root, folder):
 
 
 def test_the_channels_of_least_reconstructed_weight_are_removed(fit, root):
-    """Oracle: the same removal by hand, from the snapshots that another callback saw."""
+    """Oracle: the same removal by hand, from snapshots recorded by another callback."""
     snapshots, before = [], []
 
     class Watch(root.Callback):
@@ -134,7 +134,7 @@ def test_networks_get_smaller_and_go_on_learning(fit, build, network, optimizer,
 
 
 def test_nothing_of_the_run_changes_by_tracing_alone(fit, build, root):
-    """Weights, running statistics, random numbers and modes are as without the callback, until something is removed."""
+    """Until the first removal, weights, statistics, random state and modes match a run without the callback."""
     states = []
 
     class Watch(root.Callback):
@@ -262,7 +262,7 @@ def test_what_becomes_of_the_survivors(fit, root, survivors):
 
 
 def test_several_of_them_prune_at_once(fit):
-    """Layers by different shares, and masks in what is left."""
+    """Two layers pruned by different fractions, and masks in the remaining weights."""
     first = KoopmanPruner(0.5, epoch=5, structured=True, parameters=["*stem.weight", "*outer.weight"])
     second = KoopmanPruner(0.25, epoch=5, structured=True, parameters="*inner.weight", prefix="inner")
     masks = KoopmanPruner(0.5, epoch=5, parameters="*head.weight", prefix="masks")
@@ -457,7 +457,7 @@ KINDS = [kind for kind in vars(torch.optim).values() if isinstance(kind, type) a
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_optimizer_of_pytorch_steps_what_got_smaller(kind):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # some are new, or take sparse gradients only
+        warnings.simplefilter("ignore")  # some optimizers are new or accept only sparse gradients
         check_replacement([kind([nn.Parameter(torch.ones(2, 2))])])
 
 

@@ -1,4 +1,4 @@
-"""What every callback keeps to, whatever happens around it and within it."""
+"""The contract of every callback, also when it or its surroundings fail."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Net(pl.LightningModule):
 
 @pytest.fixture(params=CALLBACKS)
 def make(request, tmp_path):
-    """Builds one of the callbacks, writing below the test's folder."""
+    """Return a function that builds a callback which writes to the test's folder."""
     return lambda **given: CALLBACKS[request.param](dirpath=tmp_path / "out", **given)
 
 
@@ -102,7 +102,7 @@ def fail(*_: Any, **__: Any) -> Any:
 
 @pytest.fixture
 def together(tmp_path):
-    """All of them, to be given to one trainer."""
+    """All callbacks, for one trainer."""
     named = {name: {} if name == "restart" else {"prefix": f"koopman_{name}"} for name in CALLBACKS}
     return [CALLBACKS[name](dirpath=tmp_path / "out", **named[name]) for name in CALLBACKS]
 
@@ -116,8 +116,8 @@ def test_an_event_that_fails_costs_each_of_them_one_warning(together, event, tmp
         warnings.simplefilter("always")
         assert fit(together[0], None, *together[1:], save).current_epoch == EPOCHS
     told = [str(each.message) for each in caught if each.category is KoopmanWarning and "injected" in str(each.message)]
-    if event not in ("weights_replaced", "segment_begins"):  # which come only with a pruning
-        assert len({each.split(":")[0] for each in told}) == 6  # kinds of callbacks
+    if event not in ("weights_replaced", "segment_begins"):  # these occur only when pruning
+        assert len({each.split(":")[0] for each in told}) == 6  # one per kind of callback
     assert len(told) <= 2 * len(together)
     assert (tmp_path / "c" / "last.ckpt").is_file()
 
@@ -125,7 +125,7 @@ def test_an_event_that_fails_costs_each_of_them_one_warning(together, event, tmp
 @pytest.mark.parametrize(("owner", "name"), PARTS)
 def test_a_part_that_fails_costs_warnings_and_nothing_else(together, owner, name, tmp_path, monkeypatch):
     save = pl.callbacks.ModelCheckpoint(tmp_path / "c", save_last=True)
-    if owner is Weights:  # weights that cannot be read before training are an error; here they fail later
+    if owner is Weights:  # unreadable weights before training are an error: fail later
         for callback in together:
             callback.fit_begins = lambda *_, own=callback: setattr(own.recording.weights, name, fail)
     else:
@@ -148,7 +148,7 @@ def test_warnings_as_errors_do_not_end_a_training(make, monkeypatch, caplog):
 
 
 class WithoutRate(Net):
-    """As Adafactor of `transformers` with a step of its own."""
+    """Like Adafactor of `transformers` with relative steps: its learning rate is None."""
 
     def configure_optimizers(self) -> Any:
         class Relative(torch.optim.SGD):
@@ -239,7 +239,7 @@ def test_fast_dev_run_writes_nothing(make, tmp_path):
 
 def test_a_prefix_that_leaves_the_folder_is_refused(make):
     for prefix in ("../up", "a/../../b", "/abs", "..", "a/..", "C:\\x", "\\\\host\\share"):
-        if type(make()) is RestartOnBadInitialization:  # has none
+        if type(make()) is RestartOnBadInitialization:  # has no prefix
             return
         with pytest.raises(ValueError, match="must not leave the run's folder"):
             make(prefix=prefix)

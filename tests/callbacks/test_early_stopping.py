@@ -1,4 +1,4 @@
-"""The stop inside real trainings, under both import roots."""
+"""Early stopping in real training runs, under both import roots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOSS_AT_CHANCE = math.log(10)
 
 @pytest.fixture
 def fit(trainer, classifier, tmp_path):
-    """Trains a small network on the digits with the stop; returns the stop and the trainer."""
+    """Return a function that trains a small network on the digits and returns the stop and the trainer."""
 
     def start(stop=None, epochs=100, model=None, callbacks=(), ckpt_path=None, **options):
         stop = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "stop") if stop is None else stop
@@ -133,7 +133,7 @@ def test_targets_far_from_zero_are_no_easier(trainer, regression, tmp_path):
         assert row["hold"] or row["value"] < 0.5 * variance
 
 
-# -- chance -----------------------------------------------------------------------------------------------------------
+# -- the baseline loss ------------------------------------------------------------------------------------------------
 
 
 def test_the_loss_at_chance_is_measured_and_leaves_no_trace(fit, tmp_path):
@@ -143,7 +143,7 @@ def test_the_loss_at_chance_is_measured_and_leaves_no_trace(fit, tmp_path):
     assert given.chance.loss == 2.0
     ours, theirs = (run.lightning_module, other.lightning_module)
     for a, b in zip(ours.state_dict().values(), theirs.state_dict().values(), strict=True):
-        assert torch.equal(a, b)  # dropout and batch norm included: neither weights, statistics nor random state moved
+        assert torch.equal(a, b)  # weights, batch-norm statistics and random state are unchanged
     assert ours.calls == theirs.calls
     logged = {key for key in run.callback_metrics if not key.startswith("koopman/")}
     assert logged == {key for key in other.callback_metrics if not key.startswith("koopman/")}
@@ -182,7 +182,7 @@ def test_batches_of_any_structure(fit, classifier):
     assert stop.chance.loss == pytest.approx(LOSS_AT_CHANCE, rel=0.03)
 
 
-@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor.*:UserWarning")  # of the compiler
+@pytest.mark.filterwarnings("ignore:.*grad attribute of a Tensor.*:UserWarning")  # raised by the compiler
 @pytest.mark.parametrize("kept", ["compiled", "closure"])
 def test_functions_bound_to_the_module_do_not_make_its_loss_chance(fit, classifier, kept):
     class Closed(classifier):
@@ -241,7 +241,7 @@ def test_the_probe_is_silent_and_gives_up_after_one_failure(root, trainer, class
         return sum(seen)
 
     tries: list[int] = []
-    assert count(False) == 20  # ten batches an epoch, each logged once
+    assert count(False) == 20  # ten batches per epoch, each logged once
     with pytest.warns(KoopmanWarning, match="measuring the baseline loss failed"):
         assert count(True) == 20
     assert tries == [0]
@@ -283,7 +283,7 @@ def schedule(name: str, optimizer):
 def test_it_does_not_stop_where_the_schedule_goes_on(fit, classifier, tmp_path, monkeypatch, name):
     def run(folder):
         model = classifier(optimizer="sgd", scheduler=lambda optimizer: schedule(name, optimizer), n=1200, wrong=0.4)
-        model.network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # cannot learn the wrong labels by heart
+        model.network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))  # cannot memorize the wrong labels
         stop = EarlyStopOnUnitEigenvalues(mode="report", tolerance=1e-2, dirpath=tmp_path / folder)
         return fit(stop, model=model, epochs=60)[0]
 
@@ -293,7 +293,7 @@ def test_it_does_not_stop_where_the_schedule_goes_on(fit, classifier, tmp_path, 
     if name != "warm-up":
         assert Hold.SCHEDULE.value in held(stop)[:change]
         monkeypatch.setattr(module, "planned_rates", lambda *_: [])
-        assert run("unguarded").would_stop_epoch < change  # the test can fail
+        assert run("unguarded").would_stop_epoch < change  # control: without the guard it stops too early
 
 
 def test_it_does_not_stop_at_nan(fit, classifier):
@@ -318,7 +318,7 @@ def test_it_does_not_stop_a_dead_network(fit, classifier):
     assert set(held(stop)[12:]) == {Hold.BASELINE.value}
 
 
-# -- together with ----------------------------------------------------------------------------------------------------
+# -- with other callbacks ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", ["stop", "monitor"])
@@ -395,7 +395,7 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one(root, fit, classifier, tm
     resumed = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "resumed")
     again = root.callbacks.ModelCheckpoint(tmp_path / "c", filename="{epoch}", save_top_k=-1)
     path = tmp_path / "c" / f"epoch={cut - 1}.ckpt"
-    model = classifier(dropout=0.0)  # whose random state Lightning does not restore
+    model = classifier(dropout=0.0)  # no dropout: Lightning does not restore its random state
     fit(resumed, callbacks=[again], enable_checkpointing=True, ckpt_path=path, model=model)
     assert resumed.stopped_epoch == whole.stopped_epoch
     assert held(resumed) == held(whole)
@@ -439,7 +439,7 @@ def test_a_killed_run_decides_as_an_uninterrupted_one(root, fit, classifier, tmp
     process.kill()
     process.wait()
     resumed = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "resumed")
-    whole_files = sorted((tmp_path / "killed" / "c").glob("*.ckpt"))[:-1]  # the last may be half written
+    whole_files = sorted((tmp_path / "killed" / "c").glob("*.ckpt"))[:-1]  # the last one may be incomplete
     again = root.callbacks.ModelCheckpoint(tmp_path / "killed" / "c", filename="{epoch:03d}", save_top_k=-1)
     model = classifier(dropout=0.0)
     fit(resumed, callbacks=[again], enable_checkpointing=True, ckpt_path=whole_files[-1], model=model)

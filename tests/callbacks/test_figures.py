@@ -126,12 +126,12 @@ def test_tensorboard_takes_figures(root, trainer, regression, tmp_path):
     events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
     for name in NAMES:
         assert [event.step for event in events.Images(f"koopman/{name}")] == [12, 24, 28]  # epochs 3 and 6, and the end
-    assert len(events.Scalars("koopman/step_correlation")) == 3  # not for the first epochs, when nothing is known
+    assert len(events.Scalars("koopman/step_correlation")) == 3  # not in the first epochs, where it is unknown
     assert monitor.figure_paths == []
 
 
 def test_mlflow_takes_figures(root, trainer, regression, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # its database store would need more packages
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the database store needs more packages
     logger = root.loggers.MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns", artifact_location=str(tmp_path / "a"))
     trainer(callbacks=KoopmanSpectrumMonitor(log_figure=True), logger=logger).fit(regression())
     found = [item.path for item in logger.experiment.list_artifacts(logger.run_id, "koopman")]

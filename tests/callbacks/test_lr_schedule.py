@@ -1,4 +1,4 @@
-"""Learning rates read ahead, against what the schedulers then do."""
+"""Planned learning rates compared with those that the schedulers then set."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def run(root, trainer, regression):
     return start
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")  # PyTorch's own SequentialLR
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step:UserWarning")  # by PyTorch's SequentialLR
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_rates_read_ahead_are_those_that_come(run, name):
     look = run(SCHEDULES[name])
@@ -106,7 +106,7 @@ def test_the_length_of_an_epoch_is_learnt_where_the_data_have_none(root, trainer
     class Scheduled(regression):
         def configure_optimizers(self):
             optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            rising = schedulers.LambdaLR(optimizer, lambda step: 0.01 if step < 18 else 1.0)  # of 3 steps an epoch
+            rising = schedulers.LambdaLR(optimizer, lambda step: 0.01 if step < 18 else 1.0)  # 3 steps per epoch
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": rising, "interval": "step"}}
 
     planned = {}

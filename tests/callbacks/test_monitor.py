@@ -23,7 +23,7 @@ def weights(module) -> np.ndarray:
 
 @pytest.fixture
 def spy(root):
-    """A callback that keeps the weights after each epoch, and the metrics as other callbacks see them."""
+    """A callback that records the weights after each epoch and the metrics that other callbacks see."""
 
     class Spy(root.Callback):
         def __init__(self):
@@ -119,7 +119,7 @@ def test_scalars_are_there_for_stock_callbacks_in_the_same_epoch(root, trainer, 
     best = root.callbacks.ModelCheckpoint(tmp_path / "ckpt", monitor="koopman/slowing", mode="max")
     trainer(callbacks=[stop, best, monitor], enable_checkpointing=True, max_epochs=15).fit(regression())
     assert [epoch for epoch, *_ in seen] == list(range(1, 16))
-    assert seen[0] == (1, 0.0, Phase.WARMING_UP.code)  # nothing known yet, and finite
+    assert seen[0] == (1, 0.0, Phase.WARMING_UP.code)  # unknown so far, but finite
     for (_, correlation, phase), row in zip(seen, monitor.history, strict=True):
         assert Phase.of(phase).value == row["phase"]
         assert correlation == pytest.approx(np.nan_to_num(row["step_correlation"]), rel=1e-5)
@@ -140,7 +140,7 @@ def test_train_loss_is_the_mean_of_what_training_step_returned(trainer, regressi
     assert [row["train_loss"] for row in monitor.history] == pytest.approx(expected, rel=1e-5)
     assert monitor.trajectory.snapshots().ravel().tolist() == pytest.approx(expected, rel=1e-5)
     assert monitor.spectrum.delays == 9 // 2 + 1
-    assert {row["phase"] for row in monitor.history} == {"unknown"}  # only weights have one
+    assert {row["phase"] for row in monitor.history} == {"unknown"}  # only weights have a phase
     assert math.isfinite(monitor.history[-1]["loss_change"])
 
 
@@ -217,7 +217,7 @@ def test_fast_dev_run_records_and_writes_nothing(trainer, regression, tmp_path):
     assert monitor.trajectory is None
     assert not list(tmp_path.rglob("*.csv"))
     shown = {key: float(value) for key, value in fit.callback_metrics.items() if key.startswith("koopman/")}
-    assert shown == {f"koopman/{name}": value for name, value in UNKNOWN.items()}  # for a scheduler that monitors
+    assert shown == {f"koopman/{name}": value for name, value in UNKNOWN.items()}  # so that schedulers can monitor them
 
 
 def test_manual_optimization_with_two_optimizers(trainer, regression):
@@ -234,7 +234,7 @@ def test_manual_optimization_with_two_optimizers(trainer, regression):
     monitor = KoopmanSpectrumMonitor()
     trainer(callbacks=monitor).fit(Manual())
     assert len(monitor.history) == 6
-    assert math.isnan(monitor.history[-1]["train_loss"])  # the step returned none
+    assert math.isnan(monitor.history[-1]["train_loss"])  # the step returned no loss
     assert monitor.spectrum is not None
 
 
@@ -280,7 +280,7 @@ def test_two_monitors_with_one_dirpath_keep_apart(trainer, regression, tmp_path)
         assert len(monitor.history_path.read_text().splitlines()) == 7
 
 
-# -- beside stock callbacks and schedulers ----------------------------------------------------------------------------
+# -- with stock callbacks and schedulers ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -354,7 +354,7 @@ def test_layers_built_in_setup_can_be_named(trainer, regression):
     assert monitor.trajectory.n == 2
 
 
-# -- bad input: known before training ---------------------------------------------------------------------------------
+# -- bad input: detected before training ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -395,7 +395,7 @@ def test_two_monitors_with_one_prefix_are_an_error_before_training(trainer, regr
 
 
 def test_an_output_folder_that_cannot_be_written_is_an_error_before_training(trainer, regression, tmp_path):
-    (tmp_path / "file").touch()  # a folder below a file cannot be made, whoever tries; root ignores permissions
+    (tmp_path / "file").touch()  # root ignores permissions, but cannot make a folder below a file either
     with pytest.raises(ValueError, match=r"dirpath=.*cannot be written.*pass another `dirpath`"):
         trainer(callbacks=KoopmanSpectrumMonitor(dirpath=tmp_path / "file" / "out")).fit(regression())
 
@@ -439,18 +439,18 @@ def test_modules_built_in_configure_model_are_checked_too(trainer, regression):
 
 
 def test_deepspeed_is_refused_before_training(root, trainer, regression):
-    class DeepSpeedStrategy(root.strategies.SingleDeviceStrategy):  # the package itself is not at hand
+    class DeepSpeedStrategy(root.strategies.SingleDeviceStrategy):  # the package is not installed
         pass
 
     monitor = KoopmanSpectrumMonitor()
     with pytest.raises(ValueError, match=r"DeepSpeedStrategy keeps the weights in partitions of its own.*FSDP2"):
         trainer(callbacks=monitor, strategy=DeepSpeedStrategy("cpu"), accelerator="auto").fit(regression())
-    observed = KoopmanSpectrumMonitor("train_loss")  # what needs no weights works
+    observed = KoopmanSpectrumMonitor("train_loss")  # works, since it reads no weights
     trainer(callbacks=observed, strategy=DeepSpeedStrategy("cpu"), accelerator="auto").fit(regression())
     assert len(observed.recorder) == 6
 
 
-# -- bad input: known only in the middle of a run ---------------------------------------------------------------------
+# -- bad input: detected during training ------------------------------------------------------------------------------
 
 
 def test_constant_weights_warn_once_and_training_goes_on(trainer, regression):
@@ -471,7 +471,7 @@ def test_weights_that_are_not_finite_warn_once_and_checkpoints_are_kept(root, tr
             if module.trainer.current_epoch == 4:
                 module.kept = module.head.weight.clone()
                 module.head.weight.fill_(poison)
-            if module.trainer.current_epoch == 7:  # the user's own rescue
+            if module.trainer.current_epoch == 7:  # the user repairs the weights
                 for parameter in module.parameters():
                     parameter.copy_(torch.full_like(parameter, 0.1))
                 module.trainer.optimizers[0].state.clear()
@@ -486,7 +486,7 @@ def test_weights_that_are_not_finite_warn_once_and_checkpoints_are_kept(root, tr
     assert fit.current_epoch == 12
     assert len(list((tmp_path / "ckpt").glob("*.ckpt"))) == 12
     assert [row["phase"] for row in monitor.history[4:8]] == ["diverging"] * 3 + ["warming up"]
-    assert monitor.recorder.epochs == [8, 9, 10, 11, 12]  # a new trajectory after the rescue
+    assert monitor.recorder.epochs == [8, 9, 10, 11, 12]  # a new trajectory after the repair
     assert monitor.history[-1]["n_snapshots"] == 5
 
 
@@ -554,7 +554,7 @@ def test_a_folder_lost_in_the_middle_of_a_run_warns_and_training_goes_on(root, t
     fit = trainer(callbacks=[monitor, checkpoint], enable_checkpointing=True)
     with pytest.warns(KoopmanWarning) as caught:
         fit.fit(model)
-    assert len(koopman_warnings(caught)) == 2  # the history and the sidecar, once each
+    assert len(koopman_warnings(caught)) == 2  # one for the history, one for the sidecar
     assert len(list((tmp_path / "ckpt").glob("*.ckpt"))) == 6
     assert len(monitor.history) == 6
 
@@ -570,7 +570,7 @@ def test_a_clean_run_warns_of_nothing(trainer, regression):
         trainer(callbacks=KoopmanSpectrumMonitor()).fit(regression())
 
 
-# -- a callback used again --------------------------------------------------------------------------------------------
+# -- a reused callback ------------------------------------------------------------------------------------------------
 
 
 def test_fitting_on_goes_on_with_the_trajectory(trainer, regression):

@@ -22,12 +22,12 @@ from lightning_koopman import (
     select_parameters,
 )
 
-WEIGHTS = ("network.1.weight", "network.5.weight")  # of the classifier
+WEIGHTS = ("network.1.weight", "network.5.weight")  # in the classifier
 
 
 @pytest.fixture
 def watch(root):
-    """Callback that notes the weights at given moments, and checks that pruned ones are zero after every step."""
+    """Callback that records the weights and checks that pruned ones are zero after every step."""
 
     class Watch(root.Callback):
         def __init__(self, pruner: KoopmanPruner) -> None:
@@ -56,7 +56,7 @@ def watch(root):
 
 @pytest.fixture
 def fit(trainer, classifier, watch):
-    """Trains a classifier with a pruner; returns the module and who watched."""
+    """Return a function that trains a classifier with a pruner and returns the module and the watching callback."""
 
     def run(pruner, *others, epochs=10, module=None, ckpt_path=None, **options):
         module = classifier() if module is None else module
@@ -75,7 +75,7 @@ def fit(trainer, classifier, watch):
 @pytest.mark.parametrize("survivors", ["keep", "reconstruction", "reinit"])
 @pytest.mark.parametrize("amount", [{"sparsity": 0.75}, {"threshold": 0.05}, {"sparsity": 0.5, "scope": "tensor"}])
 def test_the_algorithms_of_the_paper(fit, survivors, amount):
-    """Oracle: reconstruction and mask computed from the snapshots that another callback saw."""
+    """Oracle: reconstruction and mask computed from snapshots recorded by another callback."""
     pruner = KoopmanPruner(**amount, epoch=7, survivors=survivors, window=5)
     module, watcher = fit(pruner)
     trajectory = Trajectory(watcher.snapshots[0].numel())
@@ -117,7 +117,7 @@ def test_drawing_anew_resets_the_optimizer_and_follows_the_scheme(fit, root):
     _, watcher = fit(pruner, Look(), epochs=6)
     assert states[3:5] == [6, 0]
     weight = watcher.at_start[4]["network.1.weight"]
-    torch.manual_seed(3 + 1)  # the modules are drawn in order: nn.Linear draws itself, then the scheme does
+    torch.manual_seed(3 + 1)  # modules are drawn in order: first nn.Linear's own draw, then the scheme's
     nn.Linear(64, 32)
     expected = nn.init.orthogonal_(torch.empty(32, 64))
     assert torch.equal(weight, expected * pruner.masks["network.1.weight"])
@@ -133,7 +133,7 @@ def test_with_patterns_only_their_modules_are_drawn_anew(fit):
     assert list(pruner.masks) == ["network.5.weight"]
 
 
-# -- masks that stay --------------------------------------------------------------------------------------------------
+# -- persistent masks -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_masks(fit, root, trainer, clas
     pruner = KoopmanPruner(0.75, epoch=2, window=8)
     fit(pruner, saving(root, tmp_path / "a"), epochs=4, enable_checkpointing=True)
     path = tmp_path / "a" / "epoch=3.ckpt"
-    for epochs in (4, 6):  # nothing to train; then two more epochs, with another window
+    for epochs in (4, 6):  # nothing to train, then two more epochs; with another window
         again = KoopmanPruner(0.75, epoch=2)
         _, watcher = fit(
             again,
@@ -293,7 +293,7 @@ def test_a_finished_run_that_is_resumed_keeps_its_masks(fit, root, trainer, clas
 
 
 def test_a_checkpoint_within_an_epoch_does_not_lose_the_pruning(fit, root, tmp_path):
-    """Lightning begins no epoch when it goes on after an epoch's last batch."""
+    """Lightning starts no epoch when it resumes after the last batch of one."""
     steps = root.callbacks.ModelCheckpoint(tmp_path / "a", filename="{step}", every_n_train_steps=10, save_top_k=-1)
     fit(KoopmanPruner(0.75, epoch=4), steps, epochs=6, enable_checkpointing=True)
     again = KoopmanPruner(0.75, epoch=4)
@@ -327,7 +327,7 @@ def test_a_callback_that_served_another_fit_begins_anew(fit):
     assert [row["epoch"] for row in pruner.history] == [2]
 
 
-# -- when -------------------------------------------------------------------------------------------------------------
+# -- the schedule -----------------------------------------------------------------------------------------------------
 
 
 def test_rounds_approach_the_sparsity(fit):
@@ -379,7 +379,7 @@ def test_it_says_why_nothing_was_pruned(fit):
         fit(pruner, epochs=9, max_steps=20)
 
 
-# -- what is told -----------------------------------------------------------------------------------------------------
+# -- logs and messages ------------------------------------------------------------------------------------------------
 
 
 def test_it_logs_the_sparsity_and_writes_a_table(fit, root, tmp_path):
@@ -426,7 +426,7 @@ def test_it_keeps_no_snapshots_that_it_does_not_need(fit):
     assert len(pruner.recorder) == 0
 
 
-# -- what goes wrong --------------------------------------------------------------------------------------------------
+# -- errors and warnings ----------------------------------------------------------------------------------------------
 
 
 def test_too_few_snapshots_leave_it_to_the_magnitudes(fit):
@@ -456,7 +456,7 @@ def test_the_callbacks_live_together(fit):
 
 def test_weights_that_nobody_trains_are_left_alone(fit, classifier):
     module = classifier()
-    module.teacher = nn.Linear(8, 8)  # requires a gradient, but no optimizer steps it
+    module.teacher = nn.Linear(8, 8)  # requires a gradient, but no optimizer updates it
     module.configure_optimizers = lambda: torch.optim.Adam(module.network.parameters(), lr=1e-2)
     before = module.teacher.weight.detach().clone()
     pruner = KoopmanPruner(0.75, epoch=3)
@@ -492,7 +492,7 @@ def test_a_layer_that_is_replaced_is_held_too(fit, root):
 
 def test_optimizers_without_step_hooks(fit, classifier):
     class Wrapped:
-        """What Lightning takes for an optimizer, without being one of PyTorch's."""
+        """An object that Lightning accepts as an optimizer, although it is no subclass of PyTorch's."""
 
         def __init__(self, inner) -> None:
             self.inner, self.state, self.defaults = inner, inner.state, inner.defaults

@@ -1,4 +1,4 @@
-"""The learning rate falls where the weights hover, and only there; schedules, resumes and stops follow."""
+"""The learning rate is reduced only where the weights hover; also with schedules, resuming and early stopping."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lightning_koopman.demo.experiments.training import Batches
 
 
 class Noisy(Net):
-    """Weights that come to hover, at a constant rate unless a schedule is given."""
+    """Weights that end up hovering, at a constant learning rate unless a schedule is given."""
 
     def __init__(self, lr: float = 0.3, schedule: Any = None) -> None:
         super().__init__(lr=lr, shuffle=True)
@@ -128,12 +128,12 @@ def test_chosen_groups_tensors_and_plateaus():
     assert lower_rates(trainer, [1, 2], 0.5, [0.0, 0.15, 0.0])
     found = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
     assert found == pytest.approx([0.4, 0.15, 0.05])
-    assert not lower_rates(trainer, [0], 0.5, [0.39, 0.15, 0.0])  # there is no further way down
+    assert not lower_rates(trainer, [0], 0.5, [0.39, 0.15, 0.0])  # no rate can be lowered further
     assert first.param_groups[0]["lr"] == pytest.approx(0.39)
 
 
 def say_hovering(reduce: ReduceLROnNoiseFloor, at: int) -> None:
-    """Let the reading after an epoch be that of weights that hover."""
+    """Make the reading after the given epoch report hovering weights."""
     read = reduce.recording.read
     reduce.recording.read = lambda epoch, *given: (
         replace(read(epoch, *given), phase=Phase.HOVERING) if epoch == at else read(epoch, *given)
@@ -209,7 +209,7 @@ def test_a_resumed_run_lowers_as_the_uninterrupted_one(fit, tmp_path):
     reduce, monitor, trained, save = parts()
     fit(Ordered(), reduce, monitor, trained, save, epochs=50, **given)
     at = reduce.reductions[0]["epoch"]
-    for start in (at - 1, at + 3):  # due but not yet done, and done
+    for start in (at - 1, at + 3):  # reduction due but not yet applied; applied
         again, watched, later, save = parts()
         fit(Ordered(), again, watched, later, save, epochs=50, ckpt_path=tmp_path / f"epoch={start}.ckpt", **given)
         assert again.reductions == reduce.reductions

@@ -1,4 +1,4 @@
-"""The restart inside real trainings, under both import roots."""
+"""Restarts in real training runs, under both import roots."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_koopman import (
 
 @pytest.fixture
 def network(classifier):
-    """Builds classifiers without batch norm, which would repair any scale, from a named start."""
+    """Classifiers with a named initialization, without batch norm, which would correct any scale."""
 
     class Plain(classifier):
         def __init__(self, start: str = "he", **options) -> None:
@@ -116,7 +116,7 @@ def test_a_failing_record_is_no_bad_start(fit, network, monkeypatch):
 
 
 def test_few_steps_an_epoch_are_no_bad_start(fit, network):
-    """A full batch an epoch: after ten steps a sane network may still be no better than chance."""
+    """One full batch per epoch: after ten steps a sound network may not yet beat the baseline loss."""
 
     class Slow(network):
         def configure_optimizers(self):
@@ -132,7 +132,7 @@ def test_few_steps_an_epoch_are_no_bad_start(fit, network):
 def test_a_due_restart_does_not_reach_into_another_fit(fit, network, tmp_path):
     restart = RestartOnBadInitialization(3, scheme="he", dirpath=tmp_path / "r")
     _, run = fit(network("5he"), restart, epochs=3)
-    assert restart.restarts == []  # no epoch followed
+    assert restart.restarts == []  # no epoch was left
     run.fit_loop.max_epochs = 6
     good = network()
     before = good.network[1].weight.detach().clone()
@@ -238,7 +238,7 @@ def test_only_the_chosen_modules_are_drawn(fit, network, tmp_path):
     restart = RestartOnBadInitialization(3, modules=["*", "!network.1"], max_restarts=1, dirpath=tmp_path / "r")
     fit(model, restart, epochs=4)
     assert restart.restarts
-    assert torch.equal(model.network[1].weight, before)  # dead still: no gradient reached it
+    assert torch.equal(model.network[1].weight, before)  # excluded, and no gradient reached it
     assert model.network[5].bias.min() > -1.0
 
 
@@ -251,7 +251,7 @@ def test_judgement_waits_for_the_warm_up(fit, network, tmp_path, monkeypatch):
     assert restart.restarts == []
     hasty = RestartOnBadInitialization(5, dirpath=tmp_path / "h")
     monkeypatch.setattr("lightning_koopman.callbacks.restart.warming_up", lambda *_: False)
-    assert fit(network(optimizer="sgd", scheduler=warm_up), hasty, epochs=7)[0].restarts  # the test can fail
+    assert fit(network(optimizer="sgd", scheduler=warm_up), hasty, epochs=7)[0].restarts  # restarts if not waiting
 
 
 def test_manual_optimization_needs_the_loss_at_chance(fit, network, tmp_path):
@@ -274,7 +274,7 @@ def test_manual_optimization_needs_the_loss_at_chance(fit, network, tmp_path):
     assert accuracy(model) > 0.9
 
 
-@pytest.mark.parametrize("cut", [2, 3, 4])  # before the decision, between it and the restart, after the restart
+@pytest.mark.parametrize("cut", [2, 3, 4])  # before the decision, between decision and restart, after it
 def test_a_resumed_run_restarts_as_an_uninterrupted_one(root, fit, network, tmp_path, cut):
     def run(name, epochs, ckpt_path=None):
         restart = RestartOnBadInitialization(3, scheme="he", dirpath=tmp_path / name)

@@ -1,4 +1,4 @@
-"""What users of similar tools have reported: unusual steps, weights, losses and runs."""
+"""Situations reported by users of similar tools: unusual steps, weights, losses and runs."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lightning_koopman.parameters.reinitialize import reinitialize, select_modul
 
 
 def step(parameter: torch.Tensor) -> None:
-    """Of an optimizer that is fused into the backward pass."""
+    """Update a parameter as an optimizer fused into the backward pass does."""
     parameter.data.sub_(1e-2)
 
 
 class SAM(torch.optim.Optimizer):
-    """As the usual ones: an optimizer inside steps, its own `step` is not called."""
+    """Like common SAM optimizers: the inner optimizer steps, and the outer `step` is never called."""
 
     def __init__(self, params) -> None:
         super().__init__(params, {})
@@ -45,7 +45,7 @@ class SAM(torch.optim.Optimizer):
 
 @pytest.fixture
 def manual(root):
-    """Builds modules that step by themselves."""
+    """Return a function that builds modules with manual optimization."""
 
     class Manual(root.LightningModule):
         def __init__(self, kind: str) -> None:
@@ -99,7 +99,7 @@ def test_masks_hold_and_batches_count_however_the_module_steps(trainer, manual, 
     zeros = int((~pruner.masks["net.0.weight"]).sum())
     assert module.zeros[:12] == [0] * 12
     assert module.zeros[12:] == [zeros] * 12
-    assert [row["step"] for row in monitor.history] == list(range(2, 25, 2))  # of 4 batches an epoch
+    assert [row["step"] for row in monitor.history] == list(range(2, 25, 2))  # 4 batches per epoch
 
 
 @pytest.mark.parametrize("structured", [False, True])
@@ -113,7 +113,7 @@ def test_a_preview_says_what_would_go_and_changes_nothing(trainer, regression, s
     assert torch.equal(torch.random.get_rng_state(), drawn)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert pruner.history == []
-    trainer(callbacks=pruner).fit(module)  # the same counts as the run comes to
+    trainer(callbacks=pruner).fit(module)  # the run gives the same counts
     if structured:
         assert (
             preview.changes == pruner.changes == {"net.0": {"out_features": (8, 4)}, "net.2": {"in_features": (8, 4)}}
@@ -139,7 +139,7 @@ def test_a_module_without_validation_loses_channels(trainer, regression):
 
 @pytest.fixture
 def finetuned(root):
-    """Builds modules with a backbone that is frozen at first; the optimizer is built for the head alone."""
+    """Modules with an initially frozen backbone; the optimizer starts with the head alone."""
 
     class Finetuned(root.LightningModule):
         def __init__(self) -> None:
@@ -241,12 +241,12 @@ def test_weights_behind_others_are_drawn_through_them(wrap, scheme):
         reinitialize([layer], scheme, seed=3)
     assert dict(wrapped.named_parameters()).keys() == held.keys()
     for name, value in wrapped.named_parameters():
-        assert value is held[name]  # optimizers hold it
+        assert value is held[name]  # optimizers keep a reference to it
         assert not torch.equal(value, before[name])
     inputs = torch.randn(5, 4)
     if "spectral" in str(list(wrapped._forward_pre_hooks.values())) or "Spectral" in str(wrapped):
         wrapped(inputs)
-        ratio = wrapped.weight / plain.weight  # divided by an estimate of its norm
+        ratio = wrapped.weight / plain.weight  # spectral norm divides by an estimate
         torch.testing.assert_close(ratio, ratio.mean().expand_as(ratio))
     else:
         torch.testing.assert_close(wrapped(inputs), plain(inputs))
@@ -299,7 +299,7 @@ def test_a_teacher_that_became_nan_is_set_back_by_the_restart(root, trainer):
 
 
 def measured(root, trainer, loss, targets, outputs: int = 1):
-    """The measured baseline loss of a network on targets that its inputs tell nothing of."""
+    """Return the measured baseline loss on targets that are independent of the inputs."""
 
     class Net(root.LightningModule):
         def __init__(self) -> None:
@@ -354,12 +354,12 @@ def test_a_baseline_that_falls_for_ever_is_unknown(root, trainer):
     assert measured(root, trainer, lambda outputs, _: 1 / (1 + nn.functional.softplus(outputs)).mean(), targets) is None
 
 
-# -- silence and noise ------------------------------------------------------------------------------------------------
+# -- number of messages -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def told():
-    """What Lightning's own logger is told, whether or not it hands that on."""
+    """Messages to Lightning's own logger, whether or not it propagates them."""
     heard: list[str] = []
 
     class Listen(logging.Handler):
@@ -429,7 +429,7 @@ def test_loggers_get_what_is_known_and_stock_callbacks_survive(root, trainer, re
         assert run.current_epoch == 4
         with (Path(logger.log_dir) / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
-        assert not any(row.get(key) for row in rows)  # full rank, or too early: nothing is known
+        assert not any(row.get(key) for row in rows)  # full rank or too early: unknown
 
 
 def test_missing_metrics_are_answered_with_those_of_the_module(trainer, regression):
@@ -446,7 +446,7 @@ def test_the_history_is_drawn_over_steps_with_marks_where_it_begins_anew(trainer
     assert bottom.get_xlabel() == "optimizer steps"
     assert list(top.lines[0].get_xdata()) == [row["step"] for row in monitor.history]
     marked = [line.get_xdata()[0] for line in top.lines if line.get_linestyle() == ":"]
-    assert marked == [12]  # where it was pruned
+    assert marked == [12]  # the pruning step
     assert any("pruned" in text.get_text() for text in bottom.get_legend().get_texts())
     lowered = [{**row, "learning_rate": 0.1 if row["step"] <= 12 else 0.03} for row in monitor.history]
     assert {"rate 0.03"} == {text.get_text() for text in plot_history(lowered).axes[0].texts}

@@ -1,4 +1,4 @@
-"""Distances of spectra against brute force, chance at its stated level, and runs that cannot be compared."""
+"""Distances between spectra against brute force, p-values over all splits, and runs that cannot be compared."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_false_alarms_keep_their_level_and_differences_are_found():
     assert not found.different(0, 2)
     assert "Groups 0 and 1 behave differently" in str(found)
     assert "Holm's correction for 6 tests" in str(found)
-    assert found.order("steps").index(1) != 1  # the other two lie side by side
+    assert found.order("steps").index(1) != 1  # the other two are adjacent
 
 
 def test_too_few_runs_have_distances_and_no_verdict():
@@ -103,7 +103,7 @@ def test_too_few_runs_have_distances_and_no_verdict():
     assert found.different() is None
     assert all(np.isnan(test.p_value) and test.between > 0 for test in found.tests)
     assert "too few" in str(found)
-    assert compare_trainings([one, one], [other, other]).different() is None  # of three splits
+    assert compare_trainings([one, one], [other, other]).different() is None  # only three splits exist
     with pytest.raises(ValueError, match="second must be"):
         found.different(0, 2)
 
@@ -150,7 +150,7 @@ def test_folders_of_runs_are_compared_over_the_rounds_in_common(trainer, regress
     for monitor in monitors:
         trainer(callbacks=monitor, max_epochs=12).fit(regression())
     folders = [tmp_path / str(index) / "mine" for index in range(2)]
-    found = compare_trainings(*folders)  # the same run, held longer and shorter
+    found = compare_trainings(*folders)  # the same training with a long and a short window
     assert all(matrix.max() < 1e-6 for matrix in found.distances.values())
     finer = KoopmanSpectrumMonitor(every_n_steps=2, dirpath=tmp_path / "finer")
     trainer(callbacks=finer, max_epochs=12).fit(regression())

@@ -51,7 +51,7 @@ def test_everything_is_run_once_and_reported(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "34 trainings to go, 2 at a time" in printed
     page = report.read_text(encoding="utf-8")
-    assert not re.search(r"(src|href)='(?!data:|#)", page)  # nothing outside of the page
+    assert not re.search(r"(src|href)='(?!data:|#)", page)  # the page loads nothing external
     for figure in (*FIGURES, "T1"):
         assert f"id='{figure}'" in page
     folder = report.parent
@@ -73,7 +73,7 @@ def test_everything_is_run_once_and_reported(tmp_path, capsys):
     main(["reproduce", "--figure", "3", "--output", str(tmp_path)])
     assert "0 trainings to go" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.npz")} == before
-    assert "id='5'" in report.read_text(encoding="utf-8")  # what was run before stays
+    assert "id='5'" in report.read_text(encoding="utf-8")  # earlier results are kept
 
 
 def test_figures_without_a_training_need_no_data(tmp_path, monkeypatch, capsys):
@@ -89,8 +89,8 @@ class KilledError(Exception):
     pass
 
 
-@pytest.mark.filterwarnings("ignore:KoopmanPruner. training ended")  # the one that only keeps snapshots
-@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # each leg has checkpoints of its own
+@pytest.mark.filterwarnings("ignore:KoopmanPruner. training ended")  # it only records snapshots
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # each leg has its own checkpoint callback
 def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
     def killed(epochs: int) -> None:
         if epochs == 11:  # after the checkpoint of epoch 10
@@ -106,10 +106,10 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path):
     images.train(TINY, "he", None, folders[1], "cpu", told.append)
     assert told[0] == 10
     leg = folders[1] / "trained-he-13"
-    (folders[1] / "trained-he.npz").unlink()  # cut off right before the end
+    (folders[1] / "trained-he.npz").unlink()  # as if killed right before the end
     images.train(TINY, "he", None, folders[1], "cpu", lambda epochs: None)  # noqa: ARG005
     (folders[1] / "trained-he.npz").unlink()
-    (leg / "done.ckpt").rename(leg / "last.ckpt")  # or between the two checkpoints of the last epoch
+    (leg / "done.ckpt").rename(leg / "last.ckpt")  # or between the last epoch's two checkpoints
     images.train(TINY, "he", None, folders[1], "cpu", lambda epochs: None)  # noqa: ARG005
     whole, cut = (read(folder / "trained-he.npz")["curves"] for folder in folders)
     assert whole.shape == (13, 3)
@@ -154,7 +154,7 @@ def test_only_what_is_missing_is_run(tmp_path):
 
 
 def made_up(folder: Path, loss: float, test: float, near: float, walk: float) -> Results:
-    """Results of a training that ends at these losses, its importance near 1 rising to that share."""
+    """Results of a training that ends at these losses; its importance near eigenvalue 1 rises to ``near``."""
     plan = dataclasses.replace(TINY, epochs=10, weight_epochs=(4, 8), loss_epochs=(4, 8))
     curves = np.stack([np.geomspace(2.0, loss, 10), np.geomspace(0.5, test, 10), np.full(10, 0.9)], axis=1)
     save(folder / "trained-he.npz", curves=curves)
@@ -189,7 +189,7 @@ def made_up(folder: Path, loss: float, test: float, near: float, walk: float) ->
 def test_verdicts_follow_their_rules(tmp_path, loss, test, near, walk, verdicts):
     found = claims(made_up(tmp_path, loss, test, near, walk))["S2"]
     assert [claim.verdict for claim in found] == verdicts
-    assert f"{walk:.1%}" in found[1].ours  # the surrogate is named
+    assert f"{walk:.1%}" in found[1].ours  # the surrogate's share is stated
 
 
 def test_judge():

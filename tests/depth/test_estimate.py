@@ -43,7 +43,7 @@ def test_the_transform_is_numpys(row):
     np.testing.assert_allclose(found.gammas, found.scales**-2.0)
 
 
-# -- waves that are known --------------------------------------------------------------------------------------------
+# -- known waves -----------------------------------------------------------------------------------------------------
 
 
 @given(st.floats(1, 30), st.floats(2.2, 5), st.floats(0.5, 2), st.floats(0, 6))
@@ -64,7 +64,7 @@ def test_a_taper_finds_waves_that_do_not_fit_the_range(scattered, offset):
     plain, tapered = estimate_depth(points, y, threshold=1e-3), estimate_depth(points, y, taper=True)
     assert plain.n_layers > 2
     assert tapered.n_layers == 2
-    np.testing.assert_allclose(tapered.layer_frequencies, [3.3, 20.7], atol=0.55)  # a bin
+    np.testing.assert_allclose(tapered.layer_frequencies, [3.3, 20.7], atol=0.55)  # about one bin
     assert tapered.method == ("least squares" if scattered else "fft")
 
 
@@ -188,7 +188,7 @@ def test_a_distant_mean_hides_no_waves(offset):
     found = estimate_depth(x, y, "dmd")
     np.testing.assert_allclose(found.frequencies, [10], rtol=1e-6)
     chirp = x + np.sin(2 * np.pi * x**4)
-    assert estimate_depth(x, chirp + offset).n_layers >= 6  # the mean counts, but not without bound
+    assert estimate_depth(x, chirp + offset).n_layers >= 6  # the mean still has some effect
     assert estimate_depth(x, chirp + offset, taper=True).n_layers == 6
 
 
@@ -207,7 +207,7 @@ def test_octaves(frequencies, decay):
     taken = octaves(ordered, decay)
     assert taken[0] == ordered[0]
     assert (taken[1:] >= decay * taken[:-1] * (1 - 1e-8)).all()
-    for frequency in ordered:  # each lies within the octave of a layer
+    for frequency in ordered:  # each lies in the band of a layer
         assert (taken <= frequency).any()
         assert frequency < decay * taken[taken <= frequency].max() * (1 + 1e-8)
 
@@ -226,7 +226,7 @@ def test_tensors_and_single_precision():
     assert found.n_layers == 5
 
 
-# -- what may be wrong -----------------------------------------------------------------------------------------------
+# -- notes and errors ------------------------------------------------------------------------------------------------
 
 
 def test_notes():
@@ -304,7 +304,7 @@ def test_a_grid_is_told_from_scattered_points():
     step = x[1]
     assert find_grid(x[:, None] + rng.uniform(-0.003, 0.003, (1001, 1)) * step, x[:, None]) is not None
     assert find_grid(x[:, None] + rng.uniform(-0.1, 0.1, (1001, 1)) * step, x[:, None]) is None
-    assert find_grid(np.delete(x, 500)[:, None], x[1:, None]) is None  # a hole
+    assert find_grid(np.delete(x, 500)[:, None], x[1:, None]) is None  # a missing point
     assert find_grid(rng.uniform(0, 1, (50, 2)), x[:50, None]) is None
     lattice = np.stack(np.meshgrid(np.arange(5.0), np.arange(4.0), indexing="ij"), -1).reshape(-1, 2)
     assert find_grid(lattice[:-1], x[:19, None]) is None

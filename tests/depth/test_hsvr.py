@@ -18,18 +18,18 @@ x, fine = np.linspace(*DOMAIN, N_SAMPLES)[:, None], np.linspace(*DOMAIN, N_FINE)
 ROWS = {row.name: row for row in TABLE}
 CHIRP, WAVES = ROWS["x + sin(2πx⁴)"].function, ROWS["cos(2πx) + sin(20πx)"].function
 FFT_ERROR_DIFFERS = {"x + sin(2πx⁴)"}  # ours is smaller
-DMD_ERROR_DIFFERS = {"x + x² + x³", "x + sin(2πx⁴)"}  # a trend for a wave; one of many frequencies
+DMD_ERROR_DIFFERS = {"x + x² + x³", "x + sin(2πx⁴)"}  # a trend taken for a wave; a chirp of many frequencies
 
 
 # -- scikit-learn's contract -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:X has .* inputs")  # some checks have ten
+@pytest.mark.filterwarnings("ignore:X has .* inputs")  # some checks use ten inputs
 @pytest.mark.parametrize("legacy", [False, True])
 def test_scikit_learns_own_checks(legacy):
     results = check_estimator(HSVR(), legacy=legacy, on_skip=None)  # raises on failure
     skipped = [result["check_name"] for result in results if result["status"] != "passed"]
-    assert skipped in ([], ["check_array_api_input"])  # which needs SCIPY_ARRAY_API to be set
+    assert skipped in ([], ["check_array_api_input"])  # needs SCIPY_ARRAY_API
 
 
 def test_pipelines_searches_clones_and_pickles():
@@ -72,7 +72,7 @@ def test_the_layers_are_those_of_a_loop_over_scikit_learns():
         left = left - layer.predict(x)
         total += layer.predict(fine)
         errors.append(np.abs(left).max())
-    within = 1e-3 * np.ptp(y)  # both solve to their tolerance
+    within = 1e-3 * np.ptp(y)  # both are solved to a tolerance only
     np.testing.assert_allclose(model.predict(fine), total, atol=within)
     np.testing.assert_allclose(model.layer_errors_, errors, atol=within)
     assert model.n_layers_ == len(model.estimators_) == 7
@@ -129,10 +129,10 @@ def test_early_layers_need_few_samples(noise):
     assert errors[1] < 1.2 * errors[0]
     first = [model.estimators_[0][0] for model in (every, thinned)]
     assert len(first[1].support_) < 0.2 * len(first[0].support_)
-    assert thinned.estimators_[-1][0].shape_fit_ == (4000, 1)  # the last layer sees them all
+    assert thinned.estimators_[-1][0].shape_fit_ == (4000, 1)  # the last layer is fitted to all samples
 
 
-# -- what it accepts -------------------------------------------------------------------------------------------------
+# -- accepted input --------------------------------------------------------------------------------------------------
 
 
 def test_several_outputs_are_fitted_each_with_the_same_scales():
@@ -163,7 +163,7 @@ def test_two_inputs():
     model = HSVR(threshold=0.1).fit(points, np.sin(2 * np.pi * (points[:, 0] + points[:, 1])))
     inner = rng.uniform(0.1, 0.9, (300, 2))
     assert np.abs(model.predict(inner) - np.sin(2 * np.pi * inner.sum(1))).max() < 0.1
-    wider = np.column_stack([points, np.ones(900)])  # an input that does not differ tells nothing
+    wider = np.column_stack([points, np.ones(900)])  # a constant input carries no information
     again = HSVR(threshold=0.1).fit(wider, np.sin(2 * np.pi * points.sum(1)))
     np.testing.assert_allclose(again.scales_, model.scales_)
     wider[:, 2] += 1e-15 * rng.standard_normal(900)

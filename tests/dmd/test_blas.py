@@ -25,7 +25,7 @@ def test_threads_that_overlap_leave_the_limit_as_it_was():
     with single_blas_thread():
         leave.set()
         worker.join()
-        assert set(blas()) == {1}  # for the one that is still within
+        assert set(blas()) == {1}  # this thread is still inside
     assert blas() == before
 
 

@@ -14,7 +14,7 @@ PLAIN = np.stack([1 + 0.5**TIMES, 0.5**TIMES, -(0.8**TIMES)], axis=1)
 
 
 def wide(snapshots: np.ndarray) -> np.ndarray:
-    """The same with so many zeros that the Gram matrix is used."""
+    """Snapshots padded with zeros until the Gram matrix is used."""
     return np.concatenate([snapshots, np.zeros((len(snapshots), 100_000))], axis=1)
 
 
@@ -65,7 +65,7 @@ def test_a_trajectory_of_any_scale_gives_its_snapshots_back(exponent, tmp_path):
 def test_fast_decay_and_growth_have_one_eigenvalue(way, rate):
     snapshots = np.array([1.0, -2.0]) * rate ** TIMES[:, None]
     (found,) = WAYS[way](snapshots).eigenvalues
-    # beside larger ones the last snapshots are known to no digit in a Gram matrix, and count as zero
+    # in a Gram matrix, snapshots much smaller than others lose all digits and count as zero
     assert found == pytest.approx(rate, rel=1e-9, abs=max(1e-5, 0.0 if way == "QR" else min(1.0, rate) / 4))
 
 

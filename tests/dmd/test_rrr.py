@@ -40,11 +40,11 @@ def test_agrees_with_lapack_on_a_real_trajectory(oracle, count, real_trajectory)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize("n", [8, 200, 40_000])  # 40,000 × 30 goes through the Gram matrix
+@pytest.mark.parametrize("n", [8, 200, 40_000])  # 40,000 × 30 uses the Gram matrix
 @pytest.mark.parametrize("wrap", [np.asarray, torch.from_numpy])
 def test_finds_the_eigenvalues_of_a_linear_system(dtype, n, wrap):
     snapshots = linear_system(SYSTEM, n=n, time=30).astype(dtype)
-    streamed = n > 1000  # through the Gram matrix, which squares the condition number
+    streamed = n > 1000  # uses the Gram matrix, which squares the condition number
     spectrum = dmd_rrr(wrap(snapshots), tol=1e-5 if dtype == np.float32 else 2e-6 if streamed else 1e-10)
     bound = 2e-3 if dtype == np.float32 else 1e-7 if streamed else 1e-9
     assert distance(spectrum.eigenvalues, full_spectrum(SYSTEM)) < bound
@@ -81,7 +81,7 @@ def test_residuals_and_misfit_follow_their_definitions():
     for index, value in enumerate(spectrum.ritz_values):
         best = np.linalg.svd(image - value * basis, compute_uv=False)[-1]
         assert spectrum.residual_at(value) == pytest.approx(best, abs=1e-10)
-        assert spectrum.residuals[index] <= best + 1e-10  # its Rayleigh quotient is no worse than the Ritz value
+        assert spectrum.residuals[index] <= best + 1e-10  # the Rayleigh quotient is no worse than the Ritz value
         assert spectrum.residuals[index] <= spectrum.ritz_residuals[index] + 1e-10
 
 
@@ -144,11 +144,11 @@ def test_invariants_of_any_trajectory(seed, n, time, scale, tol):
     assert spectrum.misfit >= 0
     assert 0 <= spectrum.unit_fraction() <= 1
     assert np.all(spectrum.residuals <= spectrum.ritz_residuals + 1e-8)
-    # nothing changes under a rotation of the weights, and only the coefficients under a change of unit
+    # rotating the weights changes nothing; changing their unit only scales the coefficients
     turned = dmd_rrr(snapshots @ np.linalg.qr(rng.standard_normal((n, n)))[0], tol=tol)
     scaled = dmd_rrr(snapshots * scale, tol=tol)
     for other, factor in ((turned, 1.0), (scaled, scale)):
-        if other.rank == spectrum.rank:  # a singular value may lie right on the threshold
+        if other.rank == spectrum.rank:  # a singular value may lie on the threshold
             assert np.sort(other.ritz_residuals) == pytest.approx(np.sort(spectrum.ritz_residuals), abs=1e-5)
             assert other.importance.sum() == pytest.approx(factor * spectrum.importance.sum(), rel=1e-4)
 

@@ -1,4 +1,4 @@
-"""Drawing weights anew."""
+"""Reinitialization of weights."""
 
 from __future__ import annotations
 

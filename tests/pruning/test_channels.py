@@ -65,7 +65,7 @@ class Concatenated(nn.Module):
 
 
 class Heads(nn.Module):
-    """Attention written by hand: its heads are a matter of reshaping."""
+    """Hand-written attention that forms its heads by reshaping."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -101,7 +101,7 @@ NETWORKS = {
 
 
 def zeroed(network: nn.Module, removal: ChannelRemoval) -> nn.Module:
-    """The network with zeros in place of what a removal takes."""
+    """Return a copy of the network with zeros in place of the removed weights."""
     twin = copy.deepcopy(network)
     for name, parameter in twin.named_parameters():
         if name in removal.kept:
@@ -132,7 +132,7 @@ def test_removing_channels_is_setting_them_to_zero(name):
     torch.testing.assert_close(network.eval()(example), expected, rtol=1e-4, atol=1e-5)
     size = [sum(parameter.numel() for parameter in each.parameters()) for each in (network, before)]
     assert size[0] < size[1]
-    network.train()(example).sum().backward()  # it can be trained
+    network.train()(example).sum().backward()  # still trainable
     assert all(parameter.grad.shape == parameter.shape for parameter in network.parameters())
 
 
@@ -144,7 +144,7 @@ def test_a_state_dict_resizes_a_new_network(name):
     assert resize_like(fresh, network.state_dict()) == removal.changes
     fresh.load_state_dict(network.state_dict())
     assert torch.equal(fresh.eval()(example), network.eval()(example))
-    assert str(fresh) == str(network)  # what the layers say of themselves
+    assert str(fresh) == str(network)  # the sizes that the layers print
 
 
 def test_what_is_left_alone_is_named_with_the_reason():
@@ -202,12 +202,12 @@ def test_later_rounds_refer_to_the_original_channels():
 
 @pytest.mark.parametrize("optimizer", ["Adam", "SGD", "Adagrad", "RMSprop"])
 def test_optimizers_carry_on_with_what_is_left(optimizer):
-    """Oracle: a neuron that does nothing is removed, so nothing else may change in any later step."""
+    """Oracle: the removed neuron does nothing, so no later step may change."""
     options = {"momentum": 0.9} if optimizer in ("SGD", "RMSprop") else {}
     twins = []
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
-    start[0].weight.data[2], start[0].bias.data[2], start[2].weight.data[:, 2] = 0.0, 0.0, 0.0  # and stays so
+    start[0].weight.data[2], start[0].bias.data[2], start[2].weight.data[:, 2] = 0.0, 0.0, 0.0  # and stays zero
     inputs, targets = torch.randn(8, 4), torch.randn(8, 2)
     for removes in (True, False):
         network = copy.deepcopy(start)
@@ -269,7 +269,7 @@ def test_bad_arguments_are_refused(options, message):
 
 
 class Shuffled(nn.Module):
-    """Channels whose place matters after a reshape that the tracing cannot follow."""
+    """Channels whose order matters after a reshape that tracing cannot follow."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class Shuffled(nn.Module):
 
 
 class Averaged(nn.Module):
-    """A mean over the channels: each of them changes it for all others."""
+    """A mean over the channels: each channel affects all others."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -330,7 +330,7 @@ def test_a_run_must_use_the_copy_it_is_given():
 
 
 def test_weights_that_are_zero_hide_nothing():
-    """A head that starts at zero makes any two networks agree; the check does not rest on the present weights."""
+    """A head that starts at zero makes any two networks agree, so the check must not use the current weights."""
     torch.manual_seed(0)
     network = Averaged()
     nn.init.zeros_(network.d.weight)
@@ -393,7 +393,7 @@ def test_a_removal_that_fails_leaves_network_and_optimizer_whole():
     stepper.step()
     removal = remove_channels(copy.deepcopy(network), lambda net: net(torch.ones(1, 4)), sparsity=0.5)
     stepper.state[network[2].weight]["exp_avg"] = None
-    stepper.state[network[0].weight] = 7  # no state that anyone understands
+    stepper.state[network[0].weight] = 7  # not an optimizer state
     with pytest.raises(AttributeError):
         removal.apply(network, stepper)
     assert network[0].out_features == 8
@@ -414,7 +414,7 @@ def test_resizing_refuses_what_it_does_not_know():
         )
 
 
-# -- handing over -----------------------------------------------------------------------------------------------------
+# -- export -----------------------------------------------------------------------------------------------------------
 
 
 def test_an_exported_network_needs_no_library(tmp_path):
@@ -440,7 +440,7 @@ def test_an_exported_onnx_computes_the_same_for_any_batch(name, tmp_path):
     build, example, _ = NETWORKS[name]
     network = build()
     remove_channels(network, lambda net: net(example), sparsity=0.5)
-    network.head.eval()  # modes are put back as they were
+    network.head.eval()  # export restores the mode of each module
     path = export_network(network, tmp_path / "small.onnx", example=example[:1])
     assert network.training
     assert not next(network.modules()).head.training

@@ -69,7 +69,7 @@ def assert_pruned(network: nn.Module, masks: MaskSet) -> None:
         assert torch.equal(named[name].detach()[~mask], torch.zeros(int((~mask).sum())))
 
 
-# -- choosing ---------------------------------------------------------------------------------------------------------
+# -- masks from scores ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
@@ -201,7 +201,7 @@ def test_weights_computed_from_others_are_left_alone():
     assert list(prunable_parameters(network)) == ["4.weight"]
 
 
-# -- holding ----------------------------------------------------------------------------------------------------------
+# -- keeping zeros ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -209,7 +209,7 @@ def test_zeros_stay_under_every_optimizer(name):
     network = Network()
     optimizer = OPTIMIZERS[name](network.parameters())
     for _ in range(3):
-        step(network, optimizer)  # so that it has momentum
+        step(network, optimizer)  # builds up momentum
     masks = random_masks(network)
     survivors = {key: value.clone() for key, value in network.state_dict().items()}
     masks.pin(network, optimizer)
@@ -253,7 +253,7 @@ def test_gradients_are_zero_before_anything_reads_them():
     network = Network()
     masks = random_masks(network)
     masks.pin(network, torch.optim.SGD(network.parameters(), lr=0.1))
-    for _ in range(3):  # accumulated
+    for _ in range(3):  # accumulates gradients
         nn.functional.mse_loss(network(x), y).backward()
     named = dict(network.named_parameters())
     for name, mask in masks.items():
@@ -411,7 +411,7 @@ def test_leaving_the_block_lets_the_weights_move_again():
     assert all((dict(network.named_parameters())[name] != 0).all() for name in masks)
 
 
-# -- telling and storing ----------------------------------------------------------------------------------------------
+# -- storing and printing ---------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,4 +1,4 @@
-"""Channels of gated and odd layers, and of language models: the right number goes, the rest is left alone by name."""
+"""Channels of gated and odd layers and of language models: right number removed, skipped layers named."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Gated(nn.Module):
 
 
 class Max(nn.Module):
-    """Only the largest channel goes on."""
+    """Passes on only the largest channel."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)
@@ -55,7 +55,7 @@ class HomeMade(nn.Module):
 
 
 def zeroed(network: nn.Module, removal) -> nn.Module:
-    """The network with zeros in place of what a removal takes."""
+    """Return a copy of the network with zeros in place of the removed weights."""
     twin = copy.deepcopy(network)
     for name, parameter in twin.named_parameters():
         if name in removal.kept:
@@ -90,7 +90,7 @@ def test_what_goes_together_is_counted_together(name, sparsity):
     assert left == channels - len(removal.removed[layer])
     asked = channels - round(sparsity * channels)
     assert left % parts == 0
-    assert abs(left - asked) <= parts / 2 or left == parts  # each keeps one of each part
+    assert abs(left - asked) <= parts / 2 or left == parts  # at least one channel of each part stays
     assert removal.share == sum(map(len, removal.removed.values())) / sum(removal.channels.values())
     assert all(tensor.numel() for tensor in network.parameters())
     torch.testing.assert_close(network(example), zeroed(before, removal)(example))
@@ -202,7 +202,7 @@ def test_both_copies_see_the_same_randomness(draw):
     random.seed(3)
     removal = remove_channels(network, lambda net: net(row + draw()), sparsity=0.5)
     assert removal.share == 0.5
-    assert random.random() == expected  # the run's own state is left alone
+    assert random.random() == expected  # the global random state is unchanged
 
 
 def test_a_step_that_disagrees_with_itself_is_named_as_such():
@@ -219,7 +219,7 @@ def test_tracing_has_a_time_limit(monkeypatch):
 
 
 def language_model(kind: str):
-    """A small model of `transformers` and its loss."""
+    """Build a small `transformers` model and its loss."""
     tf = pytest.importorskip("transformers")
     torch.manual_seed(0)
     ids = torch.randint(64, (4, 16))
@@ -243,7 +243,7 @@ def language_model(kind: str):
     return network, lambda net: net(input_ids=ids, labels=ids).loss
 
 
-@pytest.mark.filterwarnings("ignore")  # of transformers
+@pytest.mark.filterwarnings("ignore")  # warnings of transformers
 @pytest.mark.parametrize("kind", ["GPT-2", "BERT", "T5", "T5 gated-gelu", "Llama 4", "Llama 2", "Llama 1", "ViT"])
 def test_half_of_the_feed_forward_neurons_of_a_language_model_go(kind, tmp_path):
     network, run = language_model(kind)

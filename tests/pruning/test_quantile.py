@@ -11,7 +11,7 @@ from lightning_koopman.pruning.quantile import Ranked
 
 
 def brute_force(values: np.ndarray, earlier: np.ndarray, count: int) -> np.ndarray:
-    """All but the smallest, among equal ones the first pruned first."""
+    """Return a mask that prunes the ``count`` smallest; among equals, the first is pruned first."""
     sizes = np.where(earlier, np.abs(values.astype(np.float64)), -1.0)
     kept = np.ones(len(values), dtype=bool)
     kept[np.lexsort((np.arange(len(values)), sizes))[:count]] = False

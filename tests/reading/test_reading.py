@@ -72,7 +72,7 @@ def test_weights_that_do_not_change_are_settled():
 
 
 def test_a_noise_floor_is_left_when_the_rate_falls():
-    """Stochastic gradient descent on a quadratic: it descends, hovers, and at a lower rate descends again."""
+    """Stochastic gradient descent on a quadratic descends, hovers, and descends again at a lower rate."""
     random, weights, rate = np.random.default_rng(0), np.full(2000, 3.0), 0.05
     curvature = np.geomspace(0.05, 2.0, 2000)
     trajectory, losses, phases = Trajectory(2000), [], []

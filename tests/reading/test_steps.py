@@ -82,7 +82,7 @@ def test_too_few_steps_or_none_of_a_length_say_nothing():
     assert step_statistics(gram(np.random.default_rng(0).standard_normal((LEAST, 3)))) is None
     assert step_statistics(gram(np.ones((20, 3)))) is None
     held = np.repeat(np.random.default_rng(0).standard_normal((8, 3)).cumsum(0), 2, axis=0)
-    assert step_statistics(gram(held)).count == 7  # every other step has no length
+    assert step_statistics(gram(held)).count == 7  # every other step has zero length
 
 
 def test_a_sketch_adds_its_own_doubt():
@@ -91,7 +91,7 @@ def test_a_sketch_adds_its_own_doubt():
     assert sketched.errors[0] == pytest.approx(np.hypot(exact.errors[0], 0.1 / np.sqrt(18)), rel=1e-6)
 
 
-# -- how fast they still move -----------------------------------------------------------------------------------------
+# -- decay rate -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rate", [0.7, 0.9, 0.97])

@@ -1,4 +1,4 @@
-"""One of two processes fails at some point of our work: run as a script, told by JSON where."""
+"""Make one of two processes fail at a given point of our code; run as a script with JSON arguments."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def train(folder: Path, failure: Any, epochs: int, checkpoint: str | None) -> di
 
 @contextmanager
 def failing(trainer: Any, path: str, name: str, count: int, rank: int) -> Iterator[None]:
-    """Context in which a function fails at its count-th call in one process."""
+    """Let a function fail at its `count`-th call in one process within the context."""
     module, _, kind = path.partition(":")
     owner: Any = importlib.import_module(f"lightning_koopman.{module}")
     owner = getattr(owner, kind) if kind else owner

@@ -1,12 +1,12 @@
-"""Trainings that are killed at random moments and resumed, against the uninterrupted one.
+"""Compare training runs that are killed at random moments and resumed with an uninterrupted run.
 
 ``python tests/scenarios/kills.py --runs 60 --seed 0`` runs many; the tests run a few.  A run is killed with signal 9
-after a random time, in the middle of writing a row of snapshots, before a file is renamed, before, within or after the
-write of a checkpoint, or after a step; then it is resumed from its last checkpoint, up to three times.  In the end
-spectra (1e-12), masks, decisions, histories and weights must be those of the run that nobody killed.
+after a random time, while a row of snapshots is written, before a file is renamed, before, during or after the write of
+a checkpoint, or after a step.  It is then resumed from its last checkpoint, up to three times.  Spectra (to 1e-12),
+masks, decisions, histories and weights must equal those of the uninterrupted run.
 
-No checkpoint is written after an epoch's last batch but before its end: where a run that was resumed from such a one is
-resumed again, Lightning 2.6 itself trains too many batches (51 in place of 48, without any callback).
+No checkpoint is written between an epoch's last batch and its end: when a run is resumed twice from such checkpoints,
+Lightning 2.6 itself trains too many batches (51 instead of 48, without any callback).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Net(pl.LightningModule):
 
 
 class Resumable:
-    """Batches that Lightning can go on with within an epoch."""
+    """Batches from which Lightning can resume within an epoch."""
 
     def __init__(self) -> None:
         random = torch.Generator().manual_seed(1)
@@ -93,7 +93,7 @@ class Resumable:
 
 
 class Save(pl.callbacks.ModelCheckpoint):
-    """Writes no checkpoint that Lightning cannot be resumed from twice."""
+    """Skip the checkpoints from which Lightning cannot resume twice."""
 
     def on_train_batch_end(self, trainer: Any, *given: Any) -> None:
         if trainer.global_step % BATCHES:
@@ -117,7 +117,7 @@ def callbacks(variant: str) -> list[Any]:
 
 
 def run(variant: str, folder: Path, resume: str | None, kill: tuple[str, Any] | None) -> None:
-    """Train in this process, which may not survive it; at the end writes what is to be compared."""
+    """Train in this process, which may be killed, and write the results to compare at the end."""
     torch.set_num_threads(1)
     logging.getLogger("pytorch_lightning").setLevel(logging.ERROR)
     own = callbacks(variant)
@@ -157,7 +157,7 @@ def run(variant: str, folder: Path, resume: str | None, kill: tuple[str, Any] | 
 
 
 def arm(kind: str, count: Any, own: list[Any]) -> None:
-    """Arrange that this process kills itself at the count-th occasion of a kind."""
+    """Make this process kill itself at the `count`-th event of a kind."""
 
     def at(owner: Any, name: str, before: bool, cut: Callable[..., None] | None = None) -> None:
         original, calls = getattr(owner, name), [0]
@@ -202,7 +202,7 @@ def arm(kind: str, count: Any, own: list[Any]) -> None:
 
 
 def child(variant: str, folder: Path, resume: str | None, kill: tuple[str, Any] | None = None) -> tuple[int, float]:
-    """Run in a child process; returns its exit status, or 9 if it was killed, and its seconds of training."""
+    """Run in a child process; return its exit status (9 if killed) and its training time in seconds."""
     started = folder / "started"
     started.unlink(missing_ok=True)
     pid = os.fork()
@@ -234,7 +234,7 @@ def child(variant: str, folder: Path, resume: str | None, kill: tuple[str, Any] 
 
 
 def differences(a: Any, b: Any, path: str = "") -> list[str]:
-    """Where two results differ."""
+    """Return the places where two results differ."""
     if isinstance(a, dict):
         keys = [f"{path}: {set(a) ^ set(b)}"] if set(a) != set(b) else []
         return keys + [each for key in a.keys() & b.keys() for each in differences(a[key], b[key], f"{path}/{key}")]
@@ -250,14 +250,14 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
 
 
 class Kills:
-    """Uninterrupted runs, made once, and killed ones that are compared with them."""
+    """Killed runs compared with uninterrupted ones, which run once."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.kills = root, 0
         self._whole: dict[str, tuple[Any, float]] = {}
 
     def whole(self, variant: str) -> tuple[Any, float]:
-        """What the uninterrupted run gives, and its seconds."""
+        """Return the result of the uninterrupted run and its time in seconds."""
         if variant not in self._whole:
             folder = self.root / f"whole-{variant}"
             folder.mkdir()
@@ -267,7 +267,7 @@ class Kills:
         return self._whole[variant]
 
     def compare(self, variant: str, number: int, seed: int) -> tuple[list[str], list[Any]]:
-        """Where a run that is killed up to three times differs, and how it was killed."""
+        """Return where a run that is killed up to three times differs, and how it was killed."""
         draw, (expected, seconds) = random.Random(f"{seed}-{number}"), self.whole(variant)
         folder = self.root / f"killed-{number}-{variant}"
         folder.mkdir()
@@ -284,7 +284,7 @@ class Kills:
             last = folder / "c" / "last.ckpt"
             resume = str(last) if last.exists() else None
             if code == 9 and resume and torch.load(last, weights_only=True)["global_step"] == EPOCHS * BATCHES:
-                return [], story  # killed when all was done
+                return [], story  # killed after the last step
             if code == 0:
                 break
             self.kills += 1

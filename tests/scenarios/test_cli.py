@@ -58,7 +58,7 @@ def test_lightning_cli_builds_the_stop_and_the_restart(root, regression, tmp_pat
 
 
 def test_the_config_is_saved_with_the_run(root, regression, tmp_path, monkeypatch):
-    """LightningCLI writes the callback's arguments back to YAML, so they must serialise."""
+    """LightningCLI writes the callback's arguments back to YAML, so they must be serializable."""
     arguments = ["fit", "--trainer.callbacks=lightning_koopman.KoopmanSpectrumMonitor", "--trainer.accelerator=cpu"]
     arguments += ["--trainer.callbacks.window=7", "--trainer.max_epochs=1", "--trainer.enable_progress_bar=false"]
     logger = {"class_path": f"{root.__name__}.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path)}}

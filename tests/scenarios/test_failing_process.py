@@ -1,4 +1,4 @@
-"""A process that fails costs a warning in all of them: no hang, no crash, and all go on alike."""
+"""A failing process causes a warning in every process: no hang, no crash, and all continue alike."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_sharded import environments
 
 SCRIPT = Path(__file__).with_name("failing_process.py")
 TRAJECTORY, RECORDER = "trajectory.trajectory:Trajectory", "trajectory.recorder:Recorder"
-# where, what, at which call, in which process
+# module, function, call, process
 FAILURES = [
     ("callbacks.observables", "local_chunks", 20, 1),
     ("callbacks.observables:Weights", "read", 8, 1),
@@ -47,7 +47,7 @@ FAILURES = [
 ]
 
 
-# what all do at the same time: where one fails, each of them says so
+# run by all processes together: if one fails, each of them warns
 TOGETHER = {"local_chunks", "read", "stage", "message", "commit", "from_scores", "combine", "load", "_read_layout"}
 LOADING = [(TRAJECTORY, "load", 1, 1), ("trajectory.sidecar", "_read_layout", 1, 0)]
 

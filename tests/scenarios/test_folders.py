@@ -1,4 +1,4 @@
-"""Runs that begin at once, and where each writes."""
+"""Output folders of runs that start at the same time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_runs_begun_at_once_in_threads_do_not_share_a_folder(tmp_path):
     barrier, monitors = threading.Barrier(4), [KoopmanSpectrumMonitor(storage="disk") for _ in range(4)]
 
     class Begin(pl.Callback):
-        def on_fit_start(self, *_: Any) -> None:  # all have begun, none has written
+        def on_fit_start(self, *_: Any) -> None:  # all have started, none has written
             barrier.wait()
 
     threads = [threading.Thread(target=train, args=(tmp_path, [each, Begin()])) for each in monitors]
@@ -78,7 +78,7 @@ def test_runs_begun_at_once_in_processes_do_not_share_a_folder(tmp_path):
 
 
 class Wandb(pl.loggers.logger.Logger):
-    """As W&B's: all runs in one folder, told apart by name and version."""
+    """Like W&B's logger: all runs share a folder and differ by name and version."""
 
     def __init__(self, folder: Path, version: Any) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_a_logger_that_keeps_all_runs_in_one_folder_gives_each_its_own(tmp_path,
 
 
 def test_mlflow_runs_have_folders_of_their_own(tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # its database store would need more packages
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # the database store needs more packages
     paths = []
     for _ in range(2):
         logger = pl.loggers.MLFlowLogger(tracking_uri=f"file:{tmp_path}/mlruns", save_dir=str(tmp_path))

@@ -13,7 +13,7 @@ from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanSpectrumMonitor
 
 @pytest.fixture
 def run(root, trainer, regression, tmp_path):
-    """Trains for some epochs, from a checkpoint if given; returns the monitor and the checkpoint folder."""
+    """Return a function that trains, also from a checkpoint, and returns the monitor and the checkpoint folder."""
 
     def start(name: str, epochs: int, ckpt_path=None, save_top_k=-1, **options):
         monitor = KoopmanSpectrumMonitor(**{"window": 8, "dirpath": tmp_path / name, **options})
@@ -81,7 +81,7 @@ def test_any_older_checkpoint_goes_on_as_if_nothing_had_followed(run, kept, epoc
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`.*")
 def test_files_go_with_the_last_checkpoint_that_needs_them(root, trainer, regression, tmp_path):
-    """Of 60 snapshots those of three checkpoints are left, which can all be resumed from; one was written by hand."""
+    """Of 60 snapshots, those of three checkpoints remain, one written by hand; each can be resumed from."""
 
     class Hand(root.Callback):
         def on_train_epoch_end(self, trainer, pl_module):
@@ -124,11 +124,11 @@ def test_a_checkpoint_without_the_monitor_starts_the_window_anew(root, run, trai
     assert resumed.recorder.epochs == [5, 6, 7, 8]
 
 
-@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")  # so the weights need not be the same
+@pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")  # so the weights may differ
 @pytest.mark.parametrize(
     ("when", "checkpoint"),
     [
-        ({"every_n_train_steps": 6}, "step=30"),  # four batches an epoch: two batches into an epoch
+        ({"every_n_train_steps": 6}, "step=30"),  # four batches per epoch: two batches into an epoch
         ({"every_n_train_steps": 4}, "step=28"),  # after the last batch of an epoch, before its end
         ({"save_on_train_epoch_end": False}, "step=28"),  # after the validation, before the epoch's end
     ],
@@ -143,7 +143,7 @@ def test_no_epoch_is_missing_after_resuming_within_one(root, trainer, regression
 
     whole, resumed = start("whole"), start("resumed", tmp_path / "c" / f"{checkpoint}.ckpt")
     assert resumed.recorder.epochs == whole.recorder.epochs == list(range(13))
-    # also where Lightning runs no epoch-end hook, since all the batches were done
+    # also where Lightning runs no epoch-end hook because all batches were done
     assert [row["epoch"] for row in resumed.history] == list(range(1, 13))
 
 
@@ -246,7 +246,7 @@ def test_a_run_that_is_resumed_with_other_callbacks_keeps_what_they_can_use(root
 
     start(12, [KoopmanSpectrumMonitor(dirpath=tmp_path), stop()])
     alone = stop()
-    start(14, [alone], tmp_path / "c" / "epoch=11.ckpt")  # a warning would fail it
+    start(14, [alone], tmp_path / "c" / "epoch=11.ckpt")  # a warning fails the test
     assert alone.recorder.epochs == list(range(8, 15))
 
 
@@ -282,6 +282,6 @@ def test_a_callback_added_on_resume_leaves_the_shared_trajectory(root, trainer, 
         KoopmanSpectrumMonitor(dirpath=tmp_path / "b"),
         KoopmanSpectrumMonitor(dirpath=tmp_path / "b", prefix="new"),
     )
-    start(8, [old, new] if first == "old" else [new, old], tmp_path / "c" / "last.ckpt")  # a warning would fail it
+    start(8, [old, new] if first == "old" else [new, old], tmp_path / "c" / "last.ckpt")  # a warning fails the test
     assert old.recorder is new.recorder
     assert old.recorder.epochs == list(range(9))

@@ -1,4 +1,4 @@
-"""Every argument of every callback survives a saved configuration, and every callback a copy at any time."""
+"""Every argument survives a saved configuration; every callback can be copied at any time."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CALLBACKS = (
     KoopmanWeightAveraging,
     ReduceLROnNoiseFloor,
 )
-# values that are not the defaults; a few arguments exclude one another
+# non-default values; a few arguments exclude one another
 VALUES = {
     "observable": ["train_loss"], "parameters": [["net*"], "net*"], "every_n_epochs": [2], "every_n_steps": [3],
     "window": [12, None], "radius": [0.1], "tol": [1e-2], "max_residual": [0.02], "log_figure": [True, 2],
@@ -45,7 +45,7 @@ VALUES = {
     "factor": [0.5], "min_lr": [1e-4], "groups": [[0]],
 }  # fmt: skip
 BUT = {(KoopmanWeightAveraging, "storage"): ["disk"], (KoopmanWeightAveraging, "window"): [12]}
-NEEDS = {"sketch": {"storage": "sketch"}, "scheme": {"survivors": "reinit"}}  # where the callback has it
+NEEDS = {"sketch": {"storage": "sketch"}, "scheme": {"survivors": "reinit"}}  # if the callback has the argument
 
 
 def cases():
@@ -109,6 +109,6 @@ def test_callbacks_are_copied_before_in_and_after_a_fit(kind, root, trainer, cla
     copied = copy.deepcopy(callback)
     assert str(found.history) == str(copied.history) == str(callback.history)
     weights = 4 * sum(parameter.numel() for parameter in module.parameters())
-    # the window that it holds, and no copy of the module or its data besides
+    # the stored window, but no copy of the module or its data
     window = 0 if callback.recorder.trajectory is None else callback.settings.window + 3
     assert max(*sizes, len(pickle.dumps(callback))) < 50_000 + window * weights

@@ -1,4 +1,4 @@
-"""Two processes on the CPU against the single-process result, under each strategy."""
+"""Two processes on the CPU compared with the single-process result, under each strategy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PRUNED = ["net.0.weight", "net.3.weight"]
 
 
 def environments(devices: int) -> list[dict[str, str]]:
-    """What torchrun would tell each process; Lightning's own launcher sleeps for seconds before it starts them."""
+    """Return each process's environment as set by torchrun; Lightning's own launcher sleeps for seconds first."""
     if devices == 1:
         return [{}]
     with socket.socket() as probe:
@@ -46,7 +46,7 @@ def environments(devices: int) -> list[dict[str, str]]:
 
 @pytest.fixture
 def train(tmp_path):
-    """Trains in processes of its own and returns what each of them wrote."""
+    """Return a function that trains in separate processes and returns the output of each."""
 
     def run(
         name: str, strategy: str, *callbacks: Any, devices: int = 2, fails: bool = False, **options: Any
@@ -73,14 +73,14 @@ def train(tmp_path):
 
 
 def parts_of(flat: np.ndarray) -> dict[str, torch.Tensor]:
-    """Flat weights by parameter."""
+    """Split flat weights by parameter."""
     sizes = [int(np.prod(shape)) for shape in SHAPES.values()]
     pieces = torch.split(torch.from_numpy(flat.copy()), sizes)
     return {name: piece.reshape(shape) for (name, shape), piece in zip(SHAPES.items(), pieces, strict=True)}
 
 
 def check_spectra(ranks: list[Any], whole: np.ndarray, since: int = 0) -> None:
-    """Each epoch's eigenvalues and residuals, in each process, are those of the gathered weights."""
+    """Check that each process's eigenvalues and residuals are those of the gathered weights, in every epoch."""
     for rank in ranks:
         assert rank["spectra"]
         for times, eigenvalues, residuals in rank["spectra"]:
@@ -112,8 +112,8 @@ def test_all_callbacks_give_the_single_process_result(train, strategy):
     assert ranks[0]["warnings"] == []
     assert [rank["monitor"]["total"] for rank in ranks] == [1935, 1935]
     sizes = [rank["monitor"]["n"] for rank in ranks]
-    assert sum(sizes) == 1935  # nothing counts twice
-    assert max(sizes) < 1100  # and both have their share
+    assert sum(sizes) == 1935  # no element counts twice
+    assert max(sizes) < 1100  # and both processes have a share
     before = whole[:13]
     check_spectra([{**rank, "spectra": rank["spectra"][:11]} for rank in ranks], before)
     # masks and survivors
@@ -125,11 +125,11 @@ def test_all_callbacks_give_the_single_process_result(train, strategy):
     for rank in ranks:
         masks = MaskSet.from_state_dict(rank["prune"]["masks"])
         assert all(torch.equal(masks[name], expected[name]) for name in PRUNED)
-    now, last = parts_of(whole[13]), parts_of(whole[-1])  # set when the epoch began
+    now, last = parts_of(whole[13]), parts_of(whole[-1])  # set at the start of the epoch
     for name in PRUNED:
         torch.testing.assert_close(now[name], scores[name] * expected[name], rtol=1e-5, atol=1e-7)
         assert torch.equal(last[name] != 0, expected[name])
-    # the first process alone writes the history; all hold the same messages
+    # only the first process writes the history; all have the same messages
     row = ranks[0]["prune"]["history"][0]
     assert (row["snapshots"], row["modes"], row["rank"]) == (13, modes.sum(), spectrum.rank)
     assert [row["epoch"] for row in ranks[0]["monitor"]["history"]] == list(range(1, 15))
@@ -155,8 +155,8 @@ def test_drawing_anew_gives_every_process_what_a_single_one_would_draw(train, st
     reinitialize([net[0], net[1], net[3]], seed=FAR_SEED)
     drawn = nn.utils.parameters_to_vector(net.parameters()).detach().numpy()
     whole = ranks[0]["whole"]
-    np.testing.assert_array_equal(whole[4], drawn)  # 0 … 3, then the new start
-    # two rounds, each followed by a draw with its own seed
+    np.testing.assert_array_equal(whole[4], drawn)  # snapshots 0 … 3, then the restart
+    # two rounds, each followed by a reinitialization with its own seed
     masks = MaskSet.from_state_dict(ranks[0]["prune"]["masks"])
     assert all(row["sparsity"] == pytest.approx(0.5, abs=0.01) for row in masks.rows())
     reinitialize([net[0], net[1], net[3]], seed=2)
@@ -177,7 +177,7 @@ def test_resuming_in_another_number_of_processes(train, tmp_path, strategy, then
     checkpoint = tmp_path / "first" / "checkpoints" / "epoch=8.ckpt"
     ranks = train("then", then, *callbacks, devices=devices, epochs=12, checkpoint=str(checkpoint))
     assert ranks[0]["warnings"] == []
-    # weights by time: pruning set them anew after epoch 4, so the trajectory starts there
+    # weights by time: pruning replaced them after epoch 4, so the trajectory starts there
     whole = np.concatenate([first[0]["whole"][[*range(4), *range(5, 11)]], ranks[0]["whole"][1:]])
     assert len(whole) == 13
     assert ranks[0]["spectra"][0][0] == list(range(4, 11))[-8:]
@@ -220,7 +220,7 @@ def test_whatever_is_kept_of_a_snapshot_works_in_shards(train):
         assert distance(disk["eigenvalues"], dmd_rrr(held(trajectory_of(whole))).eigenvalues) < 1e-9
         assert steps["times"] == list(range(16))  # 45 steps
     assert [row["step"] for row in ranks[0]["all"][3]["history"]] == list(range(3, 46, 3))
-    assert [row["epoch"] for row in ranks[0]["all"][1]["history"]] == list(range(1, 10))  # none is lost at the end
+    assert [row["epoch"] for row in ranks[0]["all"][1]["history"]] == list(range(1, 10))  # no epoch is lost at the end
 
 
 def test_replicas_of_shards_count_once(train):
@@ -248,7 +248,7 @@ def test_averages_are_those_of_the_whole_weights(train, tmp_path, strategy):
     path = str(tmp_path / "run" / "checkpoints" / "epoch=3.ckpt")
     resumed = train("then", strategy, given, checkpoint=path, **options)
     np.testing.assert_array_equal(resumed[0]["whole"][0], whole[4])
-    if strategy != "fsdp":  # which Lightning itself does not resume exactly from whole states
+    if strategy != "fsdp":  # Lightning does not resume FSDP exactly from full states
         np.testing.assert_array_equal(resumed[0]["whole"], whole[4:])
         np.testing.assert_allclose(resumed[0]["final"], ranks[0]["final"], rtol=1e-6, atol=1e-7)
 

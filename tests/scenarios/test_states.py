@@ -1,4 +1,4 @@
-"""Checkpoints of another version, damaged or foreign ones: one warning, and a fresh start at once."""
+"""Damaged or foreign checkpoints, or those of another version: one warning and an immediate fresh start."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ def fit(folder: Path, epochs: int, make: Callable[..., Any], ckpt_path: Path | N
 
 @pytest.fixture(scope="module", params=CALLBACKS)
 def saved(request, tmp_path_factory):
-    """A checkpoint of each callback, with the folder of its run."""
+    """A checkpoint of each callback and the folder of its run."""
     folder = tmp_path_factory.mktemp("run")
     fit(folder, 5, CALLBACKS[request.param])
     return CALLBACKS[request.param], folder / "c" / "last.ckpt", folder
 
 
 def resume(make: Callable[..., Any], checkpoint: Any, folder: Path) -> list[str]:
-    """Go on from a checkpoint; returns our warnings."""
+    """Resume from a checkpoint and return our warnings."""
     path = folder / "changed.ckpt"
     torch.save(checkpoint, path)
     with warnings.catch_warnings(record=True) as caught:
@@ -108,7 +108,7 @@ def test_a_changed_state_costs_one_warning_and_no_time(saved, change, tmp_path):
     make, path, _ = saved
     checkpoint = torch.load(path, weights_only=True)
     state = ours(checkpoint)
-    if not state["recorder"]:  # of a pruner that is done
+    if not state["recorder"]:  # a pruner that has finished
         state["recorder"] = {"path": "nowhere"}
     CHANGES[change](state)
     told = resume(make, checkpoint, tmp_path)
@@ -136,7 +136,7 @@ def test_damaged_files_cost_one_warning_and_no_time(damage, tmp_path):
 
 
 def test_no_other_file_is_needed(tmp_path):
-    """Whatever else is done to the folder while training goes on, such as a clean-up of files that are in use."""
+    """Training continues if the files in the folder are emptied meanwhile, for example by a clean-up."""
 
     class Clean(pl.Callback):
         def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

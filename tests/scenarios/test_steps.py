@@ -1,4 +1,4 @@
-"""Snapshots by steps, for trainings of few, long epochs: the same guarantees as by epochs."""
+"""Snapshots every n steps, for training with few, long epochs: the same guarantees as by epoch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_koopman import (
 
 @pytest.fixture
 def watcher(root):
-    """Keeps the weights after every step, and what was logged."""
+    """A callback that records the weights and the logged metrics after every step."""
 
     class Watcher(root.Callback):
         def __init__(self):
@@ -77,7 +77,7 @@ def test_steps_are_the_optimizers(trainer, regression, watcher, accumulate):
 
 
 @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")
-@pytest.mark.parametrize("cut", [12, 14, 16])  # at a snapshot, within an interval, at an epoch's end
+@pytest.mark.parametrize("cut", [12, 14, 16])  # at a snapshot, within an interval, at the end of an epoch
 def test_a_run_resumed_within_an_epoch_misses_no_snapshot(root, trainer, regression, tmp_path, cut):
     def start(name, ckpt_path=None):
         monitor = KoopmanSpectrumMonitor(every_n_steps=3, window=None, dirpath=tmp_path / name)

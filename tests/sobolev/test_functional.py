@@ -125,7 +125,7 @@ def test_equation_7_and_8_as_written():
 
 
 def test_the_zero_mode_is_the_error_of_the_mean_and_not_the_squared_error():
-    # the paper takes ℓ = 0 of equation 7 for the L² norm "by Parseval's theorem": it is less
+    # the paper equates ℓ = 0 of equation 7 with the L² norm "by Parseval's theorem", but it is smaller
     outputs, targets, points = problem(50, 1)
     zeroth = sobolev_loss(outputs, targets, points, scales=0, literal=True)
     assert float(zeroth) == pytest.approx(float((targets - outputs).mean() ** 2), rel=1e-12)
@@ -156,12 +156,12 @@ def test_grids_against_the_full_complex_transform(sizes, norm):
 
 
 @pytest.mark.filterwarnings("ignore:scales")
-@pytest.mark.parametrize("scale", [2, 9])  # 9: aliases on this grid
+@pytest.mark.parametrize("scale", [2, 9])  # 9 aliases on this grid
 def test_a_grid_is_the_same_as_its_points(scale):
     values = torch.randn(1, 2, 5, 8, dtype=f64, generator=torch.Generator().manual_seed(0))
     points = torch.cartesian_prod(
         torch.arange(5, dtype=f64), torch.arange(8, dtype=f64) / 4
-    )  # any unit: it is observed
+    )  # any unit: the period is inferred
     flat = values[0].flatten(1).mT
     on_points = sobolev_loss([flat, flat / 2], torch.zeros_like(flat), points, scales=(1, scale))
     on_grid = sobolev_loss([values, values / 2], torch.zeros_like(values), scales=(1, scale))
@@ -274,7 +274,7 @@ def test_modes_are_taken_piece_by_piece_within_the_bound(monkeypatch):
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
     assert max(made) <= 5000
-    assert len(made) > 4  # made again for the gradient, each within the bound
+    assert len(made) > 4  # rebuilt for the gradient, each within the bound
 
 
 @pytest.mark.parametrize("way", ["points", "pieces", "part", "grid"])
@@ -322,7 +322,7 @@ def test_autocast_does_not_lower_the_precision(grid):
 
 def test_high_modes_in_single_precision_are_exact():
     outputs, targets, points = problem(2000, 1)
-    points = (points * 2**16).round() / 2**16  # known exactly in both precisions
+    points = (points * 2**16).round() / 2**16  # exact in both precisions
     double = float(sobolev_loss(outputs, targets, points, scales=900, exponent=0.0, domain=(0, 1)))
     single = sobolev_loss(outputs.float(), targets.float(), points.float(), scales=900, exponent=0.0, domain=(0, 1))
     assert float(single) == pytest.approx(double, rel=1e-5)

@@ -133,13 +133,13 @@ def test_mini_batches_are_without_bias_in_training_and_in_evaluation():
     half = slice(0, 20)
     expected = sobolev_loss(zero[half], y[half], x[half], scales=3, n_samples=math.inf, **rule)
     assert torch.equal(loss.eval()(zero[half], y[half], x[half]), expected)
-    weights = torch.full((20,), 0.05)  # of the validation data, all of them
+    weights = torch.full((20,), 0.05)  # weights for the whole validation set
     expected = sobolev_loss(zero[half], y[half], x[half], scales=3, **rule)
     torch.testing.assert_close(loss(zero[half], y[half], x[half], weights=weights), expected)
 
 
 def test_batches_of_validation_data_rank_networks_whatever_their_size():
-    # a whole batch's loss holds the noise of its samples, the more of it the smaller it is
+    # the plain loss of a batch includes the noise of its samples: the smaller the batch, the more of it
     draw = torch.Generator().manual_seed(0)
     points = torch.rand(1600, 1, generator=draw)
     clean = torch.sin(2 * math.pi * points)
@@ -159,7 +159,7 @@ def test_batches_of_validation_data_rank_networks_whatever_their_size():
 
 def test_the_period_is_observed_once_in_training():
     loss = SobolevLoss(3)
-    loss.eval()(y, y, x)  # a check of the validation data before training
+    loss.eval()(y, y, x)  # a validation check before training
     assert loss.domain is None
     loss.train()(y, y, x)
     low, high = float(x.min()), float(x.max())
@@ -182,7 +182,7 @@ def test_an_observed_period_goes_with_the_state():
     restored = SobolevLoss(3)
     restored.load_state_dict(loss.state_dict())
     assert restored.domain == loss.domain
-    fixed = SobolevLoss(3, **rule)  # a given one stays
+    fixed = SobolevLoss(3, **rule)  # a given domain is kept
     fixed.load_state_dict(loss.state_dict())
     assert fixed.domain == ((0, 1),)
     restored.load_state_dict(SobolevLoss(3).state_dict())
@@ -209,7 +209,7 @@ def test_several_processes_need_a_given_period(monkeypatch):
         SobolevLoss(3)(y, y, x)
 
 
-# -- the basis is kept -----------------------------------------------------------------------------------------------
+# -- the basis is cached ---------------------------------------------------------------------------------------------
 
 
 def test_the_basis_is_made_once_for_the_same_points(monkeypatch):
@@ -220,11 +220,11 @@ def test_the_basis_is_made_once_for_the_same_points(monkeypatch):
     monkeypatch.setattr(basis, "fourier_basis", lambda *given: made.append(1) or original(*given))
     loss = SobolevLoss(5, **rule)
     for _ in range(3):
-        loss(0 * y, y, x.clone())  # another tensor, the same points
+        loss(0 * y, y, x.clone())  # another tensor with the same points
     assert len(made) == 1
     moved = x.clone()
     loss(0 * y, y, moved)
-    moved[0] = 0.5  # in place
+    moved[0] = 0.5  # changed in place
     value = loss(0 * y, y, moved)
     assert len(made) == 2
     assert torch.equal(value, sobolev_loss(0 * y, y, moved, scales=5, **rule))
@@ -263,7 +263,7 @@ def test_copies_of_network_and_loss_belong_together(twin):
     network = mlp()
     both = nn.ModuleList([network, by_hooks(network)])
     expected = both[1](network(x), y, x)
-    network(x)  # activations that nobody takes
+    network(x)  # activations that no loss uses
     other = twin(both)
     assert all(tap.value is None for tap in other[1]._taps)
     with torch.no_grad():
@@ -346,7 +346,7 @@ class Twice(nn.Module):
 
 
 class Backwards(nn.Module):
-    """Layers that are defined in the reverse of the order in which they run."""
+    """Layers defined in the reverse of their execution order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -416,7 +416,7 @@ def test_nothing_of_the_network_changes_while_the_widths_are_learned():
     assert network[2].training
     assert all(torch.equal(before[name], value) for name, value in network.state_dict().items())
     assert loss.heads[0].in_features == 4
-    assert not torch.equal(generator, torch.get_rng_state())  # only the heads were drawn
+    assert not torch.equal(generator, torch.get_rng_state())  # only the heads draw random numbers
 
 
 # -- the compiler ----------------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def test_bad_arguments_are_errors_before_training(options, message):
     arguments = {"scales": 5, "network": network, "layers": ["1", "3"], "example": x, "domain": (0, 1), **options}
     with pytest.raises(ValueError, match=message):
         SobolevLoss(**arguments)
-    assert not any(part._forward_hooks for part in network)  # nothing is left behind
+    assert not any(part._forward_hooks for part in network)  # no hook remains
 
 
 @pytest.mark.parametrize("widths", [[], [0], [6, 2.5], 6, [True - 1]])
@@ -653,4 +653,4 @@ def test_too_many_modes_are_one_warning():
     loss = SobolevLoss(30, **rule)
     with pytest.warns(UserWarning, match="the 61 cosines and sines .* 40 samples"):
         loss(0 * y, y, x)
-    loss(0 * y, y, x)  # said once: a second warning would be an error here
+    loss(0 * y, y, x)  # warned once: a second warning would be an error here

@@ -40,7 +40,7 @@ def test_gains_are_the_monotone_ones_of_least_estimated_risk():
         return float((shares**2 * fit.noise[0] ** 2 + (1 - shares) ** 2 * (power - fit.noise[0] ** 2)).sum())
 
     rng = np.random.default_rng(0)
-    for _ in range(300):  # no monotone gains nearby, or far away, do better
+    for _ in range(300):  # no other monotone gains do better, near or far
         other = np.sort(np.clip(gains + rng.normal(0, rng.choice([0.01, 0.1, 1.0]), gains.shape), 0, 1))[::-1]
         assert risk(gains) <= risk(other) + 1e-9
 
@@ -62,7 +62,7 @@ def test_the_noise_is_estimated(noise):
 
 @pytest.mark.parametrize("noise", [0.15, 1.5, 3.0])
 def test_shrinking_beats_the_best_number_of_modes(noise):
-    # every truncated fit of the same cosines, the best of them chosen with the clean signal in hand
+    # truncated fits of the same cosines; the best one is chosen by the clean signal
     ours, best = [], []
     for seed in range(8):
         x, clean, y = chirp(1500, noise, seed)
@@ -107,7 +107,7 @@ def test_the_suggested_mode_errs_towards_too_many():
             x = rng.uniform(0, 1, 1000)
             wave = np.cos(2 * np.pi * mode * x) + 0.3 * rng.standard_normal(1000)
             values.extend(suggest_scales(x, wave, domain=(0, 1)))
-    assert np.median(found[0]) <= 40  # noise alone: most modes are left out, more often than not
+    assert np.median(found[0]) <= 40  # pure noise: most modes are left out in at least half of the draws
     assert min(found[3]) >= 3
     assert np.median(found[3]) <= 20
     assert min(found[20]) >= 20

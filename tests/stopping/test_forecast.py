@@ -20,7 +20,7 @@ def test_predicted_and_past_changes_of_a_known_system(rate):
 
 
 def test_predicted_changes_of_a_real_training(digits_trajectory):
-    """The prediction for ten epochs lies within a factor of two of what then happens, once training has calmed."""
+    """Once training has calmed, the prediction for ten epochs is within a factor of two of the outcome."""
     for end in (40, 60, 80):
         trajectory = Trajectory(digits_trajectory.shape[1])
         for snapshot in digits_trajectory[end - 10 : end + 1]:

@@ -1,4 +1,4 @@
-"""The decision rules on trajectories whose truth is known."""
+"""The decision rules on trajectories with known answers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RULE = ConvergenceRule()
 
 
 def verdicts(weights: np.ndarray, losses: np.ndarray, chance: float | None = 1.0, rule: ConvergenceRule = RULE) -> list:
-    """The rule's verdict after each epoch, for weights (epochs + 1, n) and losses (epochs,)."""
+    """Return the rule's verdict after each epoch, for weights (epochs + 1, n) and losses (epochs,)."""
     known = None if chance is None else Baseline(chance)
     snapshots = torch.as_tensor(weights, dtype=torch.float32)
     return [
@@ -115,7 +115,7 @@ def test_the_tolerance_is_relative_to_chance_and_the_fraction_counts():
 
 def test_without_chance_the_range_of_the_losses_is_the_scale():
     losses = 3.0 * falling(60, floor=50.0)
-    losses[0] = 1e6  # the first epoch may have started anywhere
+    losses[0] = 1e6  # the first epoch's loss is arbitrary
     found = verdicts(relaxing(60), losses, chance=None)
     assert found[-1].scale == pytest.approx(0.9 * 0.7 * 3.0, rel=1e-3)
     assert found[-1].hold is None
@@ -129,11 +129,11 @@ def test_without_chance_the_range_of_the_losses_is_the_scale():
 def test_a_random_walk_of_the_weights_is_not_convergence(n):
     epochs = 400 if n < 10_000 else 100
     rng = np.random.default_rng(n)
-    scales = rng.uniform(0.1, 1.0, n)  # noise need not be alike in all directions
+    scales = rng.uniform(0.1, 1.0, n)  # noise need not be isotropic
     walk = rng.standard_normal(n) + np.cumsum(3e-3 * scales * rng.standard_normal((epochs + 1, n)), axis=0)
     found = holds(walk, 0.1 + 1e-4 * rng.standard_normal(epochs))
     assert None not in found
-    assert found[12:].count(Hold.WALK) > 0.9 * (epochs - 12)  # so nothing but that witness stood in the way
+    assert found[12:].count(Hold.WALK) > 0.9 * (epochs - 12)  # only this condition blocked a stop
 
 
 @settings(max_examples=20)
@@ -192,7 +192,7 @@ def test_a_plateau_before_a_drop_is_not_convergence(batch, lr, noise, scale):
     weights, losses, chance = saddle(batch, lr, noise, scale, 320)
     found = holds(weights, losses, chance)
     reached = [epoch for epoch in range(2, 321) if found[epoch - 2] is found[epoch - 1] is None]  # patience 2
-    assert Hold.DRIFT in found  # at a plateau both witnesses agreed, and only this one spoke up
+    assert Hold.DRIFT in found  # on a plateau both criteria were met, and only this condition blocked a stop
     for epoch in reached:
         assert losses[epoch - 1] - losses[epoch - 1 :].min() < 0.01 * chance, epoch
     if batch < 400:
@@ -278,7 +278,7 @@ def test_losses_that_are_not_finite_are_not_convergence():
     losses[40] = np.nan
     found = holds(weights, losses)
     assert set(found[40:52]) == {Hold.NOT_FINITE}
-    assert found[-1] is None  # twelve finite epochs later
+    assert found[-1] is None  # after twelve finite epochs
     assert RULE.judge(losses, None, Baseline(1.0)).hold is Hold.NOT_FINITE
 
 
@@ -302,10 +302,10 @@ FLAT = np.full(20, 0.1)
     [
         (FLAT, FLAT, False),
         (FLAT, np.concatenate([FLAT, 0.1 * FLAT]), True),  # the next decay
-        (np.concatenate([FLAT, 0.1 * FLAT]), 0.01 * FLAT, False),  # the last one brought nothing
-        (np.concatenate([FLAT, 0.1 * FLAT]), 0.001 * FLAT, True),  # a larger one
-        (np.linspace(0.01, 0.05, 20), np.linspace(0.05, 0.1, 20), False),  # slower than it was without effect
-        (np.full(20, 1e-4), np.linspace(1e-4, 0.1, 20), True),  # a warm-up that begins
+        (np.concatenate([FLAT, 0.1 * FLAT]), 0.01 * FLAT, False),  # the last decay had no effect
+        (np.concatenate([FLAT, 0.1 * FLAT]), 0.001 * FLAT, True),  # a larger decay
+        (np.linspace(0.01, 0.05, 20), np.linspace(0.05, 0.1, 20), False),  # slower than a rise that had no effect
+        (np.full(20, 1e-4), np.linspace(1e-4, 0.1, 20), True),  # the start of a warm-up
         (0.9 ** np.arange(30), 0.9 ** np.arange(30, 60), False),  # a steady decay
         (np.cos(np.linspace(0, 1.4, 30)) ** 2, np.full(10, 1.0), True),  # the next cycle
         (FLAT, np.empty(0), False),
@@ -349,7 +349,7 @@ def test_starts():
     assert judged(2.35 - 0.008 * np.arange(10)) == ""  # slow, but falling: too early to say
     assert judged(3.5 - 0.05 * np.arange(10)) == ""
     assert bad_start([2.31], None, chance, horizon=10) == ""
-    assert "worse" in judged(np.linspace(100, 2.6, 10))  # falling, but from weights of a wrong scale
+    assert "worse" in judged(np.linspace(100, 2.6, 10))  # falling, but the initial weights have a wrong scale
 
 
 def test_doubt_about_chance_is_allowed_for():
@@ -357,7 +357,7 @@ def test_doubt_about_chance_is_allowed_for():
 
 
 def test_stationary_noise_fluctuates_and_does_not_move_on():
-    """An MLP with dropout on a plateau: the loss has a standard deviation of 0.018, chance is ln 4."""
+    """An MLP with dropout on a plateau: the loss has a standard deviation of 0.018, the baseline is ln 4."""
     draw = np.random.default_rng(0)
     found = holds(20 + draw.standard_normal((200, 50)), 0.87 + 0.018 * draw.standard_normal(200), np.log(4))
     assert found[12:].count(Hold.SWINGING) > 0.8 * len(found[12:])

@@ -46,7 +46,7 @@ def test_inner_products_are_unbiased_with_the_spread_that_is_claimed():
 
 def test_columns_of_a_matrix_do_not_fall_into_few_buckets():
     layer = torch.zeros(4096, 256)
-    layer[:, 3] = torch.randn(4096)  # all that matters is in one column
+    layer[:, 3] = torch.randn(4096)  # all nonzero values are in one column
     sketch = Sketch(251).project(layer.reshape(-1))
     assert (sketch.abs() > 0).double().mean() > 0.99
 

@@ -34,7 +34,7 @@ def test_streaming_equals_householder_qr_on_a_real_trajectory(capacity, storage,
     exact = decompose(np.linalg.qr(kept.T, mode="r"))
     ours = trajectory.spectrum()
     assert ours.rank == exact.rank
-    # the snapshots held differ from the weights by one rounding of a step; their Gram matrix is as good as QR
+    # held snapshots differ from the weights by one rounding of a step; their Gram matrix is as accurate as QR
     assert distance(ours.eigenvalues, exact.eigenvalues) < 1e-8
     same = held(trajectory)
     assert distance(ours.eigenvalues, decompose(np.linalg.qr(same.T, mode="r")).eigenvalues) < 1e-9
@@ -55,12 +55,12 @@ def test_the_ring_keeps_the_newest_snapshots_and_their_gram(time, capacity, n, s
     trajectory = filled(snapshots, capacity=capacity, storage=storage)
     kept = snapshots[-(capacity or time) :]
     assert len(trajectory) == len(kept)
-    # an increment is rounded to float32, and the next one makes up for it
+    # an increment is rounded to float32, and the next one compensates for it
     np.testing.assert_allclose(trajectory.snapshots().numpy(), kept, rtol=0, atol=4e-7 * np.abs(snapshots).max())
     np.testing.assert_array_equal(trajectory.last().numpy(), trajectory.snapshots()[-1].numpy())
     root = trajectory.factor()
     wide = kept.astype(np.float64)
-    rounding = 1e-6 * np.abs(wide).max() ** 2 * n  # of the increments, to float32
+    rounding = 1e-6 * np.abs(wide).max() ** 2 * n  # float32 rounding of the increments
     np.testing.assert_allclose(root.T @ root, wide @ wide.T, rtol=0, atol=rounding)
     np.testing.assert_allclose(trajectory.step_norms(), np.linalg.norm(np.diff(wide, axis=0), axis=1), atol=1e-6)
     assert trajectory.start_norm() == pytest.approx(np.linalg.norm(wide[0]), rel=1e-6)
@@ -138,7 +138,7 @@ def test_every_older_state_still_finds_all_its_snapshots(tmp_path, kept):
     for state, eigenvalues in states:
         loaded = Trajectory.load(state, tmp_path / "rows")
         np.testing.assert_array_equal(loaded.spectrum().eigenvalues, eigenvalues)
-        assert len(state["starts"]) <= 3  # files of at most about two windows
+        assert len(state["starts"]) <= 3  # each file holds at most about two windows
     sizes = [file.stat().st_size for file in tmp_path.glob("rows-*.bin")]
     assert max(sizes) <= 2.5 * 8 * trajectory._held.rows.row_bytes + 8 * 30
 
@@ -220,7 +220,7 @@ def test_bad_snapshots_leave_the_trajectory_unchanged():
         Trajectory(2).spectrum()
 
 
-# -- kept otherwise ---------------------------------------------------------------------------------------------------
+# -- other storage ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capacity", [None, 12])
@@ -261,7 +261,7 @@ def test_processes_that_share_their_sums_all_hold_the_spectrum_of_the_whole(cut,
         assert part.total == 60
         assert distance(part.spectrum().eigenvalues, whole.spectrum().eigenvalues) < 1e-9
     bad = snapshots[-1].copy()
-    bad[-1 if cut < 60 else 0] = np.inf  # in one of them
+    bad[-1 if cut < 60 else 0] = np.inf  # in one of the parts
     for part, values in zip(parts, (bad[:cut], bad[cut:]), strict=True):
         part.stage(torch.from_numpy(values))
     with np.errstate(invalid="ignore"):
@@ -272,7 +272,7 @@ def test_processes_that_share_their_sums_all_hold_the_spectrum_of_the_whole(cut,
 
 def test_nobody_else_can_reach_a_mapped_file(tmp_path):
     trajectory = filled(walk(20, 5000), capacity=12, storage="disk", path=tmp_path)
-    assert list(tmp_path.iterdir()) == []  # it has no name, so nothing truncates it, shares it or leaves it behind
+    assert list(tmp_path.iterdir()) == []  # an unnamed file cannot be truncated, shared or left behind
     assert len(trajectory.snapshots()) == 12
 
 
