@@ -146,6 +146,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.active:
+            self._check_alone(trainer)
             check_rates(trainer, self.groups)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -183,6 +184,16 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
             self._reduce(trainer, pl_module)
 
     # -- what ---------------------------------------------------------------------------------------------------------
+
+    def _check_alone(self, trainer: pl.Trainer) -> None:
+        for each in trainer.callbacks:  # type: ignore[attr-defined]
+            if each is self or not isinstance(each, ReduceLROnNoiseFloor) or "report" in (each.mode, self.mode):
+                continue
+            if self.groups is None or each.groups is None or set(self.groups) & set(each.groups):
+                raise ValueError(
+                    "two ReduceLROnNoiseFloor lower the same parameter groups: keep one (koopman_autopilot has one), "
+                    "or give each `groups` of its own."
+                )
 
     def _reduce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, row = chosen_rates(trainer, self.groups), self.history[-1]

@@ -192,6 +192,13 @@ def test_what_cannot_be_lowered_is_refused_by_name(fit, tmp_path):
     one = lambda o: schedules.OneCycleLR(o, 0.3, total_steps=100)  # noqa: E731
     with pytest.raises(ValueError, match="ReduceLROnNoiseFloor cannot lower the rates of the scheduler OneCycleLR"):
         fit(Noisy(schedule=one), ReduceLROnNoiseFloor(dirpath=tmp_path))
+    with pytest.raises(ValueError, match="two ReduceLROnNoiseFloor lower the same parameter groups"):
+        fit(Noisy(), *(ReduceLROnNoiseFloor(prefix=name, dirpath=tmp_path) for name in ("a", "b")))
+    fit(
+        Noisy(),
+        *(ReduceLROnNoiseFloor(mode=mode, prefix=mode, dirpath=tmp_path) for mode in ("reduce", "report")),
+        epochs=2,
+    )
     with pytest.raises(ValueError, match="only 1 parameter groups"):
         fit(Noisy(), ReduceLROnNoiseFloor(groups=[3], dirpath=tmp_path))
 
