@@ -60,6 +60,15 @@ def trajectory_of(snapshots: np.ndarray, **options: Any) -> Trajectory:
     return trajectory
 
 
+def noisy_decay(rate: float, seed: int, time: int = 14, n: int = 60) -> np.ndarray:
+    """Snapshots (time, n) of weights that decay, with noise."""
+    random, weights, found = np.random.default_rng(seed), np.ones(n), []
+    for _ in range(time):
+        found.append(weights)
+        weights = weights * (1 - rate) + 0.02 * random.standard_normal(n)
+    return np.array(found)
+
+
 def full_spectrum(eigenvalues: list[complex]) -> np.ndarray:
     """Return the given eigenvalues and the conjugates of the complex ones."""
     pairs = [[value, np.conj(value)] if complex(value).imag else [value] for value in eigenvalues]

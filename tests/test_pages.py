@@ -10,26 +10,14 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from problems import noisy_decay, trajectory_of
 from torch import nn
 
-from lightning_koopman import KoopmanPruner, Trajectory
+from lightning_koopman import KoopmanPruner
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(path.read_text())]
-
-
-def runs(rate: float, seeds: range) -> list[Trajectory]:
-    """Record noisy decays, one per seed."""
-    found = []
-    for seed in seeds:
-        random, trajectory = torch.Generator().manual_seed(seed), Trajectory(50)
-        weights = torch.ones(50)
-        for _ in range(14):
-            trajectory.append(weights)
-            weights = weights * (1 - rate) + 0.02 * torch.randn(50, generator=random)
-        found.append(trajectory)
-    return found
 
 
 def reader() -> dict[str, Any]:
@@ -55,8 +43,8 @@ def reader() -> dict[str, Any]:
         "x": x,
         "y": torch.sin(torch.pi * x),
         "X": x.numpy(),
-        "runs_of_one_kind": runs(0.1, range(3)),
-        "runs_of_another": runs(0.5, range(3, 6)),
+        "runs_of_one_kind": [trajectory_of(noisy_decay(0.1, seed)) for seed in range(3)],
+        "runs_of_another": [trajectory_of(noisy_decay(0.5, seed)) for seed in range(3, 6)],
     }
 
 
@@ -68,8 +56,7 @@ def test_all_blocks_run(path, tmp_path, monkeypatch):
     names = reader()
     for block in BLOCK.finditer(path.read_text()):
         line = path.read_text()[: block.start()].count("\n") + 1
-        if "--8<--" not in block[1]:  # examples have their own test
-            exec(compile("\n" * line + block[1], str(path), "exec"), names)
+        exec(compile("\n" * line + block[1], str(path), "exec"), names)
 
 
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])

@@ -78,7 +78,7 @@ class TrajectoryCallback(LightningCallback):
         self.rates: list[float] = []  # learning rates at the start of the interval
         self.active = True  # False in a `fast_dev_run`
         self.resumed = False  # whether a checkpoint restored this callback's state
-        self.anew = True  # whether this fit continues neither a checkpoint nor an earlier fit
+        self.fresh = True  # whether this fit continues neither a checkpoint nor an earlier fit
         self._pending: dict[str, Any] | None = None
 
     @property
@@ -99,7 +99,7 @@ class TrajectoryCallback(LightningCallback):
     # -- Lightning's hooks: they raise errors only before training starts ---------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._pending, self.anew, self.rates = None, True, []
+        self._pending, self.fresh, self.rates = None, True, []
         if stage != "fit":
             return
         self.active = not trainer.fast_dev_run  # type: ignore[attr-defined]
@@ -127,14 +127,14 @@ class TrajectoryCallback(LightningCallback):
         self.resumed = self._restore(trainer, pl_module, sharing)
         saved = self.clock.rounds
         self.clock.start(trainer)
-        self.anew = not self.resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
-        if self.anew:
+        self.fresh = not self.resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
+        if self.fresh:
             with self.guard("discarding an earlier fit"):
                 self.forget()
             if not self.recorder.restored:
                 self.recorder.interrupt()  # the recorder may hold the end of an earlier fit
         if self.guard.zero:
-            self.write_history(anew=True)
+            self.write_history(rewrite=True)
         # Lightning skips the end of an epoch if the checkpoint was written after its last batch
         lacks_end = self.resumed and not self.clock.by_steps and saved < self.clock.rounds
         if self.is_due(self.clock.rounds) and not lacks_end:
@@ -271,10 +271,10 @@ class TrajectoryCallback(LightningCallback):
         with self.guard("logging"):
             log_scalars(trainer, pl_module, self.prefix, scalars, by_steps=self.clock.by_steps)
 
-    def write_history(self, *, anew: bool = False) -> None:
+    def write_history(self, *, rewrite: bool = False) -> None:
         """Append the last row to the table, or rewrite the whole table."""
         with self.guard("writing the history"):
-            self.run_folder.write_table(self.columns, self.history if anew else self.history[-1:], anew=anew)
+            self.run_folder.write_table(self.columns, self.history if rewrite else self.history[-1:], rewrite=rewrite)
 
     def is_due(self, epoch: int) -> bool:
         """Return whether to take a snapshot after ``epoch`` completed intervals."""

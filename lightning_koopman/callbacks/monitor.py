@@ -267,7 +267,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             publish(trainer, self.prefix, UNKNOWN)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        known = self.history[-1] if self.history and not self.anew else None  # kept by the first process only
+        known = self.history[-1] if self.history and not self.fresh else None  # kept by the first process only
         logged = self.on_zero(trainer, "reading the history", lambda: known and self._logged(known))
         publish(trainer, self.prefix, {**UNKNOWN, **(logged or {})})
         tell_if_short(self, trainer, LEAST, "the first reading")

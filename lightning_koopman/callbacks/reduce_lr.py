@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_positive, check_share, whole_numbers
-from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free, start_segments
+from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free, koopman_callbacks, start_segments
 from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.outlook import tell_if_short
@@ -186,7 +186,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     # -- what ---------------------------------------------------------------------------------------------------------
 
     def _check_alone(self, trainer: pl.Trainer) -> None:
-        for each in trainer.callbacks:  # type: ignore[attr-defined]
+        for each in koopman_callbacks(trainer):
             if each is self or not isinstance(each, ReduceLROnNoiseFloor) or "report" in (each.mode, self.mode):
                 continue
             if self.groups is None or each.groups is None or set(self.groups) & set(each.groups):

@@ -147,7 +147,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.baseline_loss.start(resumed=self.resumed)
-        if self.anew:
+        if self.fresh:
             self._settled = self.clock.rounds > 0  # resumed from a checkpoint without our state
         tell_if_short(self, trainer, self.check_epoch, "judging the start")
         if not self.resumed:

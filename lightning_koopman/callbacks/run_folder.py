@@ -89,13 +89,13 @@ class RunFolder:
         own = version if isinstance(version, str) else f"version_{version}"
         return (Path() if "://" in root else Path(root)) / str(logger.name) / own
 
-    def write_table(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, anew: bool = False) -> None:
-        """Append rows to the history table, or start it (``anew``); NaN becomes an empty cell."""
+    def write_table(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, rewrite: bool = False) -> None:
+        """Append rows to the history table, or write it from the start; NaN becomes an empty cell."""
         if self.history is None or not columns:
             return
-        with open(self.history, "w" if anew else "a", newline="") as file:
+        with open(self.history, "w" if rewrite else "a", newline="") as file:
             writer = csv.DictWriter(file, columns)
-            if anew:
+            if rewrite:
                 writer.writeheader()
             for row in rows:
                 writer.writerow({key: "" if value != value else value for key, value in row.items()})

@@ -227,8 +227,8 @@ class Recorder:
     def _append(self, snapshot: Snapshot) -> bool:
         self.processes, self._shards = snapshot.processes, snapshot.shards
         trajectory = self.trajectory
-        anew = trajectory is None or self.interrupted or snapshot.numel != trajectory.n
-        if self.processes.any(anew) or trajectory is None:
+        restart = trajectory is None or self.interrupted or snapshot.numel != trajectory.n
+        if self.processes.any(restart) or trajectory is None:
             self.clear()  # free memory before the new one is allocated
             self._draw_word()
             dtype = snapshot.parts[0].dtype if snapshot.shards is None else getattr(torch, self.settings.dtype)

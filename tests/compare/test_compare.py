@@ -6,33 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import noisy_decay, trajectory_of
 
-from lightning_koopman import KoopmanSpectrumMonitor, Trajectory, compare_trainings, dmd_rrr, plot_comparison
+from lightning_koopman import KoopmanSpectrumMonitor, compare_trainings, dmd_rrr, plot_comparison
 from lightning_koopman.compare.__main__ import main
 from lightning_koopman.compare.comparison import eigenvalue_distance
 from lightning_koopman.compare.signature import step_measure
 from lightning_koopman.reading.steps import FREQUENCIES
-
-N, TIME = 60, 14
-
-
-def train(rate: float, seed: int, time: int = TIME) -> np.ndarray:
-    """A noisy decay, (time, N)."""
-    random, weights, found = np.random.default_rng(seed), np.ones(N), []
-    for _ in range(time):
-        found.append(weights)
-        weights = weights * (1 - rate) + 0.02 * random.standard_normal(N)
-    return np.array(found)
-
-
-def recorded(snapshots: np.ndarray) -> Trajectory:
-    trajectory = Trajectory(snapshots.shape[1], dtype=torch.float64)
-    for snapshot in snapshots:
-        trajectory.append(snapshot)
-    return trajectory
 
 
 @given(st.integers(1, 5), st.integers(0, 10**6))
@@ -55,10 +37,10 @@ def test_the_measure_of_steps_is_a_sum_over_all_pairs():
 
 def test_coordinates_do_not_matter():
     """A linear change of coordinates is a conjugacy."""
-    snapshots = [train(rate, seed) for seed, rate in enumerate((0.1, 0.3))]
-    turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((2 * N, 2 * N)))
+    snapshots = [noisy_decay(rate, seed) for seed, rate in enumerate((0.1, 0.3))]
+    turn, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((120, 120)))
     wide = [5 * np.hstack([each, np.zeros_like(each)]) @ turn for each in snapshots]
-    runs = [recorded(each) for each in (*snapshots, *wide)]
+    runs = [trajectory_of(each) for each in (*snapshots, *wide)]
     for matrix in compare_trainings(*runs).distances.values():
         np.testing.assert_allclose(matrix[[0, 1], [2, 3]], 0, atol=1e-7)
         np.testing.assert_allclose(matrix[0, 1], matrix[2, 3], atol=1e-7)
@@ -66,7 +48,7 @@ def test_coordinates_do_not_matter():
 
 
 def test_chance_is_counted_over_all_splits():
-    runs = [recorded(train(rate, seed)) for seed, rate in enumerate((0.1, 0.1, 0.1, 0.14, 0.1, 0.14))]
+    runs = [trajectory_of(noisy_decay(rate, seed)) for seed, rate in enumerate((0.1, 0.1, 0.1, 0.14, 0.1, 0.14))]
     found = compare_trainings(runs[:3], runs[3:])
     for test in found.tests:
         matrix, seen = found.distances[test.by], []
@@ -85,10 +67,10 @@ def test_false_alarms_keep_their_level_and_differences_are_found():
     alarms = []
     for _ in range(100):
         seeds = random.integers(10**9, size=10)
-        runs = [recorded(train(0.2, int(seed), 8)) for seed in seeds]
+        runs = [trajectory_of(noisy_decay(0.2, int(seed), 8)) for seed in seeds]
         alarms.append(compare_trainings(runs[:5], runs[5:], level=0.1).different())
     assert np.mean(alarms) < 0.1 + 2.5 * np.sqrt(0.09 / 100)
-    slow, fast = ([recorded(train(rate, seed)) for seed in range(5)] for rate in (0.1, 0.3))
+    slow, fast = ([trajectory_of(noisy_decay(rate, seed)) for seed in range(5)] for rate in (0.1, 0.3))
     found = compare_trainings(slow, fast, slow[:3])
     assert found.different(0, 1)
     assert not found.different(0, 2)
@@ -98,7 +80,7 @@ def test_false_alarms_keep_their_level_and_differences_are_found():
 
 
 def test_too_few_runs_have_distances_and_no_verdict():
-    one, other = recorded(train(0.1, 0)), recorded(train(0.3, 1))
+    one, other = trajectory_of(noisy_decay(0.1, 0)), trajectory_of(noisy_decay(0.3, 1))
     found = compare_trainings(one, other)
     assert found.different() is None
     assert all(np.isnan(test.p_value) and test.between > 0 for test in found.tests)
@@ -109,12 +91,12 @@ def test_too_few_runs_have_distances_and_no_verdict():
 
 
 def test_of_trajectories_the_newest_snapshots_count_and_of_spectra_the_leading_eigenvalues():
-    long, short = train(0.1, 0, 20), train(0.2, 1)
-    cut = compare_trainings(recorded(long), recorded(short)).distances
+    long, short = noisy_decay(0.1, 0, 20), noisy_decay(0.2, 1)
+    cut = compare_trainings(trajectory_of(long), trajectory_of(short)).distances
     np.testing.assert_allclose(
-        cut["eigenvalues"], compare_trainings(recorded(long[6:]), recorded(short)).distances["eigenvalues"]
+        cut["eigenvalues"], compare_trainings(trajectory_of(long[6:]), trajectory_of(short)).distances["eigenvalues"]
     )
-    spectra = [dmd_rrr(each) for each in (short, train(0.2, 2))]
+    spectra = [dmd_rrr(each) for each in (short, noisy_decay(0.2, 2))]
     found = compare_trainings(*spectra, rank=3)
     assert list(found.distances) == ["eigenvalues"]
     expected = eigenvalue_distance(*(each.eigenvalues[:3] for each in spectra))
@@ -122,7 +104,7 @@ def test_of_trajectories_the_newest_snapshots_count_and_of_spectra_the_leading_e
 
 
 def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path):
-    run = recorded(train(0.1, 0))
+    run = trajectory_of(noisy_decay(0.1, 0))
     with pytest.raises(ValueError, match="two or more"):
         compare_trainings(run)
     with pytest.raises(ValueError, match="two or more"):
@@ -134,7 +116,7 @@ def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="equally many"):
         compare_trainings(run.spectrum(), run.spectrum(last=9))
     with pytest.raises(ValueError, match="at least 6"):
-        compare_trainings(run, recorded(train(0.1, 1, 5)))
+        compare_trainings(run, trajectory_of(noisy_decay(0.1, 1, 5)))
     with pytest.raises(ValueError, match=r"no trajectory\.npz"):
         compare_trainings(run, tmp_path)
     (tmp_path / "trajectory.npz").write_bytes(b"PK\x03\x04 torn")
@@ -164,7 +146,7 @@ def test_folders_of_runs_are_compared_over_the_rounds_in_common(trainer, regress
 
 
 def test_the_figure_shows_the_distances_in_the_order_of_the_clusters():
-    runs = [recorded(train(rate, seed)) for seed, rate in enumerate((0.1, 0.3, 0.1, 0.3))]
+    runs = [trajectory_of(noisy_decay(rate, seed)) for seed, rate in enumerate((0.1, 0.3, 0.1, 0.3))]
     found = compare_trainings([runs[0], runs[2]], [runs[1], runs[3]])
     axis, _ = plot_comparison(found, by="steps", names=["slow", "fast"]).axes
     labels = [each.get_text() for each in axis.get_xticklabels()]
