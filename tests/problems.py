@@ -14,7 +14,8 @@ from tqdm import tqdm
 from lightning_koopman import Trajectory
 from lightning_koopman.demo.cnn import PaperCNN
 
-ACCELERATOR = os.environ.get("LIGHTNING_KOOPMAN_ACCELERATOR", "cpu")  # device for training: "gpu" or "cpu"
+ACCELERATOR = os.environ.get("LIGHTNING_KOOPMAN_ACCELERATOR", "cpu")  # for training: "gpu" or "cpu"
+DEVICE = "cuda" if ACCELERATOR == "gpu" else "cpu"
 
 
 def linear_system(eigenvalues: list[complex], n: int, time: int, seed: int = 0, noise: float = 0.0) -> np.ndarray:

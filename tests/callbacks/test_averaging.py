@@ -63,7 +63,7 @@ def test_checkpoints_hold_what_was_validated(fit, tmp_path, weights_only):
     fit(module, KoopmanWeightAveraging("tail", length=3), save, trained, enable_checkpointing=True)
     assert len(save.best_k_models) == 10
     for path in save.best_k_models:
-        saved = torch.load(path, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
         seen = module.seen[saved["epoch"]]
         assert set(saved["state_dict"]) == set(seen)
         assert all(torch.equal(saved["state_dict"][name], seen[name]) for name in seen)
@@ -105,7 +105,7 @@ def test_a_checkpoint_within_an_epoch_holds_both(fit, tmp_path):
     save, steps, trained = ModelCheckpoint(tmp_path, every_n_train_steps=40), Steps(), Trained()
     fit(Net(), KoopmanWeightAveraging("tail", length=3, dirpath=tmp_path), steps, trained, save,
         enable_checkpointing=True)  # fmt: skip
-    saved = torch.load(save.best_model_path, weights_only=True)
+    saved = torch.load(save.best_model_path, map_location="cpu", weights_only=True)
     for name in TRAINABLE:
         assert torch.equal(saved[TRAINED][name], steps.at[name])
         torch.testing.assert_close(saved["state_dict"][name], mean([*trained.after[5:7], steps.at], name))
@@ -211,7 +211,7 @@ def test_validation_within_an_epoch_averages_the_present_weights(fit):
 
         def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
             if trainer.global_step % 3 == 0:
-                self.now.append(pl_module.net[0].weight.detach().clone())
+                self.now.append(pl_module.net[0].weight.detach().cpu().clone())
 
     module, trained, within = Net(), Trained(), Within()
     fit(module, KoopmanWeightAveraging("tail", length=3), trained, within, val_check_interval=0.5)

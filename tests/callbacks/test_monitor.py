@@ -444,9 +444,9 @@ def test_deepspeed_is_refused_before_training(root, trainer, regression):
 
     monitor = KoopmanSpectrumMonitor()
     with pytest.raises(ValueError, match=r"DeepSpeedStrategy keeps the weights in partitions of its own.*FSDP2"):
-        trainer(callbacks=monitor, strategy=DeepSpeedStrategy("cpu"), accelerator="auto").fit(regression())
+        trainer(callbacks=monitor, strategy=DeepSpeedStrategy("cpu"), accelerator="cpu").fit(regression())
     observed = KoopmanSpectrumMonitor("train_loss")  # works, since it reads no weights
-    trainer(callbacks=observed, strategy=DeepSpeedStrategy("cpu"), accelerator="auto").fit(regression())
+    trainer(callbacks=observed, strategy=DeepSpeedStrategy("cpu"), accelerator="cpu").fit(regression())
     assert len(observed.recorder) == 6
 
 
@@ -507,7 +507,7 @@ def test_a_changed_parameter_count_warns_once_and_starts_anew(trainer, regressio
 
     def spoil(module):
         if module.trainer.current_epoch == 3:
-            module.head = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1))
+            module.head = nn.Sequential(nn.Linear(1, 2), nn.Linear(2, 1)).to(module.device)
 
     model.spoil = spoil
     monitor = KoopmanSpectrumMonitor()
