@@ -27,7 +27,8 @@ from lightning_koopman.dmd.blas import single_blas_thread
 CHUNK = 8192  # columns: 100 rows of float64 are 6.5 MB, which stays in the L2 and L3 caches
 CHUNKS = 64  # minimum number: two float64 buffers of a chunk then take 1/16 of the float32 snapshots
 BLOCK = 2**21  # bytes of a block of float64 rows: about the L2 cache
-WIDTHS = 1024, 8192  # minimum and maximum columns of a block, whose products are summed in its own precision
+SUMMED = 1024  # columns whose products are summed in float32; minimum columns of a float64 block
+WIDEST = 2**18  # columns of a block of float32 rows, which are read in place
 PRECISE = 2**19  # with fewer columns, float64 throughout costs milliseconds
 EXACT_SIZE = 2**20  # up to this many elements, a Householder QR costs milliseconds, so accuracy is free
 VANISHED = 1e-14  # relative norm below which a snapshot is rounding error
@@ -89,7 +90,7 @@ def wide_chunks(segments: list[Tensor], chunks: int, widest: int = CHUNK) -> Ite
     """Yield the concatenated segments in float64, a chunk of columns at a time, in one reused buffer."""
     rows = sum(segment.shape[0] for segment in segments)
     columns = segments[0].shape[1]
-    width = min(widest, -(-columns // chunks) if columns > 2**14 else columns)
+    width = max(1, min(widest, -(-columns // chunks) if columns > 2**14 else columns))
     buffer = torch.empty(0)
     for start in range(0, columns, width):
         stop = min(start + width, columns)
@@ -106,7 +107,7 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
     """Return the inner products of a vector with stored rows, and with itself: one new row of a Gram matrix.
 
     Takes one pass over the rows by BLAS, in blocks of columns.  Computes in float64 below 524,288 columns, or for
-    float64 input; otherwise in float32, with the sums of the blocks accumulated in float64.
+    float64 input; otherwise in float32, with the sums over each 1024 columns accumulated in float64.
 
     Args:
         segments: CPU tensors (rows_i, n), of any dtype.
@@ -115,29 +116,35 @@ def row_products(segments: Sequence[Tensor], *addends: Tensor) -> Array:
     Returns:
         Float64 array (rows + 1,), the vector's squared norm last.
     """
-    columns = addends[0].shape[0]
-    wide = columns < PRECISE or any(each.dtype == torch.float64 for each in (*addends, *segments))
-    work = torch.float64 if wide else torch.float32
-    rows = sum(len(segment) for segment in segments)
-    found = torch.zeros(rows + 1, dtype=torch.float64)
-    # float32 rows are read in place, without a buffer that has to fit into the cache
-    width = min(max(WIDTHS[0], BLOCK // (8 * (rows + 1))), WIDTHS[1]) if wide else WIDTHS[1]
-    buffer = torch.empty(max((len(each) for each in segments), default=0), width, dtype=work)
+    columns, rows = addends[0].shape[0], sum(len(segment) for segment in segments) + 1
+    found = torch.zeros(rows, dtype=torch.float64)
+    if columns < PRECISE or any(each.dtype == torch.float64 for each in (*addends, *segments)):
+        vector = torch.stack([each.double() for each in addends]).sum(dim=0)
+        for chunk in wide_chunks([*segments, vector[None]], 1, max(SUMMED, BLOCK // (8 * rows))):
+            found += chunk.mv(chunk[-1])
+        return found.numpy()
+    width = WIDEST if all(segment.dtype == torch.float32 for segment in segments) else CHUNK  # converted in the cache
     for start in range(0, columns, width):
-        stop = min(start + width, columns)
-        vector = addends[0][start:stop].to(work)
-        for other in addends[1:]:
-            vector = vector + other[start:stop].to(work)
-        row = 0
+        where, row = slice(start, start + width), 0
+        vector = torch.stack([each[where].float() for each in addends]).sum(dim=0)
         for segment in segments:
-            block = segment[:, start:stop]
-            if block.dtype != work:
-                block = buffer[: len(block), : stop - start].copy_(block)
-            found[row : row + len(block)] += block.mv(vector)
-            row += len(block)
+            found[row : row + len(segment)] += _products(segment[:, where].float(), vector)
+            row += len(segment)
         exact = vector.double()  # one long sum in float32 would have a relative error of 1e-6
         found[-1] += exact.dot(exact)
     return found.numpy()
+
+
+def _products(rows: Tensor, vector: Tensor) -> Tensor:
+    """Return the products (r,) of float32 rows (r, n) with a vector (n,), summed in float64 from ``SUMMED`` columns on.
+
+    The sums over so many columns are a single batch of products, which costs no more than one product of all columns.
+    """
+    count = len(vector) // SUMMED
+    whole = count * SUMMED
+    pieces = rows[:, :whole].view(len(rows), count, SUMMED).permute(1, 2, 0)
+    found = torch.bmm(vector[:whole].view(count, 1, SUMMED), pieces).sum(dim=(0, 1), dtype=torch.float64)
+    return found + rows[:, whole:].mv(vector[whole:])
 
 
 @single_blas_thread()
