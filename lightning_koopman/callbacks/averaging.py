@@ -18,6 +18,7 @@ from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.callbacks.training_batches import SCORED
 from lightning_koopman.callbacks.weight_average import WeightAverage
+from lightning_koopman.trajectory.recorder import SnapshotSettings
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -111,16 +112,15 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         if max(lengths, default=0) > check_count("window", window, 3):
             raise ValueError(f"length={length!r} exceeds window={window}: raise `window`, which costs memory.")
         check_choice("storage", storage, ("ram", "disk"), "sketches hold no weights to average")
-        super().__init__(
+        settings = SnapshotSettings(
             parameters=parameters,
             every_n_epochs=every_n_epochs,
             every_n_steps=every_n_steps,
-            window=check_count("window", window, 3),
+            window=window,
             storage=storage,
             dtype=dtype,
-            dirpath=dirpath,
-            prefix=prefix,
         )
+        super().__init__(settings, dirpath=dirpath, prefix=prefix)
         self.average = WeightAverage(
             self.recording,
             self.guard,

@@ -3,72 +3,43 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_koopman.callbacks.clock import Clock, Rows
+from lightning_koopman.callbacks.events import Events
 from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.lr_schedule import current_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS
 from lightning_koopman.callbacks.recording import Recording
-from lightning_koopman.callbacks.roots import LightningCallback
 from lightning_koopman.callbacks.run_folder import RunFolder, checked_prefix
 from lightning_koopman.callbacks.scalars import log_scalars
-from lightning_koopman.parameters.select import as_patterns
-from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, SnapshotSettings
-from lightning_koopman.trajectory.sketch import SKETCH
+from lightning_koopman.callbacks.state import resume, saved_state
+from lightning_koopman.trajectory.recorder import Recorder, SnapshotSettings
 
 if TYPE_CHECKING:  # not at run time: the user may import `lightning` instead
     import pytorch_lightning as pl
 
 T = TypeVar("T")
-VERSION = 4  # version of the state in checkpoints
 
 
-class TrajectoryCallback(LightningCallback):
+class TrajectoryCallback(Events):
     """Base of the Koopman callbacks: records the trajectory of an observable. Its failures never stop training.
 
     An interval is an epoch, or ``every_n_steps`` optimizer steps; in names it is called a round. Subclasses override
-    the events at the end of the class. Each event runs under a guard, which turns a failure into one warning.
+    the :class:`Events`.
 
     Args:
-        observable: ``"weights"``, ``"train_loss"`` (mean over an interval of the loss from ``training_step``) or the
-            name of a logged metric.
-        parameters: Name patterns of the weights to observe.
-        every_n_epochs: Epochs between snapshots, ≥ 1.
-        every_n_steps: Optimizer steps between snapshots, ≥ 1, in place of epochs.
-        window: Number of snapshots kept and analyzed, ≥ 3, or None for all.
-        storage: ``"ram"``, ``"disk"`` or ``"sketch"``.
-        dtype: Data type of stored snapshots, ``"float32"`` or ``"bfloat16"``.
-        sketch: Number of elements of a sketch.
+        settings: What is recorded, and how much of it is kept.
         dirpath: Folder below which all files are written (default: the run's log folder).
         prefix: First part of the logged names.
     """
 
-    folder = "koopman"  # name of the folder it writes to
-    columns: tuple[str, ...] = ()  # of the history; if empty, no history is kept
-    storable = False  # whether the user chooses the observable and the storage, for messages
-    any_window = False  # whether it can share a trajectory longer than its own window
-
     def __init__(
-        self,
-        *,
-        observable: str = WEIGHTS,
-        parameters: str | Sequence[str] | None = None,
-        every_n_epochs: int = 1,
-        every_n_steps: int | None = None,
-        window: int | None,
-        storage: str = "ram",
-        dtype: str = "float32",
-        sketch: int = SKETCH,
-        dirpath: str | os.PathLike[str] | None,
-        prefix: str = "koopman",
+        self, settings: SnapshotSettings, *, dirpath: str | os.PathLike[str] | None, prefix: str = "koopman"
     ) -> None:
         super().__init__()
-        settings = SnapshotSettings(
-            observable, as_patterns(parameters), every_n_epochs, every_n_steps, window, storage, dtype, sketch
-        )
         self.clock = Clock(settings.every_n_epochs, settings.every_n_steps)
         self.guard = Guard(type(self).__name__)
         self.recording = Recording(settings, self.clock, self.guard, any_window=self.any_window)
@@ -79,7 +50,7 @@ class TrajectoryCallback(LightningCallback):
         self.active = True  # False in a `fast_dev_run`
         self.resumed = False  # whether a checkpoint restored this callback's state
         self.fresh = True  # whether this fit continues neither a checkpoint nor an earlier fit
-        self._pending: dict[str, Any] | None = None
+        self.pending = None
 
     @property
     def settings(self) -> SnapshotSettings:
@@ -99,9 +70,10 @@ class TrajectoryCallback(LightningCallback):
     # -- Lightning's hooks: they raise errors only before training starts ---------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._pending, self.fresh, self.rates = None, True, []
+        self.pending, self.fresh, self.rates = None, True, []
         if stage != "fit":
             return
+        check_prefix_is_free(self, trainer)
         self.active = not trainer.fast_dev_run  # type: ignore[attr-defined]
         self.guard.reset(zero=trainer.is_global_zero)
         recording = self.recording
@@ -124,7 +96,7 @@ class TrajectoryCallback(LightningCallback):
         sharing = [each for each in koopman_callbacks(trainer) if each.recorder is self.recorder]
         self.recording.alone = len(sharing) == 1
         self.recording.loss.start()
-        self.resumed = self._restore(trainer, pl_module, sharing)
+        self.resumed = resume(self, trainer, pl_module, sharing)
         saved = self.clock.rounds
         self.clock.start(trainer)
         self.fresh = not self.resumed and (trainer.current_epoch == 0 or trainer.ckpt_path is not None)
@@ -186,22 +158,10 @@ class TrajectoryCallback(LightningCallback):
             self.recording.release(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        if self._pending is not None:  # loaded, but training has not started since
-            return self._pending
-        if self.run_folder.path is None:
-            return {}
-        state: dict[str, Any] = {}
-        with self.guard("saving the callback's state"):
-            history = {key: [row[key] for row in self.history] for key in self.columns}
-            state = {"version": VERSION, "rounds": self.clock.rounds, "history": history, "own": self.own_state()}
-            state |= self.recording.state_dict()
-        if state:
-            with self.guard("saving the snapshots for the checkpoint"):
-                state["recorder"] = self.recorder.save()
-        return state
+        return saved_state(self) if self.pending is None else self.pending
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending = state_dict
+        self.pending = state_dict
 
     def _begin_round(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         with self.guard("starting an interval"):
@@ -221,40 +181,6 @@ class TrajectoryCallback(LightningCallback):
                 self.snapshot_taken(trainer, pl_module, epoch, recorded)
         with self.guard("working at the end of an interval"):
             self.round_ends(trainer, pl_module, epoch)
-
-    def _restore(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, sharing: Sequence[TrajectoryCallback]
-    ) -> bool:
-        """Restore the checkpoint's state; return whether there is one that this version can read."""
-        state, self._pending = self._pending, None
-        if state is None:
-            # among callbacks that share a recorder, only the first warns, and only if none has a state
-            known = sharing[0] is not self or any(other._pending is not None for other in sharing)
-            if trainer.ckpt_path is not None and not known:
-                self.guard.warn(
-                    "resume",
-                    f"the checkpoint {str(trainer.ckpt_path)!r} holds no snapshots for this callback with these "
-                    "settings: a new trajectory starts.",
-                )
-            return False
-        saved: dict[str, Any] | None = None
-        with self.guard("going on from the checkpoint's state"):
-            self.take_up(state)
-            self.recording.load_state_dict(state)
-            self.clock.rounds, saved = int(state["rounds"]), state.get("recorder", {})
-        self.recording.restore(trainer, pl_module, saved or {})
-        return saved is not None
-
-    def take_up(self, state: dict[str, Any]) -> None:
-        """Restore the history and the subclass's state. Any error means a fresh start."""
-        if state.get("version") != VERSION:
-            raise ValueError(f"the state is of version {state.get('version')!r}, but this library reads {VERSION}")
-        columns, own = state["history"], state["own"]
-        if set(columns) != set(self.columns) or not isinstance(own, dict):
-            raise ValueError("the state does not have the entries that this callback saves")
-        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        self.restore_own(own)
-        self.history = Rows(rows, self.clock.every_n_steps)
 
     # -- what subclasses use ------------------------------------------------------------------------------------------
 
@@ -276,56 +202,12 @@ class TrajectoryCallback(LightningCallback):
         with self.guard("writing the history"):
             self.run_folder.write_table(self.columns, self.history if rewrite else self.history[-1:], rewrite=rewrite)
 
+    def forget(self) -> None:
+        self.history = Rows(every_n_steps=self.clock.every_n_steps)
+
     def is_due(self, epoch: int) -> bool:
         """Return whether to take a snapshot after ``epoch`` completed intervals."""
         return self.clock.is_due(epoch) and not (self.finished and self.recording.alone)
-
-    # -- events for subclasses ----------------------------------------------------------------------------------------
-
-    advice = "free some memory", "free some disk space"  # what to do if memory, or the disk, is too small
-
-    @property
-    def finished(self) -> bool:
-        """Whether no more snapshots are needed."""
-        return False
-
-    def forget(self) -> None:
-        """Reset to the state before a first fit."""
-        self.history = Rows(every_n_steps=self.clock.every_n_steps)
-
-    def own_state(self) -> dict[str, Any]:
-        """Return the subclass's state for checkpoints: tensors and primitives only."""
-        return {}
-
-    def restore_own(self, state: dict[str, Any]) -> None:
-        """Restore the state returned by :meth:`own_state`."""
-
-    def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training starts, after the first snapshot."""
-
-    def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called before the first batch of an interval."""
-
-    def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before each batch."""
-
-    def batch_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called after each batch, before the interval ends."""
-
-    def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        """Called after each interval with a snapshot due. Each rank holds its part of the trajectory."""
-
-    def round_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int) -> None:
-        """Called after each interval; ``epoch`` is the number of completed intervals."""
-
-    def weights_replaced(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when weights were set rather than trained, before they are recorded."""
-
-    def segment_begins(self) -> None:
-        """Called when a new trajectory starts, from weights that were set."""
-
-    def fit_ends(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Called when training ends."""
 
 
 def koopman_callbacks(trainer: pl.Trainer) -> list[TrajectoryCallback]:

@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
 from lightning_koopman.callbacks.averages import replacing_callbacks
-from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free, koopman_callbacks
+from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.lr_schedule import planned_rates
@@ -24,7 +24,7 @@ from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.judge import StopJudge
 from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, StoppingReason
 from lightning_koopman.stopping.words import collapse, why_converged, why_not
-from lightning_koopman.trajectory.recorder import WEIGHTS
+from lightning_koopman.trajectory.recorder import WEIGHTS, SnapshotSettings
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -146,9 +146,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
                 "always observed."
             )
         horizon = check_count("horizon", horizon, LEAST_HORIZON)
-        super().__init__(
-            parameters=parameters, every_n_steps=every_n_steps, window=horizon + 1, dirpath=dirpath, prefix=prefix
-        )
+        settings = SnapshotSettings(parameters=parameters, every_n_steps=every_n_steps, window=horizon + 1)
+        super().__init__(settings, dirpath=dirpath, prefix=prefix)
         self.rule = ConvergenceRule(
             check_positive("radius", radius),
             check_share("fraction", fraction, "it is a share of the weights' importance", closed=True),
@@ -192,8 +191,6 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_prefix_is_free(self, trainer)
         super().setup(trainer, pl_module, stage)
         share_baseline(self, trainer)
 

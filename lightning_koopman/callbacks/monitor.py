@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_koopman._checks import check_count, check_positive
-from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free
+from lightning_koopman.callbacks.base import TrajectoryCallback
 from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.figures import deliver
@@ -32,7 +32,7 @@ from lightning_koopman.reading.reading import TrainingReading
 from lightning_koopman.reading.steps import LEAST
 from lightning_koopman.reading.words import describe
 from lightning_koopman.stopping.evidence import Baseline, unit_fraction
-from lightning_koopman.trajectory.recorder import WEIGHTS
+from lightning_koopman.trajectory.recorder import WEIGHTS, SnapshotSettings
 from lightning_koopman.trajectory.sketch import SKETCH
 from lightning_koopman.trajectory.trajectory import Trajectory
 
@@ -189,7 +189,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
     ) -> None:
-        super().__init__(
+        settings = SnapshotSettings(
             observable=observable,
             parameters=parameters,
             every_n_epochs=every_n_epochs,
@@ -198,9 +198,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
             storage=storage,
             dtype=dtype,
             sketch=sketch,
-            dirpath=dirpath,
-            prefix=prefix,
         )
+        super().__init__(settings, dirpath=dirpath, prefix=prefix)
         check_options(tol=tol, max_rank=None, delays=1)
         self.radius, self.tol = check_positive("radius", radius), float(tol)
         self.max_residual = check_positive("max_residual", max_residual)
@@ -251,10 +250,8 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_prefix_is_free(self, trainer)
-            if self.log_figure:
-                check_matplotlib()
+        if stage == "fit" and self.log_figure:
+            check_matplotlib()
         super().setup(trainer, pl_module, stage)
 
     def forget(self) -> None:

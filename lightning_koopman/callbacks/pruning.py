@@ -11,21 +11,18 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_koopman._checks import check_choice, check_flag
-from lightning_koopman.callbacks.base import (
-    TrajectoryCallback,
-    check_prefix_is_free,
-    koopman_callbacks,
-    start_segments,
-)
+from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks, start_segments
 from lightning_koopman.callbacks.channel_rounds import ChannelRounds
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, PruningMethod
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, PruningSchedule
+from lightning_koopman.callbacks.state import take_up
 from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, trained_parameters
 from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.masks import SCOPES, MaskSet, check_amount
+from lightning_koopman.trajectory.recorder import SnapshotSettings
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -137,7 +134,7 @@ class KoopmanPruner(TrajectoryCallback):
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
     ) -> None:
-        super().__init__(window=window, every_n_steps=every_n_steps, dirpath=dirpath, prefix=prefix)
+        super().__init__(SnapshotSettings(window=window, every_n_steps=every_n_steps), dirpath=dirpath, prefix=prefix)
         structured, by_threshold = check_flag("structured", structured), threshold is not None
         scope = ("tensor" if structured else "global") if scope is None else check_choice("scope", scope, SCOPES)
         only = {"by_threshold": by_threshold, "allow_empty": check_flag("allow_empty", allow_empty)}  # masks only
@@ -190,7 +187,6 @@ class KoopmanPruner(TrajectoryCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            check_prefix_is_free(self, trainer)
             self.schedule.check_end(trainer, self.clock)
             self.method.check_run(trainer, pl_module)
         super().setup(trainer, pl_module, stage)
@@ -326,7 +322,7 @@ class KoopmanPruner(TrajectoryCallback):
         super().load_state_dict(state_dict)
         if state_dict:  # now, as validation and test runs do not train
             with self.guard("going on from the checkpoint's state"):
-                self.take_up(state_dict)
+                take_up(self, state_dict)
 
     def restore_own(self, state: dict[str, Any]) -> None:
         self.schedule.load_state_dict(state["schedule"])

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_positive, check_share, whole_numbers
-from lightning_koopman.callbacks.base import TrajectoryCallback, check_prefix_is_free, koopman_callbacks, start_segments
+from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks, start_segments
 from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.rate_groups import check_rates, chosen_rates, lower_rates, rate_groups
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.reading.phase import Phase
+from lightning_koopman.trajectory.recorder import SnapshotSettings
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 COLUMNS = ("epoch", "step", "phase", "step_correlation", "learning_rate", "reductions")
 LEAST = 0.01  # default minimum rate, relative to a group's first rate
 SOONEST = 8  # intervals needed to detect hovering
+WINDOW = 30  # snapshots, as in KoopmanWeightAveraging, to share them
 WALKED = 24  # intervals in a row, after a reduction, in which nothing but a random walk shows that it brought nothing
 MODES = ("reduce", "report")
 MOST_GROUPS = 10**6
@@ -96,14 +98,10 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
     ) -> None:
-        super().__init__(
-            parameters=parameters,
-            every_n_epochs=every_n_epochs,
-            every_n_steps=every_n_steps,
-            window=30,
-            dirpath=dirpath,
-            prefix=prefix,
+        settings = SnapshotSettings(
+            parameters=parameters, every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, window=WINDOW
         )
+        super().__init__(settings, dirpath=dirpath, prefix=prefix)
         self.factor = check_share("factor", factor)
         self.min_lr = None if min_lr is None else check_positive("min_lr", min_lr)
         self.groups = (
@@ -137,11 +135,6 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         return self._walked >= WALKED
 
     # -- when ---------------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if stage == "fit":
-            check_prefix_is_free(self, trainer)
-        super().setup(trainer, pl_module, stage)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)

@@ -26,6 +26,7 @@ from lightning_koopman.stopping.bad_start import bad_start
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.forecast import RECENT
 from lightning_koopman.stopping.rule import StoppingReason
+from lightning_koopman.trajectory.recorder import SnapshotSettings
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -97,7 +98,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
         every_n_steps: int | None = None,
         dirpath: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(window=RECENT, every_n_steps=every_n_steps, dirpath=dirpath)
+        super().__init__(SnapshotSettings(window=RECENT, every_n_steps=every_n_steps), dirpath=dirpath)
         self.check_epoch = check_count("check_epoch", check_epoch, 1)
         self.max_restarts = check_count("max_restarts", max_restarts, 0)
         self.seed = check_count("seed", seed, 0)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_koopman._checks import check_choice, check_count
 from lightning_koopman.parameters.process_group import Processes
+from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.trajectory.increments import shortened
 from lightning_koopman.trajectory.rows import BITS, sum_of_bits
@@ -33,13 +34,13 @@ SIDECAR = "snapshots"
 WEIGHTS = "weights"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SnapshotSettings:
     """What is recorded, and how much of it is kept.  Callbacks with equal settings share one recorder.
 
     Attributes:
         observable: ``"weights"``, or the name of a loss or metric.
-        parameters: Name patterns of the weights, or None.
+        parameters: Name patterns of the weights, a tuple, or None.
         every_n_epochs: Epochs between two snapshots, ≥ 1.
         every_n_steps: Optimizer steps between two snapshots, ≥ 1, or None to count epochs.
         window: Snapshots kept, ≥ 3, or None for all.
@@ -51,11 +52,11 @@ class SnapshotSettings:
         ValueError: If a value is out of range, or two exclude each other.
     """
 
-    observable: str
-    parameters: tuple[str, ...] | None
-    every_n_epochs: int
-    every_n_steps: int | None
     window: int | None
+    observable: str = WEIGHTS
+    parameters: str | Sequence[str] | None = None
+    every_n_epochs: int = 1
+    every_n_steps: int | None = None
     storage: str = "ram"
     dtype: str = "float32"
     sketch: int = SKETCH
@@ -70,6 +71,7 @@ class SnapshotSettings:
             raise ValueError(f"parameters={self.parameters!r} only applies to observable='weights', got "
                              f"{observable!r}: omit it.")  # fmt: skip
         checked = {
+            "parameters": as_patterns(self.parameters),
             "every_n_epochs": check_count("every_n_epochs", self.every_n_epochs, 1),
             "every_n_steps": None
             if self.every_n_steps is None

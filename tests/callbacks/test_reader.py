@@ -47,7 +47,7 @@ def test_a_pruning_starts_a_new_reading(trainer, regression):
 
 
 def test_a_reading_is_taken_once_a_round():
-    recorder = Recorder(SnapshotSettings("weights", None, 1, None, None))
+    recorder = Recorder(SnapshotSettings(window=None))
     reader, random = Reader(recorder), np.random.default_rng(0)
     for epoch in range(9):
         recorder.record(epoch, Snapshot([torch.from_numpy(random.standard_normal(50)).float()]))
@@ -63,7 +63,7 @@ def test_a_reading_is_taken_once_a_round():
 
 @pytest.mark.parametrize("phase", Phase)
 def test_nothing_is_pruned_in_phases_that_lead_nowhere(phase):
-    recorder = Recorder(SnapshotSettings("weights", None, 1, None, 20))
+    recorder = Recorder(SnapshotSettings(window=20))
     for epoch in range(12):
         recorder.record(epoch, Snapshot([torch.tensor([1.0, 1e-6 * 0.5**epoch])]))
     recording = SimpleNamespace(
