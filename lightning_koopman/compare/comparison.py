@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,15 @@ from scipy.stats import permutation_test, wasserstein_distance
 
 from lightning_koopman._checks import check_choice, check_count, check_share
 from lightning_koopman._types import Array
-from lightning_koopman.compare.signature import Run, Signature, signatures
+from lightning_koopman.compare.signature import Run, signatures
 from lightning_koopman.reading.steps import FREQUENCIES
 
 SHUFFLES = 9999  # random splits of the runs of two groups, if there are more possible ones
+VERDICTS = {
+    True: "behave differently",
+    False: "cannot be told apart, which does not prove them equal",
+    None: "have too few runs to be told apart: train several seeds of each",
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,11 @@ class PairTest:
     within: float
     p_value: float
     adjusted: float
+
+    def __str__(self) -> str:
+        within = "" if math.isnan(self.within) else f", {self.within:.3g} within"
+        value = "" if math.isnan(self.p_value) else f", p = {self.p_value:.2g}"
+        return f"{self.by} {self.between:.3g} apart{within}{value}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,11 +86,11 @@ class TrainingComparison:
         first, second = check_count("first", first, 0, most=last), check_count("second", second, 0, most=last)
         if first == second:
             raise ValueError(f"second must be a group other than first={first}.")
-        chosen = [test for test in self.tests if set(test.groups) == {first, second}]
-        if any(test.adjusted <= self.level for test in chosen):
+        if any(test.adjusted <= self.level for test in self.tests if set(test.groups) == {first, second}):
             return True
-        reachable = self._least(first, second) * len(self.tests) <= self.level
-        return False if reachable else None
+        sizes = [self.groups.count(each) for each in (first, second)]
+        least = (1 + (sizes[0] == sizes[1])) / math.comb(sum(sizes), sizes[0])  # smallest p-value of so few runs
+        return False if min(sizes) > 1 and least * len(self.tests) <= self.level else None
 
     def order(self, by: str = "eigenvalues") -> list[int]:
         """Return the groups in the order of an average-linkage clustering, similar groups next to each other."""
@@ -91,28 +102,11 @@ class TrainingComparison:
         apart = squareform(shares @ distances @ shares.T, checks=False)
         return [int(each) for each in leaves_list(linkage(apart, "average", optimal_ordering=True))]
 
-    def _least(self, first: int, second: int) -> float:
-        """Return the smallest p-value that the numbers of runs allow."""
-        sizes = [self.groups.count(each) for each in (first, second)]
-        return (1 + (sizes[0] == sizes[1])) / math.comb(sum(sizes), sizes[0]) if min(sizes) > 1 else 1.0
-
     def __str__(self) -> str:
         lines = []
-        for first, second in itertools.combinations(sorted(set(self.groups)), 2):
-            found = self.different(first, second)
-            numbers = "; ".join(
-                f"{test.by} {test.between:.3g} apart"
-                + ("" if math.isnan(test.within) else f", {test.within:.3g} within")
-                + ("" if math.isnan(test.p_value) else f", p = {test.p_value:.2g}")
-                for test in self.tests
-                if test.groups == (first, second)
-            )
-            said = {
-                True: "behave differently",
-                False: "cannot be told apart, which does not prove them equal",
-                None: "have too few runs to be told apart: train several seeds of each",
-            }[found]
-            lines.append(f"Groups {first} and {second} {said} ({numbers}).")
+        for pair in itertools.combinations(sorted(set(self.groups)), 2):
+            numbers = "; ".join(str(test) for test in self.tests if test.groups == pair)
+            lines.append(f"Groups {pair[0]} and {pair[1]} {VERDICTS[self.different(*pair)]} ({numbers}).")
         note = f" after Holm's correction for {len(self.tests)} tests" if len(self.tests) > 1 else ""
         return "\n".join([*lines, f"{self.rank} eigenvalues; rate of false alarms: at most {self.level:.0%}{note}."])
 
@@ -122,10 +116,10 @@ def compare_trainings(
 ) -> TrainingComparison:
     r"""Compare trainings by the distances between their Koopman spectra.
 
-    Trainings whose dynamics are the same up to a change of coordinates (conjugate ones) have equal Koopman
-    eigenvalues (Redman, Bello-Rivas, Fonoberova, Mohr, Kevrekidis, Mezić, NeurIPS 2024).  Two Wasserstein distances are
-    computed: between the leading eigenvalues in the complex plane, and between the spectral measures of the unit steps
-    over frequency (:class:`TrainingReading`).  Neither depends on the number of weights.
+    Trainings whose dynamics are the same up to a change of coordinates (conjugate ones) have equal Koopman eigenvalues
+    (Redman et al., NeurIPS 2024).  Two Wasserstein distances are computed: between the leading eigenvalues in the
+    complex plane, and between the spectral measures of the unit steps over frequency (:class:`TrainingReading`).
+    Neither depends on the number of weights.
 
     Runs with different seeds differ as well.  So each argument may be a list of runs, and two groups are tested against
     random splits of their runs: all of them, or 9,999.  Two single runs have a distance but no p-value.
@@ -164,16 +158,18 @@ def compare_trainings(
     groups: list[list[Run]] = [list(each) if isinstance(each, (list, tuple)) else [each] for each in runs]  # type: ignore[list-item]
     if len(groups) < 2 or not all(groups):
         raise ValueError(f"runs must be two or more trainings or lists of them, got {[len(each) for each in groups]}.")
-    found = signatures([run for group in groups for run in group], rank)
+    eigenvalues, measures = signatures([run for group in groups for run in group], rank)
     member = tuple(index for index, group in enumerate(groups) for _ in group)
-    distances = {name: _matrix(found, distance) for name, distance in _distances(found)}
+    distances = {"eigenvalues": _matrix(eigenvalues, eigenvalue_distance)}
+    if measures:
+        distances["steps"] = _matrix(measures, partial(wasserstein_distance, FREQUENCIES, FREQUENCIES))
     random = np.random.default_rng(seed)
     tests = [
         _test(distances[name], np.array(member), pair, name, random)
         for pair in itertools.combinations(range(len(groups)), 2)
         for name in distances
     ]
-    return TrainingComparison(member, distances, tuple(_holm(tests)), level, found[0].eigenvalues.size)
+    return TrainingComparison(member, distances, tuple(_holm(tests)), level, eigenvalues[0].size)
 
 
 def eigenvalue_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
@@ -182,17 +178,9 @@ def eigenvalue_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
     return float(apart[linear_sum_assignment(apart)].mean())
 
 
-def _distances(found: list[Signature]) -> Iterator[tuple[str, Callable[[Signature, Signature], float]]]:
-    yield "eigenvalues", lambda a, b: eigenvalue_distance(a.eigenvalues, b.eigenvalues)
-    if all(each.measure is not None for each in found):
-        yield "steps", lambda a, b: float(wasserstein_distance(FREQUENCIES, FREQUENCIES, a.measure, b.measure))
-
-
-def _matrix(found: list[Signature], distance: Callable[[Signature, Signature], float]) -> Array:
+def _matrix(found: Sequence[Any], distance: Callable[[Any, Any], float]) -> Array:
     """Compute the distances (runs, runs)."""
-    matrix = np.zeros((len(found), len(found)))
-    for i, j in itertools.combinations(range(len(found)), 2):
-        matrix[i, j] = matrix[j, i] = distance(found[i], found[j])
+    matrix: Array = squareform([distance(a, b) for a, b in itertools.combinations(found, 2)])
     return matrix
 
 
@@ -218,11 +206,10 @@ def _means(distances: Array, first: npt.NDArray[Any], second: npt.NDArray[Any]) 
     return float(distances[np.ix_(first, second)].mean()), float(np.mean(inner)) if inner else math.nan
 
 
-def _holm(tests: list[PairTest]) -> list[PairTest]:
-    """Adjust the p-values of all tests by Holm's correction."""
-    known = sorted((test.p_value, index) for index, test in enumerate(tests) if not math.isnan(test.p_value))
-    highest = 0.0
-    for place, (value, index) in enumerate(known):
-        highest = max(highest, min(1.0, (len(known) - place) * value))
-        tests[index] = replace(tests[index], adjusted=highest)
-    return tests
+def _holm(tests: list[PairTest]) -> Iterator[PairTest]:
+    """Yield the tests with p-values adjusted by Holm's correction."""
+    known = sorted(test.p_value for test in tests if not math.isnan(test.p_value))
+    adjusted = np.maximum.accumulate([(len(known) - place) * value for place, value in enumerate(known)])
+    for test in tests:
+        unknown = math.isnan(test.p_value)
+        yield test if unknown else replace(test, adjusted=min(1.0, float(adjusted[known.index(test.p_value)])))

@@ -1,13 +1,12 @@
-"""Signature of a training: its eigenvalues and the spectral measure of its steps."""
+"""What trainings are compared by: their eigenvalues and the spectral measures of their steps."""
 
 from __future__ import annotations
 
 import os
 import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,35 +23,24 @@ LEAST = 6  # fewest snapshots for a spectrum worth comparing
 Run = Trajectory | Spectrum | str | os.PathLike[str]
 
 
-@dataclass(frozen=True, eq=False)
-class Signature:
-    """The quantities by which a training is compared.
-
-    Attributes:
-        eigenvalues: Complex array (r,), the most important first.
-        measure: Array (g,): share of the steps' spectral measure at each frequency from 0 to half a cycle per interval,
-            or None if only a spectrum is given.
-    """
-
-    eigenvalues: Complex
-    measure: Array | None
-
-
-@dataclass(frozen=True, eq=False)
-class _Recorded:
-    """A factor (r, time) of a training's snapshots with, if known, their epochs or steps and the time between them."""
+class Recorded(NamedTuple):
+    """A factor (r, time) of a training's snapshots, and if known their epochs or steps and the time between them."""
 
     factor: Array
-    rounds: tuple[int, ...] | None = None
+    rounds: tuple[int, ...] = ()
     every: tuple[int, str] | None = None
 
 
-def signatures(runs: Sequence[Run], rank: int) -> list[Signature]:
-    """Compute the signatures of trainings, each from the same number of snapshots and eigenvalues.
+def signatures(runs: Sequence[Run], rank: int) -> tuple[list[Complex], list[Array]]:
+    """Compute what trainings are compared by, each from the same number of snapshots.
 
     Args:
         runs: The trainings.
-        rank: Largest number of eigenvalues to compare.
+        rank: Largest number of eigenvalues.
+
+    Returns:
+        For each training, equally many eigenvalues (r,), the most important first; and the shares (g,) of the spectral
+        measure of its steps at each frequency from 0 to half a cycle per interval, or none if spectra are given.
 
     Raises:
         TypeError: If a run is of another type.
@@ -60,17 +48,19 @@ def signatures(runs: Sequence[Run], rank: int) -> list[Signature]:
     """
     spectra = [run for run in runs if isinstance(run, Spectrum)]
     if spectra:
-        return _of_spectra(spectra, len(runs), rank)
+        made = sorted({(each.n_snapshots, each.delays) for each in spectra})
+        if len(spectra) < len(runs):
+            raise ValueError("runs must be all spectra or none: a spectrum cannot be cut. Pass trajectories instead.")
+        if len(made) > 1:
+            raise ValueError(f"spectra must have equally many snapshots and delays, got {made}: pass trajectories.")
+        least = min(rank, *(each.eigenvalues.size for each in spectra))
+        return [each.eigenvalues[:least] for each in spectra], []
     factors = _aligned([_recorded(run) for run in runs])
-    found = [decompose(each, max_rank=rank, refine=False) for each in factors]
-    least = min(each.rank for each in found)
-    return [
-        Signature(
-            (known if known.rank == least else decompose(factor, max_rank=least, refine=False)).eigenvalues,
-            step_measure(np.diff(factor)),
-        )
-        for known, factor in zip(found, factors, strict=True)
-    ]
+    found = [decompose(factor, max_rank=rank, refine=False) for factor in factors]
+    ranks = {each.rank for each in found}
+    if len(ranks) > 1:
+        found = [decompose(factor, max_rank=min(ranks), refine=False) for factor in factors]
+    return [each.eigenvalues for each in found], [step_measure(np.diff(factor)) for factor in factors]
 
 
 def save_run(folder: Path | None, recorder: Recorder) -> None:
@@ -85,20 +75,10 @@ def save_run(folder: Path | None, recorder: Recorder) -> None:
     partial.replace(folder / FILE)
 
 
-def _of_spectra(spectra: list[Spectrum], count: int, rank: int) -> list[Signature]:
-    if len(spectra) < count:
-        raise ValueError("runs must be all spectra or none: a spectrum cannot be cut. Pass trajectories instead.")
-    made = sorted({(each.n_snapshots, each.delays) for each in spectra})
-    if len(made) > 1:
-        raise ValueError(f"spectra must have equally many snapshots and delays, got {made}: pass trajectories instead.")
-    least = min(rank, *(each.eigenvalues.size for each in spectra))
-    return [Signature(each.eigenvalues[:least], None) for each in spectra]
-
-
-def _recorded(run: Any) -> _Recorded:
+def _recorded(run: Any) -> Recorded:
     """Read a trajectory, or the one in a monitor's folder."""
     if isinstance(run, Trajectory):
-        return _Recorded(run.factor() if len(run) else np.zeros((0, 0)))
+        return Recorded(run.factor() if len(run) else np.zeros((0, 0)))
     if not isinstance(run, (str, os.PathLike)):
         raise TypeError(f"runs must be trajectories, spectra or folders of KoopmanSpectrumMonitor, got {run!r:.60}.")
     path = Path(run)
@@ -111,33 +91,28 @@ def _recorded(run: Any) -> _Recorded:
     try:
         with open(file, "rb") as opened, np.load(opened) as stored:
             rounds = tuple(int(each) for each in stored["rounds"])
-            return _Recorded(stored["factor"], rounds, (int(stored["every"]), str(stored["unit"])))
+            return Recorded(stored["factor"], rounds, (int(stored["every"]), str(stored["unit"])))
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"runs: {str(file)!r} cannot be read: {error}.") from error
 
 
-def _aligned(runs: Sequence[_Recorded]) -> list[Array]:
+def _aligned(runs: Sequence[Recorded]) -> list[Array]:
     """Cut runs to the snapshots of their common epochs or steps, or else to equally many of the newest."""
-    distances = {each.every for each in runs if each.every is not None}
-    if len(distances) > 1:
-        told = " and ".join(f"every {count} {unit}" for count, unit in sorted(distances))
-        raise ValueError(
-            f"runs must have snapshots at the same interval, got {told}: their eigenvalues cannot be compared."
-        )
-    known = [each.rounds for each in runs if each.rounds is not None]
-    if len(known) == len(runs):
-        common = sorted(set(known[0]).intersection(*known[1:]))
-        found = [each.factor[:, [(each.rounds or ()).index(when) for when in common]] for each in runs]
-        if len(set(np.diff(common))) > 1:
-            raise ValueError("runs must have equally spaced snapshots in common: some runs miss snapshots in between.")
+    intervals = sorted({run.every for run in runs if run.every is not None})
+    if len(intervals) > 1:
+        told = " and ".join(f"every {count} {unit}" for count, unit in intervals)
+        raise ValueError(f"runs must have snapshots at the same interval, got {told}: they cannot be compared.")
+    common = sorted(set.intersection(*(set(run.rounds) for run in runs)))
+    if all(run.rounds for run in runs):
+        found = [run.factor[:, np.searchsorted(run.rounds, common)] for run in runs]
     else:
-        least = min(each.factor.shape[1] for each in runs)
-        found = [each.factor[:, each.factor.shape[1] - least :] for each in runs]
+        least = min(run.factor.shape[1] for run in runs)
+        found = [run.factor[:, run.factor.shape[1] - least :] for run in runs]
+    if len(set(np.diff(common))) > 1:
+        raise ValueError("runs must have equally spaced snapshots in common: some runs miss snapshots in between.")
     if found[0].shape[1] < LEAST:
-        raise ValueError(
-            f"runs must have at least {LEAST} snapshots in common, got {found[0].shape[1]}: record more, or use a "
-            "larger window."
-        )
+        raise ValueError(f"runs must have at least {LEAST} snapshots in common, got {found[0].shape[1]}: record more, "
+                         "or use a larger window.")  # fmt: skip
     return found
 
 
