@@ -45,7 +45,7 @@ class AveragedCheckpoints:
         def averaged() -> dict[str, Any]:
             choose()
             with self._average.held(trainer, module, average=True):
-                return _copied(collect())
+                return copied(collect())
 
         setattr(strategy, COLLECT, averaged)
         self._strategy = strategy
@@ -63,7 +63,7 @@ class AveragedCheckpoints:
         with self._average.held(trainer, module, average=False):
             trained, average = self._collect(), checkpoint["state_dict"]
             differing = {name: value for name, value in trained.items() if not _equal(value, average.get(name))}
-            checkpoint[TRAINED] = _copied(differing)
+            checkpoint[TRAINED] = copied(differing)
 
     @torch.no_grad()
     def restore_trained(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -108,11 +108,17 @@ def check_collects_whole_states(trainer: pl.Trainer) -> None:
         )
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """Return a deep copy in which tensors that shared memory still do."""
-    return copy.deepcopy(
-        {name: value.detach() if isinstance(value, Tensor) else value for name, value in state.items()}
-    )
+def copied(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy in which tensors that shared memory still do; anything that cannot be copied is kept as it is."""
+    known: dict[int, Any] = {}
+    found = {}
+    for name, value in state.items():
+        own = value.detach() if isinstance(value, Tensor) else value
+        try:
+            found[name] = copy.deepcopy(own, known)
+        except Exception:  # of a module's extra state
+            found[name] = own
+    return found
 
 
 def _equal(value: Any, other: Any) -> bool:

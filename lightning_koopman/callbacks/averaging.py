@@ -134,7 +134,9 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(every_n_steps=self.settings.every_n_steps, prefix=self.prefix)
+        settings = self.settings
+        every = {"every_n_epochs": settings.every_n_epochs, "every_n_steps": settings.every_n_steps}
+        return self._generate_state_key(**every, prefix=self.prefix)
 
     def forget(self) -> None:
         super().forget()

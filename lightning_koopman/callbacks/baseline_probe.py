@@ -11,7 +11,7 @@ import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
-from lightning_koopman.callbacks.dry_run import can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.dry_run import NoLossError, can_dry_run, dry_run, quiet_copy
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.stopping.evidence import Baseline
@@ -110,6 +110,10 @@ class BaselineProbe:
         self._last = now
         try:
             self._measure(trainer, module, batch, batch_idx)
+        except NoLossError:  # Lightning skips such a batch
+            if trainer.world_size > 1:  # the other processes have measured theirs
+                self.finish()
+                raise
         except Exception:
             self.finish()
             raise
@@ -125,6 +129,7 @@ class BaselineProbe:
             with torch.no_grad():
                 for bias, value in zip(self._biases, self._values or [], strict=self._values is not None):
                     bias.copy_(value)
+            self._tuned = self._tuned or not self._biases  # the only constant is zero
         network, alike = self._copy, trainer.world_size > 1
         with dry_run(trainer, module, batch, batch_idx) as loss:
             if self._tuned:
@@ -147,8 +152,8 @@ class BaselineProbe:
 
     def _gradient(self, loss: Tensor) -> Tensor:
         """Return the gradient of all biases as a flat vector."""
-        if not loss.requires_grad or not self._biases:
-            return torch.zeros(1)
+        if not loss.requires_grad:
+            return torch.zeros(sum(bias.numel() for bias in self._biases))
         found = torch.autograd.grad(loss, self._biases, allow_unused=True, materialize_grads=True)
         return torch.cat([gradient.reshape(-1).double().cpu() for gradient in found])
 

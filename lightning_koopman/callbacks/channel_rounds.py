@@ -134,6 +134,9 @@ class ChannelRounds:
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do nothing: removed channels cannot come back."""
 
+    def give_up(self) -> None:
+        """Do nothing, as in :meth:`hold`."""
+
     def again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
         """Do nothing, as in :meth:`hold`."""
 

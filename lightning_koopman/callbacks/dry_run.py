@@ -127,11 +127,13 @@ def dry_run(
             raise NoLossError("training_step returned no loss")
         return value
 
-    hook = register_module_forward_pre_hook(refuse)
+    hook, loggers = register_module_forward_pre_hook(refuse), trainer.loggers
     try:
+        trainer.loggers = [DummyLogger() for _ in loggers]  # the step may log through `self.trainer`
         with isolate_rng(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
             yield loss
     finally:
+        trainer.loggers = loggers
         hook.remove()
 
 

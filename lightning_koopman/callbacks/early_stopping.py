@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 MODES = ("stop", "report")
 RESTORE = ("average", "last")
-WALKS = "since the learning rate was lowered, the loss has not fallen and the weights only walk at random."
+WALKS = "at the lowered learning rate the weights keep no lasting direction, and the loss no longer falls clearly."
 # logged names, and their values for monitoring callbacks while unknown: finite, and no evidence of convergence
 LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "unit_fraction": 0.0}
 COLUMNS = ("epoch", "step", "value", "phase", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")

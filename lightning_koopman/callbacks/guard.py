@@ -23,6 +23,12 @@ class KoopmanWarning(UserWarning):
     """
 
 
+class Outcome:
+    """Whether work has succeeded in all processes."""
+
+    succeeded = False
+
+
 class Guard:
     """Catches failures in a callback, and warns once per fit of each kind of failure.
 
@@ -44,13 +50,19 @@ class Guard:
         """Return a context in which a failure becomes one warning. For collectives use :meth:`together`."""
         return Guarded(self, doing)
 
-    def together(self, doing: str, processes: Processes) -> contextlib.AbstractContextManager[None, bool]:
-        """Return a context for work with collectives: if one process fails, all fail, each with a warning."""
+    def together(self, doing: str, processes: Processes) -> contextlib.AbstractContextManager[Outcome, bool]:
+        """Return a context for work with collectives: if one process fails, all fail, each with a warning.
+
+        It gives an :class:`Outcome`, which is the same in all processes once the context is left.
+        """
 
         @contextlib.contextmanager
-        def both() -> Iterator[None]:
-            with self(doing), processes.together():
-                yield
+        def both() -> Iterator[Outcome]:
+            outcome = Outcome()
+            with self(doing):
+                with processes.together():
+                    yield outcome
+                outcome.succeeded = True
 
         return both()  # type: ignore[return-value]  # it does suppress errors
 

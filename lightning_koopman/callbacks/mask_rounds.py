@@ -113,6 +113,9 @@ class PruningMethod(Protocol):
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold pruned weights at zero from now on; called when training starts and after weights were replaced."""
 
+    def give_up(self) -> None:
+        """Hold nothing any more, since a process cannot."""
+
     def again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
         """Set pruned weights back to zero; ``when`` is ``"round"``, ``"batch"``, ``"step"`` or ``"always"``."""
 
@@ -243,6 +246,10 @@ class MaskRounds:
         self._unseen = WATCHED
         for average in averages(trainer):
             self.masks.apply(getattr(average, "module", average))
+
+    def give_up(self) -> None:
+        self.release()
+        self.masks = None
 
     def _failed(self, error: Exception) -> None:
         with self._guard("keeping pruned weights at zero"):

@@ -90,10 +90,11 @@ class Metric:
         self._seen: object = None  # value when the interval began; a newly logged value is another object
         self._validated: float | None = None  # value of the last validation, until it is taken
         self._has_validated = False
+        self._has_begun = False  # whether the start of this interval was seen
 
     def begin(self, trainer: pl.Trainer) -> None:
         """Start an interval."""
-        self._seen = trainer.callback_metrics.get(self.name)
+        self._seen, self._has_begun = trainer.callback_metrics.get(self.name), True
 
     def validated(self, trainer: pl.Trainer) -> None:
         """Keep the value that a validation has logged."""
@@ -109,6 +110,8 @@ class Metric:
 
     def is_missing(self, trainer: pl.Trainer) -> bool:
         """Return whether the metric should have been logged by now, but was not."""
+        if not self._has_begun:  # resumed within it: Lightning has lost what was logged before
+            return False
         still_to_come = trainer.enable_validation and not self._has_validated
         return self.name not in trainer.callback_metrics and not still_to_come
 

@@ -14,14 +14,16 @@ from lightning_koopman._checks import check_choice, check_flag
 from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks, start_segments
 from lightning_koopman.callbacks.channel_rounds import ChannelRounds
 from lightning_koopman.callbacks.clock import steps_done
-from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, PruningMethod
+from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, Pruned, PruningMethod
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, PruningSchedule
 from lightning_koopman.callbacks.state import take_up
 from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, trained_parameters
 from lightning_koopman.parameters.select import as_patterns
+from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.masks import SCOPES, MaskSet, check_amount
+from lightning_koopman.pruning.optimizer_state import forget
 from lightning_koopman.trajectory.recorder import SnapshotSettings
 
 if TYPE_CHECKING:
@@ -206,8 +208,7 @@ class KoopmanPruner(TrajectoryCallback):
     # -- when ---------------------------------------------------------------------------------------------------------
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        with self.guard("applying the masks"):
-            self.weights_replaced(trainer, pl_module)
+        self.weights_replaced(trainer, pl_module)
         self._score(self.clock.rounds)
 
     def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -279,27 +280,25 @@ class KoopmanPruner(TrajectoryCallback):
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any = None, batch_idx: int = 0) -> None:
         """Prune once, on all ranks together, each for its own part of the weights."""
-        target, processes, done = self.schedule.target, self.recording.weights.processes, None
+        target, processes = self.schedule.target, self.recording.weights.processes
         scores, about = self.scores.take()
-        with self.guard.together(f"pruning (round {self.schedule.attempted + 1})", processes):
+        with self.guard.together(f"pruning (round {self.schedule.attempted + 1})", processes) as pruning:
             shards = self.recording.weights.read(outermost(trainer, pl_module))
             self._select(trainer, pl_module)
             scores = {name: scores.get(name, part.values) for name, part in shards.items()}
             done = self.method.prune(trainer, pl_module, shards, scores, target, batch, batch_idx)
         self.schedule.tried(self.clock.rounds)
-        if done is None:
+        if not pruning.succeeded:
             return
-        self.method.accept(done)
-        if done.removal is not None:
-            _follow(trainer, done.removal)
+        _accept(self, trainer, done)
         with self.guard.together("setting the survivors", processes):
             self.survivors.set(trainer, pl_module, self.recording.weights, done.values, self.schedule.attempted)
-        row = done.row(self.clock.rounds, steps_done(trainer), target, about)
-        self.history.append(row)
-        if self.guard.zero:
-            self.write_history()
-        rank_zero_info(f"{type(self).__name__}: {done.told(row, self.method.unit, self.clock.when(row['epoch']))}")
-        with self.guard("logging the sparsity"):
+        with self.guard("noting what was pruned"):
+            row = done.row(self.clock.rounds, steps_done(trainer), target, about)
+            self.history.append(row)
+            if self.guard.zero:
+                self.write_history()
+            rank_zero_info(f"{type(self).__name__}: {done.told(row, self.method.unit, self.clock.when(row['epoch']))}")
             self.method.log(trainer, self.prefix)
         start_segments(trainer, pl_module)
         if self.finished and self.recording.alone:
@@ -309,11 +308,13 @@ class KoopmanPruner(TrajectoryCallback):
         """Reconstruct the weights if a pruning is due, before another pruner ends the trajectory."""
         self.scores.take()
         if self.schedule.is_due(epoch):
-            with self.guard.together("the Koopman reconstruction", self.recording.weights.processes):
+            with self.guard.together("the Koopman reconstruction", self.recording.weights.processes) as work:
                 self.scores.prepare(self.recording, epoch)
+            if not work.succeeded:
+                self.scores.take()
 
     def weights_replaced(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.method.hold(trainer, pl_module)
+        _hold(self, trainer, pl_module)
 
     def own_state(self) -> dict[str, Any]:
         return {"schedule": self.schedule.state_dict(), "method": self.method.state_dict()}
@@ -329,9 +330,27 @@ class KoopmanPruner(TrajectoryCallback):
         self.method.load_state_dict(state["method"])
 
 
-def _follow(trainer: pl.Trainer, removal: ChannelRemoval) -> None:
-    """Tell all pruners which channels were removed."""
-    for other in koopman_callbacks(trainer):
-        if isinstance(other, KoopmanPruner):
-            other.scores.follow(removal)
-            other.method.follow(removal)
+def _accept(pruner: KoopmanPruner, trainer: pl.Trainer, done: Pruned) -> None:
+    """Adopt what was pruned in all processes, or in none; tell all pruners which channels were removed."""
+    with pruner.guard.together("accepting what was pruned", pruner.recording.weights.processes) as accepting:
+        pruner.method.accept(done)
+        for other in koopman_callbacks(trainer):
+            if isinstance(other, KoopmanPruner) and done.removal is not None:
+                other.scores.follow(done.removal)
+                other.method.follow(done.removal)
+    if not accepting.succeeded:
+        pruner.method.give_up()
+
+
+def _hold(pruner: KoopmanPruner, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Hold pruned weights at zero in all processes; or in none, and let all go on from the same weights."""
+    processes = pruner.recording.weights.processes
+    with pruner.guard.together("holding the pruned weights at zero", processes) as holding:
+        pruner.method.hold(trainer, pl_module)
+    if not holding.succeeded:
+        pruner.method.give_up()
+        chunks = local_chunks(outermost(trainer, pl_module)).values()
+        forget(trainer.optimizers, [chunk.parameter for chunk in chunks])
+        for chunk in chunks:
+            if chunk.whole:
+                processes.copy_from_first(chunk.tensor.detach())

@@ -23,6 +23,7 @@ class Reader:
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
+        self.told: set[str] = set()  # topics of the warnings about the trajectory in this fit
         self.forget()
 
     def forget(self) -> None:

@@ -57,6 +57,7 @@ class Recording:
 
     def share(self, others: Iterable[Recording]) -> None:
         """Share the trajectory of the first callback that records the same, or the longest sufficient one."""
+        self.own.told.clear()
         found = list(others)
         alike = [other for other in found if other.settings == self.settings]
         if self.any_window:
@@ -83,13 +84,20 @@ class Recording:
             chosen = self.weights.select(root)
             halves = [name for name, parameter in chosen.items() if parameter.dtype.itemsize < 4]
             if halves:
-                self._guard.warn(
+                self._warn(
                     "half",
                     f"{len(halves)} observed parameters such as {halves[0]!r} are stored in {chosen[halves[0]].dtype}, "
                     "which rounds small updates to zero and causes spurious eigenvalues at 1: train with "
                     "precision='bf16-mixed' or 32.",
                 )
             self._check_room(trainer, self.weights.read(root).numel, folder, advice)
+
+    def _warn(self, topic: str, message: str) -> None:
+        """Warn of what concerns the trajectory, once for all callbacks that share it."""
+        told = self.reader.told
+        if topic not in told:
+            told.add(topic)
+            self._guard.warn(topic, message)
 
     def _check_room(self, trainer: pl.Trainer, numel: int, folder: RunFolder, advice: tuple[str, str]) -> None:
         rows, settings = self.settings.window, self.settings
@@ -179,7 +187,7 @@ class Recording:
             gone = [name for name in before if name not in set(self.weights.names)]
             told = [f"{names[0]!r} is new" for names in (new,) if names]
             told += [f"{names[0]!r} is gone" for names in (gone,) if names]
-            self._guard.warn(
+            self._warn(
                 f"weights {epoch}",
                 f"the trained parameters changed after {self._clock.when(epoch)} "
                 f"({len(new)} more, {len(gone)} fewer: {', '.join(told)}): a new trajectory starts.",
@@ -191,7 +199,7 @@ class Recording:
         self.finite = True
         self.finite = self.recorder.record(epoch, snapshot)
         if not self.finite:
-            self._guard.warn(
+            self._warn(
                 "finite",
                 f"the observable {self.settings.observable!r} holds NaN or infinite values after "
                 f"{self._clock.when(epoch)}: it is not recorded, and a new trajectory starts once it is finite again.",
@@ -208,9 +216,14 @@ class Recording:
             names = sorted(key for key in trainer.callback_metrics if key.partition("/")[0] not in ours)
             self._guard.warn(
                 "metric",
-                f"observable={name!r} was not logged by the end of epoch {trainer.current_epoch}, so nothing is "
-                f"recorded; logged so far: {', '.join(names) or 'none'}. Log it with `self.log({name!r}, ...)` in a "
-                "training or validation step (what `LightningModule.on_train_epoch_end` logs comes too late).",
+                f"observable={name!r} was not logged by the end of epoch {trainer.current_epoch + 1}, so nothing is "
+                f"recorded; logged so far: {', '.join(names) or 'none'}. "
+                + (
+                    f"Return the loss from `training_step`, or log it with `self.log({name!r}, ...)` there."
+                    if name == TRAIN_LOSS
+                    else f"Log it with `self.log({name!r}, ...)` in a training or validation step "
+                    "(what `LightningModule.on_train_epoch_end` logs comes too late)."
+                ),
             )
         return value
 
@@ -233,12 +246,20 @@ class Recording:
         if self._guard.zero:  # only the first process's sum was saved
             self.loss.start(float(total), int(count))
 
-    def restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, saved: dict[str, Any]) -> None:
-        """Restore the snapshots that a checkpoint refers to, or start a new trajectory if they are lost."""
+    def restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, saved: dict[str, Any] | None) -> None:
+        """Restore the snapshots that a checkpoint refers to, or start a new trajectory if they are lost.
+
+        Args:
+            trainer: The run.
+            pl_module: Its module.
+            saved: State of the recorder, empty if it held nothing, None if it could not be saved.
+        """
         if self.recorder.restored or not (self.of_weights or self._guard.zero):
             return  # done by a callback that shares the recorder, or not for this process
         self.recorder.clear()
         self.recorder.restored = True
+        if saved is None:
+            self._warn("unsaved", "the checkpoint's snapshots could not be saved with it: a new trajectory starts.")
         if not saved:
             return
         with self._guard.together("restoring the snapshots", self.weights.processes):

@@ -14,7 +14,14 @@ from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbac
 from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.outlook import tell_if_short
-from lightning_koopman.callbacks.rate_groups import check_rates, chosen_rates, lower_rates, rate_groups
+from lightning_koopman.callbacks.rate_groups import (
+    Change,
+    check_rates,
+    chosen_rates,
+    first_rates,
+    lowered_rates,
+    set_rates,
+)
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.trajectory.recorder import SnapshotSettings
@@ -115,14 +122,16 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     def forget(self) -> None:
         super().forget()
         self.reductions: list[dict[str, Any]] = []
-        self._first: list[float] = []  # rates of the groups when training began
+        self._first: list[list[float]] = []  # rates of each optimizer's groups when training began
         self._due = False  # lower the rates when the next interval begins
         self._lowest = False  # the rates are at their minimum
         self._walked = 0  # intervals in a row with no more than a random walk since a reduction
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(every_n_steps=self.settings.every_n_steps, prefix=self.prefix)
+        settings = self.settings
+        every = {"every_n_epochs": settings.every_n_epochs, "every_n_steps": settings.every_n_steps}
+        return self._generate_state_key(**every, prefix=self.prefix)
 
     @property
     def can_reduce(self) -> bool:
@@ -143,8 +152,6 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
             check_rates(trainer, self.groups)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not self._first:
-            self._first = [float(group.get("initial_lr", group.get("lr", 0.0))) for group in rate_groups(trainer)]
         publish(trainer, self.prefix, {"reductions": float(len(self.reductions))})
         tell_if_short(self, trainer, SOONEST, "detecting whether the weights hover")
 
@@ -172,9 +179,10 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         self.log_values(trainer, pl_module, {"reductions": float(len(self.reductions))})
 
     def round_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._first = first_rates(trainer, self._first)  # groups may be added
         due, self._due = self._due, False
-        if due:
-            self._reduce(trainer, pl_module)
+        if due and self._reduce(trainer):
+            start_segments(trainer, pl_module)
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
@@ -188,7 +196,8 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
                     "or give each `groups` of its own."
                 )
 
-    def _reduce(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _reduce(self, trainer: pl.Trainer) -> bool:
+        """Lower the rates in all processes, or in none; return whether they were lowered."""
         before, row = chosen_rates(trainer, self.groups), self.history[-1]
         when, name = self.clock.when(row["epoch"]), type(self).__name__
         told = f"{name}: after {when} the weights hover at the noise floor of the learning rate"
@@ -197,17 +206,23 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
             if not self.reductions:
                 self._note(row, before, before)
                 rank_zero_info(f"{told}: lower it.")
-            return
-        least = [LEAST * rate if self.min_lr is None else self.min_lr for rate in self._first]
-        self._lowest = not lower_rates(trainer, self.groups, self.factor, least)
-        now = chosen_rates(trainer, self.groups)
+            return False
+        least = [[LEAST * rate if self.min_lr is None else self.min_lr for rate in rates] for rates in self._first]
+        changes: list[Change] = []
+        with self.guard.together("lowering the learning rate", self.recording.weights.processes) as lowering:
+            changes, left = lowered_rates(trainer, self.groups, self.factor, least)
+            set_rates(changes)
+        if not lowering.succeeded:
+            set_rates(changes, back=True)
+            return False
+        self._lowest, now = not left, chosen_rates(trainer, self.groups)
         if now == before:  # already at the minimum
-            return
+            return False
         self._note(row, before, now)
         rank_zero_info(
             f"{told}: lowered from {max(before):.2g} to {max(now):.2g}{' (minimum)' if self._lowest else ''}."
         )
-        start_segments(trainer, pl_module)
+        return True
 
     def _note(self, row: dict[str, Any], before: list[float], now: list[float]) -> None:
         self.reductions.append({"epoch": row["epoch"], "step": row["step"], "from": max(before), "to": max(now)})
@@ -217,7 +232,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     def own_state(self) -> dict[str, Any]:
         return {
             "reductions": [dict(row) for row in self.reductions],
-            "first": list(self._first),
+            "first": [list(rates) for rates in self._first],
             "due": self._due,
             "lowest": self._lowest,
             "walked": self._walked,
@@ -226,6 +241,6 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     def restore_own(self, state: dict[str, Any]) -> None:
         self.forget()
         self.reductions = [dict(row) for row in state["reductions"]]
-        self._first = [float(rate) for rate in state["first"]]
+        self._first = [[float(rate) for rate in rates] for rates in state["first"]]
         self._due, self._lowest = bool(state["due"]), bool(state["lowest"])
         self._walked = int(state["walked"])

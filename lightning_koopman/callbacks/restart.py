@@ -125,6 +125,10 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self._start_rates: list[float] = []
 
     @property
+    def state_key(self) -> str:
+        return self._generate_state_key(every_n_steps=self.settings.every_n_steps)
+
+    @property
     def chance(self) -> Baseline | None:
         return self.baseline_loss.value
 
@@ -175,9 +179,12 @@ class RestartOnBadInitialization(TrajectoryCallback):
             return
         self.baseline_loss.agree(trainer)
         judged = self.on_zero(trainer, "judging the start", lambda: self._judge(trainer, epoch))
-        reason, self._settled = judged or (None, False)
+        reason, verdict = judged or (None, "")
+        self._settled = bool(verdict)
         if reason is not None:
             self._act(trainer, epoch, reason)
+        elif self._settled and not self.message:
+            self.message = f"{type(self).__name__}: {verdict}, after {self.clock.when(epoch)}."
         if self._settled and self.recording.alone:
             self.recorder.clear()  # nothing more is recorded: see `is_due`
         if self._settled:
@@ -187,8 +194,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self.baseline_loss.probe.pause()
         self._frozen.forget()
         if not self.message:
-            known = "the start was judged good" if self._settled else "training ended before the start could be judged"
-            self.message = f"{type(self).__name__}: {known}, after {self.clock.when(self.clock.rounds)}."
+            known = "training began before this callback did" if self._settled else "training ended too early"
+            self.message = f"{type(self).__name__}: the start was not judged, since {known}."
 
     @property
     def finished(self) -> bool:
@@ -196,18 +203,18 @@ class RestartOnBadInitialization(TrajectoryCallback):
 
     # -- what ---------------------------------------------------------------------------------------------------------
 
-    def _judge(self, trainer: pl.Trainer, epoch: int) -> tuple[str | None, bool]:
-        """Return why the start is bad, or None, and whether judging has ended."""
+    def _judge(self, trainer: pl.Trainer, epoch: int) -> tuple[str | None, str]:
+        """Return why the start is bad, or None, and the verdict once judging has ended."""
         loss = self.recording.train_loss
         if loss is not None and not math.isfinite(loss):
-            return f"the loss is {loss}", False
+            return f"the loss is {loss}", ""
         if not self.recording.finite:
-            return "the weights are not finite", False
+            return "the weights are not finite", ""
         if loss is not None:
             self._start_losses.append(loss)
         self._start_rates.append(max(self.rates, default=0.0))
         if epoch < self._start + self.check_epoch:
-            return None, False
+            return None, ""
         baseline = self.baseline_loss.value
         if not self._start_losses or (baseline is None and not self.baseline_loss.probe.wanted):
             self.guard.warn(
@@ -215,16 +222,16 @@ class RestartOnBadInitialization(TrajectoryCallback):
                 "the baseline loss is unknown, so only non-finite losses are detected: pass `baseline_loss`, for "
                 "instance ln C for C classes, and return the loss from `training_step`.",
             )
-            return None, True
+            return None, "the start was not judged, since the baseline loss is unknown"
         if baseline is None:
-            return None, False
+            return None, ""
         with self.guard("reading the learning rates ahead"):
             if warming_up(trainer, self._start_rates, self.settings.every_n_steps):
-                return None, False
+                return None, ""
         trajectory = self.recorder.trajectory
         factor = trajectory.factor(last=RECENT) if trajectory is not None and len(trajectory) else None
         reason = bad_start(self._start_losses, factor, baseline, horizon=self.check_epoch)
-        return reason or None, reason is None
+        return reason or None, "the start was judged good" if reason is None else ""
 
     def _act(self, trainer: pl.Trainer, epoch: int, reason: str) -> None:
         """Schedule a restart for the next epoch, so that this epoch's checkpoints keep its weights, or end training."""

@@ -67,6 +67,7 @@ class RunFolder:
             goes_on = trainer.current_epoch > 0 and base == self._base
             try:
                 path = (self.path if goes_on else None) or _claim(base)
+                path.mkdir(parents=True, exist_ok=True)  # it may have been deleted since an earlier fit
             except OSError as error:
                 problem = error.strerror or str(error)
         self._base = base

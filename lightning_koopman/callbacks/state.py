@@ -66,10 +66,11 @@ def resume(
                 "a new trajectory starts.",
             )
         return False
-    saved: dict[str, Any] | None = None
+    saved: dict[str, Any] | None = {}
+    known = False
     with callback.guard("going on from the checkpoint's state"):
         take_up(callback, state)
         callback.recording.load_state_dict(state)
-        callback.clock.rounds, saved = int(state["rounds"]), state.get("recorder", {})
-    callback.recording.restore(trainer, pl_module, saved or {})
-    return saved is not None
+        callback.clock.rounds, saved, known = int(state["rounds"]), state.get("recorder"), True
+    callback.recording.restore(trainer, pl_module, saved)
+    return known

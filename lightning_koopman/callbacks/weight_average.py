@@ -110,14 +110,14 @@ class WeightAverage:
         self._choose_last(newest)  # remains if the rest fails
         self._of = self._recording.recorder.trajectory
         for compare in (True, False):  # if lengths cannot be compared, the steps decide
-            done = False
             doing = "comparing averages" if compare else "averaging the weights"
-            with self._guard.together(doing, weights.processes):
+            with self._guard.together(doing, weights.processes) as comparing:
                 trial = self.batches.trial(trainer, module, weights.processes) if compare else None
                 self._choose(trial)
-                done = True
-            if done:
+            if comparing.succeeded:
                 return
+            self._choose_last(newest)
+            self._of = self._recording.recorder.trajectory
 
     @property
     def _is_current(self) -> bool:
@@ -224,9 +224,11 @@ class WeightAverage:
     def put_in(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Replace the trained weights by the average; call on all processes together."""
         if not self.exchange.ready:
-            with self._guard.together("averaging the weights", self._recording.weights.processes):
+            with self._guard.together("averaging the weights", self._recording.weights.processes) as averaging:
                 values = self._average(trainer, module)
                 self.exchange.put_in(outermost(trainer, module), module, values)
+            if not averaging.succeeded:
+                self.take_out(trainer, module)
 
     def take_out(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Restore the trained weights, bit for bit."""

@@ -66,7 +66,7 @@ def signatures(runs: Sequence[Run], rank: int) -> tuple[list[Complex], list[Arra
 def save_run(folder: Path | None, recorder: Recorder) -> None:
     """Save what :func:`signatures` needs of recorded weights in a folder."""
     trajectory, settings = recorder.trajectory, recorder.settings
-    if folder is None or trajectory is None or settings.observable != WEIGHTS:
+    if folder is None or not trajectory or settings.observable != WEIGHTS:
         return
     steps = settings.every_n_steps
     every, unit = (settings.every_n_epochs, "epochs") if steps is None else (steps, "steps")

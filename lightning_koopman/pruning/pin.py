@@ -65,6 +65,13 @@ class Pin:
         for chunk, bits in self._matched:
             _clear(chunk.tensor, bits)
 
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Set the optimizer's pruned weights to zero; others may be needed as they are, for a backward pass to come."""
+        stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for chunk, bits in self._matched:
+            if id(chunk.parameter) in stepped:
+                _clear(chunk.tensor, bits)
+
     def moved(self) -> bool:
         """Return whether a pruned weight is not zero."""
         return any(bool(_masked(chunk.tensor, bits).any()) for chunk, bits in self._matched)
@@ -80,9 +87,6 @@ class Pin:
         return self._optimizers == [id(optimizer) for optimizer in optimizers] and all(
             id(chunk.parameter) in own for chunk, _ in self._matched
         )
-
-    def _after_step(self, *_: Any) -> None:
-        self.clear()
 
     def _forget_pruned(self, optimizer: torch.optim.Optimizer) -> None:
         """Clear the optimizer state of pruned weights: momentum would move them."""

@@ -77,5 +77,8 @@ MEANINGS = {
         "the loss is no better than that of a network which ignores its input",
         "check the data, the initialization and the learning rate",
     ),
-    Phase.UNKNOWN: ("the steps cannot be told apart from a random walk", "keep training, or lower the learning rate"),
+    Phase.UNKNOWN: (
+        "the weights keep no lasting direction, and no clear fall of the loss is seen",
+        "keep training, or lower the learning rate",
+    ),
 }

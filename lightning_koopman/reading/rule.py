@@ -80,7 +80,9 @@ def judge(
     if steps.directed:
         change = f"the loss is predicted to change by {loss.change:+.2g} within {HORIZON} intervals"
         return Phase.DRIFTING, f"{distant} (random walk: 0), but {change}: no clear fall of {LEFT:.2%} of {scale:.3g}"
-    return Phase.WARMING_UP if steps.count <= EARLY else Phase.UNKNOWN, f"{successive} (random walk: 0)"
+    if steps.count <= EARLY:
+        return Phase.WARMING_UP, f"{successive} (random walk: 0)"
+    return Phase.UNKNOWN, f"{distant}, {successive} (random walk: 0), and no clear fall of the loss is seen"
 
 
 def confirm(judged: Phase, before: Phase, running: int) -> Phase:

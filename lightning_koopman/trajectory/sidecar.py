@@ -40,12 +40,15 @@ class SegmentWriter:
         self, path: Path, *, keep: int | None, segment: str | None = None, shards: Shards | None = None
     ) -> None:
         self.path, self.keep = path.absolute(), keep
-        self.segment = segment or uuid.uuid4().hex[:12]
+        self.segment, self._shards = segment or uuid.uuid4().hex[:12], shards
         self._layout = [] if shards is None else [write_layout(self.path, self.segment, shards)]
         self.written = list(self._layout)
         self._starts: list[int] = []
         self._needed: list[int] = []  # the starts that the newest checkpoint needs
         self._end = -1  # index of the newest snapshot in the files
+
+    def __getstate__(self) -> dict[str, Any]:  # shards refer to the module
+        return {**vars(self), "_shards": None}
 
     def write(self, first: int, held: int, oldest: Tensor, newest: Tensor, row: Row) -> dict[str, Any]:
         """Write those of the snapshots ``first`` … ``first + held − 1`` that the files do not hold yet.
@@ -63,6 +66,10 @@ class SegmentWriter:
         Raises:
             OSError: If a file cannot be written; the next call tries again.
         """
+        if not all(file.is_file() for file in self.current):  # deleted in mid-run
+            if self._shards is not None:
+                write_layout(self.path, self.segment, self._shards)
+            self._starts, self._needed, self._end = [], [], -1
         if held:
             last = first + held - 1
             if self._end < first:  # nothing written yet, or a gap since

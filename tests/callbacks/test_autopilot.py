@@ -64,7 +64,7 @@ def test_it_ends_where_a_lower_rate_brings_nothing(fit, tmp_path):
     assert stop.stopped_epoch == trainer.current_epoch < 400
     assert stop.stopping_reason is StoppingReason.HOVERING
     assert reduce.exhausted
-    assert "only walk at random" in stop.message
+    assert "keep no lasting direction" in stop.message
 
 
 @pytest.mark.parametrize("given", [{"every_n_steps": 3}, {"baseline_loss": 2.5}], ids=str)

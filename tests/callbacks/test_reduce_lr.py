@@ -19,7 +19,7 @@ from lightning_koopman import (
     Phase,
     ReduceLROnNoiseFloor,
 )
-from lightning_koopman.callbacks.rate_groups import lower_rates
+from lightning_koopman.callbacks.rate_groups import lowered_rates, set_rates
 from lightning_koopman.demo.experiments.training import Batches
 
 
@@ -108,7 +108,9 @@ def test_a_schedule_runs_on_that_much_lower(schedule):
         found = []
         for t in range(18):
             if t == lowered_at:
-                assert lower_rates(trainer, None, 0.3, [0.0])
+                changes, left = lowered_rates(trainer, None, 0.3, [[0.0]])
+                set_rates(changes)
+                assert left
             found.append(optimizer.param_groups[0]["lr"])
             optimizer.step()
             scheduler.step()
@@ -125,11 +127,19 @@ def test_chosen_groups_tensors_and_plateaus():
     second = torch.optim.Adam([weights[2]], lr=torch.tensor(0.1))
     plateau = type("Config", (), {"scheduler": schedules.ReduceLROnPlateau(second)})()
     trainer = type("Trainer", (), {"optimizers": [first, second], "lr_scheduler_configs": [plateau]})()
-    assert lower_rates(trainer, [1, 2], 0.5, [0.0, 0.15, 0.0])
-    found = [float(group["lr"]) for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    assert found == pytest.approx([0.4, 0.15, 0.05])
-    assert not lower_rates(trainer, [0], 0.5, [0.39, 0.15, 0.0])  # no rate can be lowered further
-    assert first.param_groups[0]["lr"] == pytest.approx(0.39)
+
+    def lower(*given: Any) -> tuple[list[float], bool]:
+        held, (changes, left) = second.param_groups[0]["lr"], lowered_rates(trainer, *given)
+        set_rates(changes)
+        assert second.param_groups[0]["lr"] is held
+        return [float(group["lr"]) for each in trainer.optimizers for group in each.param_groups], left
+
+    assert lower([1, 2], 0.5, [[0.0, 0.15], [0.0]]) == (pytest.approx([0.4, 0.15, 0.05]), True)
+    changes, _ = lowered_rates(trainer, None, 0.5, [[0.39, 0.15], [0.0]])
+    set_rates(changes)
+    set_rates(changes, back=True)
+    assert [float(each["lr"]) for each in first.param_groups + second.param_groups] == pytest.approx([0.4, 0.15, 0.05])
+    assert lower([0], 0.5, [[0.39, 0.15], [0.0]]) == (pytest.approx([0.39, 0.15, 0.05]), False)  # none can go lower
 
 
 def say_hovering(reduce: ReduceLROnNoiseFloor, at: int) -> None:

@@ -47,14 +47,16 @@ def train(folder: Path, failure: Any, epochs: int, checkpoint: str | None) -> di
     random = torch.Generator().manual_seed(1)
     x = torch.randn(64, 8, generator=random)
     data = DataLoader(TensorDataset(x, torch.sin(x[:, 0])), batch_size=8)
+    module = Net()
     with warnings.catch_warnings(record=True) as caught, failing(trainer, *failure):
         warnings.simplefilter("always")
-        trainer.fit(Net(), data, ckpt_path=checkpoint)
+        trainer.fit(module, data, ckpt_path=checkpoint)
     masks = callbacks[-1].masks
     return {
         "epochs": trainer.current_epoch,
         "warnings": [str(each.message) for each in caught if "Koopman" in each.category.__name__],
         "times": [callback.recorder.epochs for callback in callbacks],
+        "weights": [float(value) for value in torch.nn.utils.parameters_to_vector(module.parameters())],
         "bits": None if masks is None else masks.state_dict()["bits"].tolist(),
     }
 

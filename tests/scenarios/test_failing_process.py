@@ -40,6 +40,7 @@ FAILURES = [
     ("pruning.quantile:Ranked", "kept", 1, 1),
     ("parameters.shards:Shards", "assemble", 2, 1),
     ("pruning.masks:MaskSet", "pin", 1, 1),
+    ("callbacks.mask_rounds:MaskRounds", "accept", 1, 1),
     ("callbacks.early_stopping:EarlyStopOnUnitEigenvalues", "_judge", 3, 0),
     ("callbacks.restart:RestartOnBadInitialization", "_judge", 3, 0),
     ("callbacks.baseline_loss:BaselineProbe", "observe", 2, 1),
@@ -82,3 +83,4 @@ def test_a_process_that_fails_costs_a_warning_in_all(tmp_path):
             assert all(rank["warnings"] for rank in ranks), failure
         assert ranks[0]["times"] == ranks[1]["times"], failure
         assert ranks[0]["bits"] == ranks[1]["bits"], failure
+        assert ranks[0]["weights"] == ranks[1]["weights"], failure
