@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from lightning_koopman._checks import check_choice, check_count, check_function, check_instance, check_positive
+from lightning_koopman._checks import (
+    check_choice,
+    check_count,
+    check_function,
+    check_instance,
+    check_positive,
+    real_array,
+)
 from lightning_koopman._types import Array
 from lightning_koopman.averaging import profiles
 from lightning_koopman.averaging.persistent import persistent
@@ -28,7 +35,7 @@ class AveragedWeights:
 
     Attributes:
         values: Tensor (n,): the averaged weights.
-        coefficients: Array (time,): share of each snapshot; they sum to 1.
+        coefficients: Array (time,): share of each snapshot; they sum to 1, except for ``"persistent"``.
         length: Number of snapshots averaged; 1 is the last weights.
         tried: Lengths that were compared, shortest first.
         losses: Array (tried, batches): losses of these lengths; empty without a loss function.
@@ -169,7 +176,10 @@ def choose(
     given = [coefficients(trajectory, profile, each, power) for each in lengths]
     if loss is None:
         return given[-1], len(lengths) - 1, np.zeros((0, 0))
-    losses = np.stack(loss(np.stack(given)))
+    found = loss(np.stack(given))
+    if len({each.size for each in found}) > 1:
+        raise ValueError("loss must return equally many losses at each call, those of the same batches.")
+    losses = np.stack(found)
     index = profiles.longest_good(losses, lengths, scale)
     return given[index], index, losses
 
@@ -195,6 +205,10 @@ def coefficients(trajectory: Trajectory, profile: str, length: int, power: float
 
 
 def _losses(values: npt.ArrayLike | Tensor) -> Array:
-    """Convert what a loss function returned to an array (batches,)."""
-    found = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values, np.float64)
-    return found.reshape(-1)
+    """Convert what a loss function returned to an array (batches,); raise TypeError or ValueError if it is no loss."""
+    if isinstance(values, (list, tuple)) and any(isinstance(each, Tensor) for each in values):
+        values = [float(each) for each in values]
+    found = real_array("what loss returned", values).astype(np.float64).reshape(-1)
+    if not found.size:
+        raise ValueError("loss returned no number: return the loss, or a list of losses on several batches.")
+    return found

@@ -54,8 +54,10 @@ def random_walk_spectrum(
         True
     """
     steps = real_array("step_norms", step_norms).astype(np.float64)
-    if steps.ndim != 1 or not steps.size or not np.isfinite(steps).all() or steps.min() < 0:
-        raise ValueError(f"step_norms must have shape (time - 1,) with finite values ≥ 0, got shape {steps.shape}.")
+    if steps.ndim != 1 or not steps.size or not np.isfinite(steps.sum()) or steps.min() < 0:
+        raise ValueError(
+            f"step_norms must have shape (time - 1,) with values ≥ 0 and a finite sum, got shape {steps.shape}."
+        )
     start_norm, n = check_positive("start_norm", start_norm), min(check_count("n", n, 1), MOST_WALK)
     tol, max_rank, delays, refine = check_options(tol=tol, max_rank=max_rank, delays=delays, refine=refine)
     count = steps.size + 1

@@ -13,6 +13,16 @@ from lightning_koopman._checks import check_instance
 from lightning_koopman.parameters.sharded_modules import local_chunks
 
 
+def check_network(name: str, module: nn.Module) -> None:
+    """Raise TypeError or ValueError unless ``module`` is a network whose parameters have values."""
+    check_instance(name, module, nn.Module, "a torch.nn.Module")
+    for path, parameter in module.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"{name} has a lazy parameter, {path!r}: run one batch through the module first.")
+        if parameter.is_meta:
+            raise ValueError(f"{name} has {path!r} on the meta device, without values: move it with `to_empty` first.")
+
+
 def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
     """Return the parameters of a module by name; shared ones appear once.
 

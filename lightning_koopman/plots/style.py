@@ -50,7 +50,7 @@ def axes_of(ax: Axes | None, size: tuple[float, float]) -> tuple[Figure, Axes]:
     if not isinstance(ax, Axes):
         raise TypeError(f"ax must be Axes of matplotlib, got {type(ax).__name__}: use `figure.subplots()`.")
     found: Any = ax.figure
-    return found, ax
+    return getattr(found, "figure", found), ax  # not a subfigure, which cannot be saved
 
 
 def plain(axis: Axes) -> None:

@@ -112,7 +112,7 @@ def plot_portrait(history: Rows, *, ax: Axes | None = None) -> Figure:
         axis.text(0.5, 0.5, "too few steps", transform=axis.transAxes, ha="center", color=MUTED)
         return figure
     lengths = np.array([row["step_length"] for row in known], dtype=float)
-    lengths /= max(row["step_length"] for row in history if np.isfinite(row["step_length"]))
+    lengths /= max((row["step_length"] for row in history if np.isfinite(row["step_length"])), default=1.0)
     correlation = np.array([row["step_correlation"] for row in known], dtype=float)
     doubt = 2 * float(np.median([row["step_correlation_error"] for row in known]))
     axis.axhspan(-doubt, doubt, color=WALK, alpha=0.25, linewidth=0, label="random walk, two standard errors")

@@ -219,7 +219,8 @@ class Structure:
                 if not tensor.numel():
                     raise ValueError(f"{name!r} would keep no channel")
                 oriented = tensor.T if name in turned else tensor
-                kept[name] = (oriented.detach().reshape(-1).round().long(), oriented.shape)
+                whole = torch.Size(reversed(sizes[name])) if name in turned else sizes[name]
+                kept[name] = (oriented.detach().reshape(-1).round().long(), oriented.shape, whole)
         changes = {}
         for name, part in parts.items():
             now = _arguments(part)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman._checks import check_instance
+from lightning_koopman.parameters.select import check_network
 from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, named_parts
 from lightning_koopman.pruning.optimizer_state import replacement
 
@@ -42,8 +43,8 @@ class ChannelRemoval:
     removed: dict[str, list[int]]
     channels: dict[str, int]
     left_alone: dict[str, str]
-    kept: dict[str, tuple[Tensor, torch.Size]] = field(repr=False)
-    """By name of a changed parameter or buffer: flat indices of the kept elements, and the new shape."""
+    kept: dict[str, tuple[Tensor, torch.Size, torch.Size]] = field(repr=False, compare=False)
+    """By name of a changed parameter or buffer: flat indices of the kept elements, the new and the old shape."""
 
     @property
     def share(self) -> float:
@@ -57,9 +58,11 @@ class ChannelRemoval:
         check_instance("values", values, Tensor, "a tensor")
         if name not in self.kept:
             return values
-        index, shape = self.kept[name]
-        if len(index) and int(index.max()) >= values.numel():
-            raise ValueError(f"values has {values.numel()} elements, fewer than {name!r} had: pass one for each.")
+        index, shape, before = self.kept[name]
+        if values.numel() != before.numel():
+            raise ValueError(
+                f"values has {values.numel()} elements, but {name!r} had {before.numel()}: pass one for each."
+            )
         return values.reshape(-1)[index.to(values.device)].reshape(shape)
 
     def apply(
@@ -70,16 +73,25 @@ class ChannelRemoval:
         Args:
             module: The network; its changed parameters are replaced by new objects.
             optimizers: Optimizers of its parameters; their state is carried over.
+
+        Raises:
+            ValueError: If the network has other layers, or layers of other sizes.
         """
         check_instance("module", module, nn.Module, "a torch.nn.Module")
         held = as_optimizers(optimizers)
         smaller: list[tuple[nn.Module, str, Tensor]] = []
         exchanged: list[tuple[nn.Parameter, nn.Parameter, Tensor]] = []
         owners = named_parts(module)
-        for name, (index, shape) in self.kept.items():
+        for name, (index, shape, before) in self.kept.items():
             path, _, leaf = name.rpartition(".")
-            owner = owners[path]
-            old = getattr(owner, leaf)
+            owner = owners.get(path)
+            old = getattr(owner, leaf, None)
+            if owner is None or not isinstance(old, Tensor) or old.shape != before:
+                found = f"shape {tuple(old.shape)}" if isinstance(old, Tensor) else "no such tensor"
+                raise ValueError(
+                    f"module has {found} at {name!r}, where the channels were removed from shape {tuple(before)}: pass "
+                    "a network of the same structure, from which nothing was removed yet."
+                )
             index = index.to(old.device)
             values = old.detach().reshape(-1)[index].reshape(shape)
             if values.ndim == 4 and old.is_contiguous(memory_format=torch.channels_last):
@@ -164,13 +176,15 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
         >>> resize_like(network, nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).state_dict())
         {'0': {'out_features': (32, 8)}, '2': {'in_features': (32, 8)}}
     """
-    check_instance("module", module, nn.Module, "a torch.nn.Module")
+    check_network("module", module)
     check_instance("state_dict", state_dict, Mapping, "a mapping from names to tensors")
-    for name, value in state_dict.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
+    named = chain(module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))
+    known = {clean_name(name) for name, _ in named}
+    for name, value in state_dict.items():  # other entries may be a module's extra state
+        if not isinstance(name, str) or (clean_name(name) in known and not isinstance(value, Tensor)):
             raise TypeError(f"state_dict[{name!r}] must be a tensor under a string key, got {type(value).__name__}.")
     plan = []
-    shapes = {clean_name(name): value.shape for name, value in state_dict.items()}
+    shapes = {clean_name(name): value.shape for name, value in state_dict.items() if isinstance(value, Tensor)}
     for path, part in named_parts(module).items():
         own = {
             leaf: shapes[name]
@@ -178,8 +192,6 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
             if tensor is not None and (name := f"{path}.{leaf}" if path else leaf) in shapes
             if shapes[name] != tensor.shape
         }
-        if own:
-            plan.append((path, part, own, _resized(path, part, own)))
         for leaf, shape in own.items():
             old, name = getattr(part, leaf).shape, f"{path}.{leaf}".removeprefix(".")
             if len(shape) != len(old) or shape[2:] != old[2:]:
@@ -187,15 +199,40 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
                     f"state_dict[{name!r}] has the shape {tuple(shape)}, the network's {tuple(old)}: only the "
                     "first two dimensions (channels) may differ. Build the network as the saved one was built."
                 )
-    for _, part, own, arguments in plan:
+        if own:
+            arguments = _resized(path, part, own)
+            plan.append((path, part, own, arguments))
+            _check_bias(path, part, own, arguments)
+    made: dict[int, Tensor] = {}  # by id of the old tensor: tied ones stay tied
+    for path, part, own, _ in plan:
         for leaf, shape in own.items():
             old = getattr(part, leaf)
-            new = old.detach().new_empty(shape)
-            is_parameter = isinstance(old, nn.Parameter)
-            _put(part, leaf, nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new)
+            new = made.get(id(old), old.detach().new_empty(shape))
+            if new.shape != shape:
+                raise ValueError(f"state_dict has two sizes of {path}.{leaf}, which is shared between modules.")
+            is_parameter = isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter)
+            made[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
+    for _, part, own, arguments in plan:
+        for leaf, new in [(leaf, made[id(getattr(part, leaf))]) for leaf in own]:
+            _put(part, leaf, new)
         for key, (_, now) in arguments.items():
             setattr(part, key, now)
     return {path: arguments for path, _, _, arguments in plan}
+
+
+def _check_bias(
+    path: str, part: nn.Module, shapes: Mapping[str, torch.Size], arguments: Mapping[str, tuple[Any, Any]]
+) -> None:
+    """Raise ValueError if a layer's bias in the state dict does not fit its weight."""
+    bias = shapes.get("bias", getattr(part.bias, "shape", None)) if hasattr(part, "bias") else None
+    for key in ("out_features", "out_channels"):
+        if hasattr(part, key) and isinstance(bias, torch.Size):
+            wanted = arguments.get(key, (None, getattr(part, key)))[1]
+            if bias != (wanted,):
+                raise ValueError(
+                    f"state_dict has a bias of {path!r} of shape {tuple(bias)}, but its weight has {wanted} channels: "
+                    "pass the state dict of one network."
+                )
 
 
 def _put(part: nn.Module, leaf: str, values: Tensor) -> None:
@@ -213,11 +250,14 @@ def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> di
     elif isinstance(part, nn.Linear) and "weight" in shapes:
         now = {"in_features": shape[1], "out_features": shape[0]}
     elif isinstance(part, nn.modules.conv._ConvNd) and "weight" in shapes:
-        depthwise = part.groups == part.in_channels > 1
         first, second = ("in_channels", "out_channels") if part.transposed else ("out_channels", "in_channels")
-        now = {first: shape[0], second: shape[0] if depthwise else shape[1] * part.groups}
-        if depthwise:
-            now["groups"] = shape[0]
+        if part.groups == part.in_channels > 1 and not part.transposed:  # depthwise
+            each = part.out_channels // part.groups
+            now = {"groups": shape[0] // each, "in_channels": shape[0] // each, "out_channels": shape[0]}
+        else:
+            depthwise = part.groups == part.in_channels > 1
+            now = {first: shape[0], second: shape[1] * (shape[0] if depthwise else part.groups)}
+            now |= {"groups": shape[0]} if depthwise else {}
     elif isinstance(part, nn.modules.batchnorm._NormBase):
         now = {"num_features": shape[0]}
     elif isinstance(part, nn.PReLU):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_koopman.parameters.derived import underlying
 from lightning_koopman.parameters.randomness import seeded
 from lightning_koopman.parameters.sharded_modules import named_parts
 from lightning_koopman.pruning.channel_removal import is_transposed
@@ -35,6 +36,9 @@ def eager_copy(module: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.
     Raises:
         ValueError: If the module cannot be copied.
     """
+    for part in [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]:
+        for leaf in underlying(part):  # it is computed anew at each call; its graph cannot be copied
+            vars(part)[leaf] = vars(part)[leaf].detach()
     try:
         twin = copy(module)
     except Exception as error:
@@ -102,8 +106,10 @@ class Tracing:
                 self.graph.build_dependency(twin, (), forward_fn=traced, verbose=False)
                 self.groups = list(self.graph.get_all_groups(root_module_types=list(LAYERS)))
         except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            made = " (clone tensors that were made under torch.inference_mode)" if "nference" in why else ""
             raise ValueError(
-                f"the network cannot be traced, so no channel of it can be removed: {type(error).__name__}: {error}"
+                f"the network cannot be traced, so no channel of it can be removed: {why}{made}"
             ) from error
         finally:
             for hook in hooks:
@@ -191,8 +197,11 @@ def _graph_type() -> Any:
                 for following in dep.target.dependencies if new else ():
                     if following.is_triggered_by(dep.handler):
                         moved = new
-                        for mapping in following.index_mapping:
-                            moved = moved if mapping is None else mapping(moved)
+                        try:
+                            for mapping in following.index_mapping:
+                                moved = moved if mapping is None else mapping(moved)
+                        except IndexError:  # of an operation that was misread
+                            misread, moved = True, []
                         if len(moved):
                             stack.append((following, moved))
             group = Group()

@@ -52,6 +52,8 @@ def check_repeats(module: nn.Module, run: Run, copy: Copy) -> None:
         network = eager_copy(module, copy)
         _draw(network)
         twice.append(_outputs(network.eval(), run, []))
+    if twice[0] and not any(bool(values.isfinite().any()) for values in twice[0]):
+        raise ValueError("`run` gives only NaN or infinite values for random weights, so copies cannot be compared.")
     if not _alike(twice[0], twice[1], module):
         raise ValueError(
             "the step is not reproducible: two equal copies of the network, with the same batch and the same seeds of "
@@ -66,8 +68,15 @@ def _alike(expected: Sequence[Tensor], found: Sequence[Tensor], module: nn.Modul
         return False
     half = any(parameter.dtype.itemsize < 4 for parameter in module.parameters())
     allowed = 0.05 if half else 1e-3  # relative to the largest output
-    pairs = zip(expected, found, strict=True)
-    return all(bool((a - b).abs().max() <= allowed * a.abs().max()) for a, b in pairs if a.numel())
+    return all(_close(a, b, allowed) for a, b in zip(expected, found, strict=True))
+
+
+def _close(a: Tensor, b: Tensor, allowed: float) -> bool:
+    """Return whether values are equal relative to the largest; masked logits, for instance, are infinite in both."""
+    kinds = [torch.stack([each.isnan(), each.isposinf(), each.isneginf()]) for each in (a, b)]
+    finite = a.isfinite() & b.isfinite()
+    a, b = a[finite], b[finite]
+    return torch.equal(*kinds) and (not a.numel() or bool((a - b).abs().max() <= allowed * a.abs().max()))
 
 
 def _draw(network: nn.Module) -> None:

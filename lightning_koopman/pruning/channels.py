@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman._checks import check_choice, check_count, check_function, check_instance
+from lightning_koopman.parameters.select import check_network
 from lightning_koopman.pruning.channel_graph import Structure
 from lightning_koopman.pruning.channel_removal import ChannelRemoval, as_optimizers
 from lightning_koopman.pruning.channel_tracing import Run
@@ -67,17 +68,33 @@ def remove_channels(
     """
     check_share(sparsity)
     check_choice("scope", scope, SCOPES)
-    check_instance("module", module, nn.Module, "a torch.nn.Module")
+    check_network("module", module)
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("module is scripted, so it cannot be resized: pass the network that was scripted.")
     check_function("run", run, "a function of the network")
     check_function("copy", copy, "a function of the network")
     _check_mappings(scores, originals)
     held = as_optimizers(optimizers)
-    structure = Structure(module, run, layers=layers, copy=copy).without_unfit()
-    removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
-    if not agrees(module, run, removal, copy):  # not seen so far if each group agrees by itself
-        raise ValueError("removing the chosen channels is not the same as setting them to zero: nothing was removed.")
-    removal.apply(module, held)
+    with torch.inference_mode(False), torch.enable_grad():
+        structure = Structure(module, run, layers=layers, copy=copy).without_unfit()
+        _check_originals(originals or {}, structure)
+        removal = structure.remove(structure.choose(sparsity, scores, scope, originals))
+        if not agrees(module, run, removal, copy):  # not seen so far if each group agrees by itself
+            raise ValueError(
+                "removing the chosen channels is not the same as setting them to zero: nothing was removed."
+            )
+        removal.apply(module, held)
     return removal
+
+
+def _check_originals(originals: Mapping[str, int], structure: Structure) -> None:
+    """Raise ValueError if a layer is unknown, or has more channels than its original number."""
+    known = structure.channels
+    for name, count in originals.items():
+        if name not in known and name not in structure.left_alone:
+            raise ValueError(f"originals[{name!r}] names no layer; those with channels to remove: {', '.join(known)}.")
+        if known.get(name, 0) > count:
+            raise ValueError(f"originals[{name!r}] is {count}, but the layer has {known[name]} channels now.")
 
 
 def _check_mappings(scores: object, originals: object) -> None:
@@ -86,7 +103,8 @@ def _check_mappings(scores: object, originals: object) -> None:
         if value is not None:
             check_instance(name, value, Mapping, "a mapping by name")
     for key, score in (scores or {}).items():  # type: ignore[attr-defined]
-        if not isinstance(score, Tensor) or score.is_complex() or not torch.isfinite(score).all():
+        plain = isinstance(score, Tensor) and score.layout == torch.strided and not score.is_meta
+        if not plain or score.is_complex() or not torch.isfinite(score).all():
             raise ValueError(f"scores[{key!r}] must be a tensor of finite, real numbers, got {type(score).__name__}.")
     for key, count in (originals or {}).items():  # type: ignore[attr-defined]
         check_count(f"originals[{key!r}]", count, 1)

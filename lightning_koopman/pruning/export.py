@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_koopman._checks import check_instance, check_path
+from lightning_koopman.parameters.select import check_network
 from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.pruning.channel_tracing import eager_copy
 from lightning_koopman.sobolev.layer_taps import run_once
@@ -55,18 +56,25 @@ def export_network(
         >>> torch.load(path)["arguments"]
         {'0': {'out_features': 8}, '2': {'in_features': 8}}
     """
-    check_instance("network", network, nn.Module, "a torch.nn.Module")
+    check_network("network", network)
     target = check_path("path", path)
     if changes is not None:
         check_instance("changes", changes, Mapping, "a mapping, such as ChannelRemoval.changes")
         for name, each in changes.items():
             check_instance(f"changes[{name!r}]", each, Mapping, "a mapping from arguments to (old, new)")
+            for key, pair in each.items():
+                if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+                    raise ValueError(f"changes[{name!r}][{key!r}] must be a pair (old, new), got {pair!r:.60}.")
     if target.suffix != ".onnx":
         arguments = {name: {key: now for key, (_, now) in each.items()} for name, each in (changes or {}).items()}
         named = {clean_name(name): part for name, part in network.named_modules(remove_duplicate=False)}
         losses = tuple(f"{name}." for name, part in named.items() if isinstance(part, SobolevLoss))
         held = {clean_name(name): value for name, value in network.state_dict().items()}
-        state = {name: value.detach().cpu().clone() for name, value in held.items() if not name.startswith(losses)}
+        state = {  # entries of other types are a module's extra state
+            name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            for name, value in held.items()
+            if not name.startswith(losses)
+        }
         torch.save({"state_dict": state, "arguments": arguments}, target)
         return target
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_koopman._checks import check_choice, check_flag, check_function, check_instance, is_count, is_number
 from lightning_koopman._types import AllSum
+from lightning_koopman.parameters.select import check_network
 from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.parameters.shards import Chunk, Part, Shards
 from lightning_koopman.pruning.pin import Pin, _bits, _clear, takes_hooks
@@ -67,6 +68,13 @@ class MaskSet(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, MaskSet):
+            return NotImplemented
+        return self._shapes == other._shapes and all(map(np.array_equal, self._bits.values(), other._bits.values()))
+
+    __hash__ = None  # type: ignore[assignment]  # as of all mappings
 
     def __repr__(self) -> str:
         return f"MaskSet({len(self)} tensors, {self.pruned:,} of {self.numel:,} weights pruned, {self.sparsity:.2%})"
@@ -130,7 +138,14 @@ class MaskSet(Mapping[str, Tensor]):
             check_instance("shards", shards, Shards, "the Shards of several processes")
         parts = shards or Shards({name: Chunk.of(score) for name, score in scores.items()})
         earlier: Mapping[str, Tensor] = within or {}
-        sizes = {name: score.detach().reshape(-1).abs() for name, score in scores.items()}
+        for name in earlier.keys() & scores.keys():
+            if shards is None and earlier[name].shape != scores[name].shape:
+                raise ValueError(
+                    f"within[{name!r}] has shape {tuple(earlier[name].shape)}, but its scores "
+                    f"{tuple(scores[name].shape)}."
+                )
+        wide = {name: each if each.is_floating_point() else each.double() for name, each in scores.items()}
+        sizes = {name: score.detach().reshape(-1).abs() for name, score in wide.items()}
         finite = np.array([float(not torch.isfinite(size).all()) for size in sizes.values()])
         all_sum = parts.processes.all_sum
         for name, count in zip(sizes, all_sum(finite), strict=True):
@@ -138,7 +153,8 @@ class MaskSet(Mapping[str, Tensor]):
                 raise ValueError(f"scores[{name!r}] holds NaN or infinite values, which cannot be ranked.")
         before = {name: parts[name].take(earlier[name]) if name in earlier else None for name in sizes}
         if threshold is not None:
-            kept = {name: size.cpu() >= threshold for name, size in sizes.items()}
+            # a threshold below the least number of the dtype is 0 in it
+            kept = {name: ((size >= threshold) & (size > 0)).cpu() for name, size in sizes.items()}
         else:
             kept = {}
             for names in [list(sizes)] if scope == "global" else [[name] for name in sizes]:
@@ -180,7 +196,7 @@ class MaskSet(Mapping[str, Tensor]):
         check_instance("other", other, MaskSet, "a MaskSet")
         if other._shapes != self._shapes:
             raise ValueError(f"other has masks of {list(other)}, which differ in name or shape from {list(self)}.")
-        return sum(int((mask == other[name]).sum()) for name, mask in self.items()) / self.numel
+        return sum(int((mask == other[name]).sum()) for name, mask in self.items()) / self.numel if self.numel else 1.0
 
     # -- pruning ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +270,7 @@ class MaskSet(Mapping[str, Tensor]):
             module: The network; adds a line that counts the parameters without masks too.
         """
         if module is not None:
-            check_instance("module", module, nn.Module, "a torch.nn.Module")
+            check_network("module", module)
         rows = self.rows()
         rows.append(_row("masked tensors", "", self.pruned, self.numel))
         if module is not None:
@@ -289,7 +305,8 @@ class MaskSet(Mapping[str, Tensor]):
         check_instance("state", state, Mapping, "the result of state_dict()")
         bits, shapes, names = (cast("Any", state.get(key)) for key in ("bits", "shapes", "names"))
         whole = isinstance(shapes, list) and all(isinstance(each, list) for each in shapes)
-        good = whole and isinstance(names, list) and isinstance(bits, Tensor) and len(names) == len(shapes)
+        good = whole and isinstance(names, list) and isinstance(bits, Tensor) and bits.dtype == torch.uint8
+        good = good and len(set(map(str, names))) == len(names) == len(shapes)
         if not good or not all(is_count(size, 0) for shape in shapes for size in shape):
             raise ValueError("state is not that of a MaskSet: pass the result of state_dict().")
         counts = [math.prod(shape) for shape in shapes]
@@ -322,6 +339,10 @@ def _check_tensors(name: str, tensors: object) -> None:
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
             raise TypeError(f"{name}[{key!r}] must map a name to a real tensor, got {type(value).__name__}.")
+        if value.layout != torch.strided or value.is_meta:
+            raise TypeError(
+                f"{name}[{key!r}] must be a dense tensor with values, got {value.layout} on {value.device}."
+            )
 
 
 def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:

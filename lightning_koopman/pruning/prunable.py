@@ -15,6 +15,7 @@ NORMS = (
     nn.LayerNorm,
     nn.GroupNorm,
     nn.LocalResponseNorm,
+    nn.RMSNorm,
     nn.modules.batchnorm._NormBase,
 )
 

@@ -2,6 +2,7 @@ r"""Bands of Fourier modes on the torus, and their weights in a Sobolev norm (pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -71,6 +72,8 @@ def sobolev_scales(
         first = min(LOWEST, highest) if lowest is None else lowest
         if not (is_number(first) and is_number(highest) and 0 < first <= highest):
             raise ValueError(f"lowest and highest must satisfy 0 < lowest ≤ highest, got {first!r} and {highest!r}.")
+        if math.isinf(float(highest) / float(first)):
+            raise ValueError(f"lowest={first!r} is too far below highest={highest!r}: raise it, to 1 for instance.")
         ratio = (highest / first) ** (1 / max(1, n_layers - 1))
         inner = [min(round(first * ratio**layer), highest) for layer in range(n_layers - 1)]
         return check_scales((*inner, highest))

@@ -279,6 +279,8 @@ class SobolevLoss(nn.Module):
             hidden = [tap.take() for tap in self._taps]
         elif hidden is None:
             raise ValueError(f"hidden=None: pass {len(self.heads)} activations, one for each of widths.")
+        if not isinstance(hidden, (list, tuple, Tensor)):
+            raise TypeError(f"hidden must be a list of tensors, one for each of widths, got {type(hidden).__name__}.")
         if len(hidden) != len(self.heads) or not all(isinstance(each, Tensor) for each in hidden):
             raise ValueError(
                 f"hidden must be {len(self.heads)} tensors, one for each of widths, got {len(hidden)}: "

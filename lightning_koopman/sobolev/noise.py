@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_koopman._checks import is_count
 from lightning_koopman._types import Array
+from lightning_koopman.dmd.gram import power_of_two
 from lightning_koopman.fourier.domain import Domain, check_domain, check_points, match_domain, observe_domain, to_torus
 from lightning_koopman.fourier.modes import orthant
 from lightning_koopman.fourier.samples import as_samples
@@ -36,15 +37,17 @@ class CosineFit:
 
     Attributes:
         basis: Orthonormal columns (N, p): the cosines at the samples, each orthogonalized against the lower ones.
-        coefficients: Coefficients (p, M) of the samples in that basis.
+        coefficients: Coefficients (p, M) of the samples, divided by their units, in that basis.
         sizes: Norms (p,) of the cosines' modes, non-decreasing, in cycles per period: half those of the integer modes.
-        noise: Standard deviation (M,) of the noise, from the residuals of the fit.
+        noise: Standard deviation (M,) of the noise, from the residuals of the fit, divided by the units.
+        units: Powers of two (M,) of about the size of the outputs, so that squares neither over- nor underflow.
     """
 
     basis: Array
     coefficients: Array
     sizes: Array
     noise: Array
+    units: Array
 
     @cached_property
     def gains(self) -> Array:
@@ -58,12 +61,11 @@ class CosineFit:
         lengths = np.diff(np.append(starts, len(self.sizes)))
         total = np.maximum(np.add.reduceat(power, starts, axis=0), np.finfo(np.float64).tiny)
         raw = np.where(power.any(axis=0), 1 - self.noise**2 * lengths[:, None] / total, 0.0)
-        found = np.empty_like(total)
-        for output in range(total.shape[1]):
-            found[:, output] = isotonic_regression(
-                raw[:, output], sample_weight=total[:, output], y_min=0.0, y_max=1.0, increasing=False
+        found = np.ones_like(total)  # the mean, in the first row, is kept whatever its size
+        for output in range(total.shape[1] if len(total) > 1 else 0):
+            found[1:, output] = isotonic_regression(
+                raw[1:, output], sample_weight=total[1:, output], y_min=0.0, y_max=1.0, increasing=False
             )
-        found[0] = 1.0  # the mean
         return np.repeat(found, lengths, axis=0)
 
 
@@ -155,7 +157,7 @@ def shrink_noise(
         array([0.94, 0.1 ])
     """
     fit = fit_cosines(*as_samples(x, y, FEWEST), domain, norm)
-    shrunk = fit.basis @ (fit.gains * fit.coefficients)
+    shrunk = fit.basis @ (fit.gains * fit.coefficients) * fit.units
     if isinstance(y, Tensor):
         dtype = y.dtype if y.is_floating_point() else torch.float64
         return torch.as_tensor(shrunk, dtype=dtype, device=y.device).reshape(y.shape)
@@ -182,6 +184,8 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
     size = np.abs(np.diag(triangle))
     told = size > 1e-6 * np.sqrt(len(x))  # repeated points, or a grid, resolve no more cosines
     basis, sizes = basis[:, told], sizes[told]
+    units = np.array([power_of_two(peak) for peak in np.abs(y).max(axis=0).tolist()])
+    y = y / units
     coefficients = basis.T @ y
     left = y - basis @ coefficients
     if _neighbors_are_alike(halves, left, y):
@@ -193,7 +197,7 @@ def fit_cosines(x: Array, y: Array, domain: Domain | None, norm: int) -> CosineF
         )
     noise = np.sqrt((left**2).sum(axis=0) / (len(x) - basis.shape[1]))
     noise = np.maximum(noise, ROUNDING * np.sqrt((y**2).mean(axis=0)))
-    return CosineFit(basis, coefficients, sizes, noise)
+    return CosineFit(basis, coefficients, sizes, noise, units)
 
 
 def _neighbors_are_alike(points: Array, left: Array, y: Array) -> bool:

@@ -212,7 +212,7 @@ class Increments:
 
 def _unit(parts: Sequence[Tensor]) -> float:
     """Return the unit in which the first snapshot is about 2^−250: later ones may be far larger or far smaller."""
-    peak = max((float(part.abs().max()) for part in parts if part.numel()), default=0.0)
+    peak = max((float(part.double().abs().max()) for part in parts if part.numel()), default=0.0)
     return power_of_two(peak, 250)
 
 

@@ -51,8 +51,9 @@ class RowStore:
     def row(self, index: int) -> Tensor:
         """Return a view (n,) of a row; allocate storage as needed."""
         block, row = self._place(index)
-        while block >= len(self._blocks):
-            self._blocks.append(self._new_block())
+        with torch.inference_mode(False):  # rows made in inference mode could not be written outside of it
+            while block >= len(self._blocks):
+                self._blocks.append(self._new_block())
         return self._blocks[block][row]
 
     def segments(self, start: int, stop: int) -> list[Tensor]:

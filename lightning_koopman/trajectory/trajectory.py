@@ -116,7 +116,7 @@ class Trajectory:
         self.stage(snapshot)
         message = self.message()
         if not self.commit(message if self.all_sum is None else self.all_sum(message)):
-            raise ValueError("snapshot holds NaN or infinite values: it was not recorded.")
+            raise ValueError(f"snapshot holds NaN or infinite values, or too large for {self.dtype}: not recorded.")
 
     def stage(
         self, snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], *, offsets: Sequence[int] | None = None

@@ -55,7 +55,10 @@ def test_modes_of_equal_norm_share_a_gain():
 @pytest.mark.parametrize("noise", [0.1, 0.5, 2.0])
 def test_the_noise_is_estimated(noise):
     found = [
-        fit_cosines(x[:, None], y[:, None], (0, 2), 1).noise[0] for x, _, y in (chirp(1500, noise, s) for s in range(8))
+        (fit.noise * fit.units)[0]
+        for fit in (
+            fit_cosines(x[:, None], y[:, None], (0, 2), 1) for x, _, y in (chirp(1500, noise, s) for s in range(8))
+        )
     ]
     assert np.mean(found) == pytest.approx(noise, rel=0.03)
 
