@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from lightning_koopman.callbacks.averaging import KoopmanWeightAveraging
 from lightning_koopman.callbacks.base import TrajectoryCallback
@@ -14,6 +15,7 @@ from lightning_koopman.callbacks.restart import RestartOnBadInitialization
 def koopman_autopilot(
     *,
     factor: float = 0.3,
+    modules: str | Sequence[str] | None = None,
     baseline_loss: float | None = None,
     every_n_steps: int | None = None,
     dirpath: str | os.PathLike[str] | None = None,
@@ -26,6 +28,8 @@ def koopman_autopilot(
 
     Args:
         factor: Factor by which the learning rate is reduced, in (0, 1).
+        modules: Name patterns of the modules that a restart reinitializes (default: all trainable ones).  For
+            fine-tuning, name the new ones.
         baseline_loss: Loss of a network that ignores its input, > 0 (default: measured).
         every_n_steps: Optimizer steps that replace an epoch, ≥ 1.
         dirpath: Local folder below which all callbacks write (default: the run's log folder).
@@ -43,7 +47,9 @@ def koopman_autopilot(
         ['ReduceLROnNoiseFloor', 'KoopmanWeightAveraging']
     """
     return [
-        RestartOnBadInitialization(baseline_loss=baseline_loss, every_n_steps=every_n_steps, dirpath=dirpath),
+        RestartOnBadInitialization(
+            modules=modules, baseline_loss=baseline_loss, every_n_steps=every_n_steps, dirpath=dirpath
+        ),
         ReduceLROnNoiseFloor(factor, every_n_steps=every_n_steps, dirpath=dirpath),
         KoopmanWeightAveraging(every_n_steps=every_n_steps, dirpath=dirpath),
         EarlyStopOnUnitEigenvalues(baseline_loss=baseline_loss, every_n_steps=every_n_steps, dirpath=dirpath),

@@ -33,7 +33,7 @@ COLUMNS = ("epoch", "step", "phase", "step_correlation", "learning_rate", "reduc
 LEAST = 0.01  # default minimum rate, relative to a group's first rate
 SOONEST = 8  # intervals needed to detect hovering
 WINDOW = 30  # snapshots, as in KoopmanWeightAveraging, to share them
-WALKED = 24  # intervals in a row, after a reduction, in which nothing but a random walk shows that it brought nothing
+WALKED = 24  # intervals in a row of phase unknown: a reason for the first reduction; later, a sign that one was in vain
 MODES = ("reduce", "report")
 MOST_GROUPS = 10**6
 
@@ -46,6 +46,9 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     changes once three successive snapshots agree, or at once after warming up.  When it is hovering, the rate is
     lowered and all Koopman callbacks start a new trajectory.  This repeats until the minimum rate is reached, so a
     training needs neither a schedule nor a fixed number of epochs.
+
+    The rate is lowered a first time also after 24 snapshots in a row of phase unknown: the weights keep no direction
+    and the loss shows no clear fall.
 
     The noise may also come from the data, as with wrong labels.  A lower rate then only makes the weights walk at
     random, and the loss stands still; :class:`EarlyStopOnUnitEigenvalues` may end such a training.
@@ -125,7 +128,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         self._first: list[list[float]] = []  # rates of each optimizer's groups when training began
         self._due = False  # lower the rates when the next interval begins
         self._lowest = False  # the rates are at their minimum
-        self._walked = 0  # intervals in a row with no more than a random walk since a reduction
+        self._walked = 0  # intervals in a row of phase unknown, since a reduction if there is one
 
     @property
     def state_key(self) -> str:
@@ -141,7 +144,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     @property
     def exhausted(self) -> bool:
         """Whether the last reduction brought nothing: the weights walk at random, and the loss no longer falls."""
-        return self._walked >= WALKED
+        return self.mode == "reduce" and bool(self.reductions) and self._walked >= WALKED
 
     # -- when ---------------------------------------------------------------------------------------------------------
 
@@ -160,10 +163,10 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         found = self.on_zero(
             trainer, "reading the training", lambda: self.recording.read(epoch, baseline) if recorded else None
         )
+        self._walked = self._walked + 1 if found is not None and found.phase is Phase.UNKNOWN else 0
         hovers = found is not None and found.phase is Phase.HOVERING
-        self._due = hovers and not self._lowest
-        walks = found is not None and found.phase is Phase.UNKNOWN and self.mode == "reduce"
-        self._walked = self._walked + 1 if walks and self.reductions else 0
+        walks = self._walked >= WALKED and not self.reductions
+        self._due = (hovers or walks) and not self._lowest
         self.history.append(
             {
                 "epoch": epoch,
@@ -200,8 +203,12 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         """Lower the rates in all processes, or in none; return whether they were lowered."""
         before, row = chosen_rates(trainer, self.groups), self.history[-1]
         when, name = self.clock.when(row["epoch"]), type(self).__name__
-        told = f"{name}: after {when} the weights hover at the noise floor of the learning rate"
-        told += f" (step correlation {row['step_correlation']:.2f})"
+        correlation = f"(step correlation {row['step_correlation']:.2f})"
+        why = f"the weights hover at the noise floor of the learning rate {correlation}"
+        if row["phase"] != Phase.HOVERING.value:
+            span = self.clock.span(WALKED * self.clock.every_n_epochs)
+            why = f"the weights have kept no direction for {span}, and the loss shows no clear fall"
+        told = f"{name}: after {when} {why}"
         if self.mode == "report":
             if not self.reductions:
                 self._note(row, before, before)
@@ -219,6 +226,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         if now == before:  # already at the minimum
             return False
         self._note(row, before, now)
+        self._walked = 0
         rank_zero_info(
             f"{told}: lowered from {max(before):.2g} to {max(now):.2g}{' (minimum)' if self._lowest else ''}."
         )

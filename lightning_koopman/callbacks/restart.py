@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_koopman._checks import check_count
 from lightning_koopman.callbacks.averages import averaging_callbacks
@@ -19,7 +19,7 @@ from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.parameters.frozen import FrozenTensors
-from lightning_koopman.parameters.reinitialize import check_scheme, reinitialize_by_name, select_modules
+from lightning_koopman.parameters.reinitialize import check_scheme, reinitialize_by_name, select_modules, without_reset
 from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.pruning.optimizer_state import hand_over
 from lightning_koopman.stopping.bad_start import bad_start
@@ -49,6 +49,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
     instead, with the reason.  The check is postponed while the learning rate is warming up.
 
     All trainable modules are reinitialized, even pretrained ones: for fine-tuning, set ``modules`` to the new ones.
+    Models of ``transformers`` use their own initialization.  Parameters of modules without ``reset_parameters``, such
+    as class tokens and layer scales, are set back to their values before training.
 
     Args:
         check_epoch: Epochs after a start before it is judged, ≥ 1.
@@ -141,8 +143,11 @@ class RestartOnBadInitialization(TrajectoryCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         if self.active:
-            self._chosen = list(select_modules(pl_module, self.modules, self.scheme))
-            self._frozen.keep(outermost(trainer, pl_module))
+            chosen = select_modules(pl_module, self.modules, self.scheme, strict=False)
+            lacking = without_reset(pl_module, chosen, self.scheme)
+            self._chosen = [name for name in chosen if name not in lacking]
+            kept = [f"{name}.{leaf}".lstrip(".") for name in lacking for leaf in chosen[name]._parameters]
+            self._frozen.keep(outermost(trainer, pl_module), kept)
             if not pl_module.automatic_optimization and self.baseline_loss.given is None:
                 self.guard.warn(
                     "baseline",
@@ -275,6 +280,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
             "settled": self._settled,
             "due": self._due,
             "chosen": list(self._chosen),
+            "initial": {name: value.cpu() for name, value in self._frozen.initial.items() if type(value) is Tensor},
             "baseline": self.baseline_loss.state_dict(),
         }
 
@@ -287,3 +293,4 @@ class RestartOnBadInitialization(TrajectoryCallback):
         self._start_losses, self._start_rates = [float(each) for each in losses], [float(each) for each in rates]
         self._settled, self._due = bool(state["settled"]), state["due"]
         self._chosen = [str(name) for name in state["chosen"]]
+        self._frozen.initial |= state["initial"]

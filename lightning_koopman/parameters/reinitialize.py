@@ -13,10 +13,11 @@ from lightning_koopman.parameters.derived import check_can_be_set, plain_weights
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.randomness import seeded
 from lightning_koopman.parameters.select import match_names
-from lightning_koopman.parameters.sharded_modules import local_chunks, named_parts
+from lightning_koopman.parameters.sharded_modules import is_kind, local_chunks, named_parts
 from lightning_koopman.parameters.shards import Chunk
 
 Scheme = Callable[[nn.Module], Any] | str | None
+Initializer = Callable[[nn.Module], Any] | None
 SCHEMES: dict[str, Callable[[Tensor], Any]] = {
     "he": lambda weight: nn.init.kaiming_normal_(weight, nonlinearity="relu"),
     "xavier": nn.init.xavier_normal_,
@@ -30,7 +31,9 @@ def check_scheme(scheme: object) -> None:
         raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
 
 
-def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, scheme: Scheme) -> dict[str, nn.Module]:
+def select_modules(
+    module: nn.Module, patterns: str | Sequence[str] | None, scheme: Scheme, *, strict: bool = True
+) -> dict[str, nn.Module]:
     """Return the modules, by name, that own parameters and are to be reinitialized.
 
     Args:
@@ -39,6 +42,7 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
             ``["*", "!backbone.*"]``; one that begins with ``!`` excludes (default: all that own a parameter that
             requires a gradient, and norms without parameters).
         scheme: As for :func:`reinitialize`.
+        strict: Whether to refuse modules that :func:`without_reset` names.
 
     Raises:
         ValueError: If nothing is selected, a pattern matches nothing, or a module cannot be reinitialized.
@@ -66,14 +70,31 @@ def select_modules(module: nn.Module, patterns: str | Sequence[str] | None, sche
         )
     for name, owner in chosen.items():
         check_can_be_set(owner, name)
-    if not callable(scheme):
-        for name, owner in chosen.items():
-            if _own_reset(owner) is None and not (scheme and _matrices(owner)):
-                raise ValueError(
-                    f"module {name or 'itself'!r} ({type(owner).__name__}) owns parameters but has no "
-                    "`reset_parameters`: define it, pass a callable `scheme`, or exclude it from `modules` with '!'."
-                )
+    lacking = without_reset(module, chosen, scheme)
+    if lacking and (strict or len(lacking) == len(chosen)):
+        raise ValueError(
+            f"module {lacking[0] or 'itself'!r} ({type(chosen[lacking[0]]).__name__}) owns parameters but has no "
+            "`reset_parameters`: define it, pass a callable `scheme`, or exclude it from `modules` with '!'."
+        )
     return chosen
+
+
+def without_reset(root: nn.Module, chosen: Mapping[str, nn.Module], scheme: Scheme) -> list[str]:
+    """Return the names of chosen modules that neither they themselves nor the scheme can reinitialize."""
+    if callable(scheme):
+        return []
+    known = _initializers(root)
+    return [
+        name
+        for name, owner in chosen.items()
+        if _own_reset(owner) is None and id(owner) not in known and not (scheme and _matrices(owner))
+    ]
+
+
+def _initializers(root: nn.Module) -> dict[int, Callable[[nn.Module], Any]]:
+    """Return the initialization of the models of ``transformers``, by the id of each module in them."""
+    models: list[Any] = [part for part in root.modules() if is_kind(part, "PreTrainedModel")]  # outer ones first
+    return {id(part): model._init_weights for model in models for part in model.modules()}
 
 
 def reinitialize(
@@ -82,6 +103,7 @@ def reinitialize(
     *,
     seed: int,
     chunks: Sequence[Mapping[str, Chunk]] | None = None,
+    root: nn.Module | None = None,
 ) -> None:
     """Reinitialize the parameters of modules reproducibly, without changing the global random state.
 
@@ -93,6 +115,7 @@ def reinitialize(
         seed: Seed of the random draws.
         chunks: For each module, what this process holds of its parameters, by their names in the module.  Sharded ones
             are drawn whole, a module at a time, and cut, so that all processes draw what a single one would.
+        root: The network that they belong to; a model of ``transformers`` in it initializes its own modules.
 
     Example:
         >>> import torch
@@ -103,12 +126,13 @@ def reinitialize(
         True
     """
     devices = {parameter.device for module in modules for parameter in module.parameters(recurse=False)}
+    known = {} if root is None else _initializers(root)
     with seeded(seed, devices), torch.no_grad():
         for module, own in zip(modules, chunks or [{} for _ in modules], strict=True):
             if all(chunk.whole for chunk in own.values()):
-                _draw(module, scheme)
+                _draw(module, scheme, known.get(id(module)))
             else:
-                _draw_whole(module, scheme, own)
+                _draw_whole(module, scheme, known.get(id(module)), own)
 
 
 def reinitialize_by_name(
@@ -134,7 +158,7 @@ def reinitialize_by_name(
     own = [owned.get(name, {}) for name in names]
     try:
         with processes.together():
-            reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=own)
+            reinitialize([modules[name] for name in names], scheme, seed=seed, chunks=own, root=root)
     except Exception:  # in any process: restore what was changed
         for tensor, value in before:
             tensor.copy_(value)
@@ -144,32 +168,36 @@ def reinitialize_by_name(
         processes.copy_from_first(tensor)
 
 
-def _draw_whole(module: nn.Module, scheme: Scheme, chunks: Mapping[str, Chunk]) -> None:
+def _draw_whole(module: nn.Module, scheme: Scheme, initialize: Initializer, chunks: Mapping[str, Chunk]) -> None:
     """Reinitialize what one module owns as whole parameters in place of sharded ones, and keep this process's part."""
     twin: nn.Module = object.__new__(type(module))  # FSDP's layers cannot be copied
     vars(twin).update({name: value for name, value in vars(module).items() if name not in chunks})
     fresh = {name: torch.full(each.shape, math.nan).to(each.tensor) for name, each in chunks.items()}
     twin._parameters = {name: nn.Parameter(value) for name, value in fresh.items()}
-    _draw(twin, scheme)
+    _draw(twin, scheme, initialize)
     for name, chunk in chunks.items():
         drawn = chunk.take(twin._parameters[name].detach())  # type: ignore[union-attr]
         held = chunk.tensor.detach()
         held.copy_(torch.where(torch.isnan(drawn), held, drawn))  # NaN where the scheme set nothing
 
 
-def _draw(module: nn.Module, scheme: Scheme) -> None:
+def _draw(module: nn.Module, scheme: Scheme, initialize: Initializer) -> None:
     """Reinitialize what one module owns; computed weights are set through the parameters they come from."""
     with plain_weights(module):
-        _draw_plain(module, scheme)
+        _draw_plain(module, scheme, initialize)
 
 
-def _draw_plain(module: nn.Module, scheme: Scheme) -> None:
+def _draw_plain(module: nn.Module, scheme: Scheme, initialize: Initializer) -> None:
     if callable(scheme):
         scheme(module)
         return
     own = _own_reset(module)
     if own is not None:
         own()  # with a named scheme, too: resets all but matrices and biases, such as running statistics
+    if initialize is not None:
+        for parameter in module.parameters(recurse=False):
+            vars(parameter).pop("_is_hf_initialized", None)  # set on pretrained weights, which it would keep
+        initialize(module)
     matrices = _matrices(module)
     if scheme is None or not matrices or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return

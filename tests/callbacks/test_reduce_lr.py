@@ -150,6 +150,33 @@ def say_hovering(reduce: ReduceLROnNoiseFloor, at: int) -> None:
     )
 
 
+def test_weights_that_keep_no_direction_are_a_reason_for_one_reduction(fit, caplog):
+    reduce = ReduceLROnNoiseFloor()
+    read = reduce.recording.read
+    reduce.recording.read = lambda *given: replace(read(*given), phase=Phase.UNKNOWN)
+    with caplog.at_level("INFO"):
+        fit(Noisy(), reduce, epochs=60)
+    assert [row["epoch"] for row in reduce.reductions] == [24]  # of phase unknown from the first epoch on
+    assert "after epoch 24 the weights have kept no direction for 24 epochs" in caplog.text
+    assert reduce.exhausted
+
+
+def test_groups_that_are_added_are_lowered_too(fit):
+    class Grows(Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            groups = trainer.optimizers[0].param_groups
+            if trainer.current_epoch == 4:
+                self.rate = groups[0]["lr"]
+                trainer.optimizers[0].add_param_group({"params": [torch.zeros(1, requires_grad=True)], "lr": 0.5})
+
+    grows, reduce = Grows(), ReduceLROnNoiseFloor()
+    say_hovering(reduce, 10)
+    trainer = fit(Noisy(), reduce, grows, epochs=14)
+    found = [group["lr"] for group in trainer.optimizers[0].param_groups]
+    assert found == pytest.approx([0.3 * grows.rate, 0.3 * 0.5])
+    assert [row["epoch"] for row in reduce.reductions] == [10]
+
+
 class Manual(Noisy):
     """Two optimizers, stepped by hand."""
 
