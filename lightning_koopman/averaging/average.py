@@ -207,7 +207,7 @@ def coefficients(trajectory: Trajectory, profile: str, length: int, power: float
 def _losses(values: npt.ArrayLike | Tensor) -> Array:
     """Convert what a loss function returned to an array (batches,); raise TypeError or ValueError if it is no loss."""
     if isinstance(values, (list, tuple)) and any(isinstance(each, Tensor) for each in values):
-        values = [float(each) for each in values]
+        values = [float(each.detach()) if isinstance(each, Tensor) else each for each in values]
     found = real_array("what loss returned", values).astype(np.float64).reshape(-1)
     if not found.size:
         raise ValueError("loss returned no number: return the loss, or a list of losses on several batches.")

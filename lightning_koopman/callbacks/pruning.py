@@ -18,7 +18,7 @@ from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, Pruned,
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, PruningSchedule
 from lightning_koopman.callbacks.state import take_up
-from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, trained_parameters
+from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, tell_left_out, trained_parameters
 from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
@@ -197,6 +197,8 @@ class KoopmanPruner(TrajectoryCallback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_fit_start(trainer, pl_module)
         self._select(trainer, pl_module)
+        if not self.method.needs_batch:
+            tell_left_out(self.guard, outermost(trainer, pl_module), self.parameters)
         self.schedule.tell_if_early(type(self).__name__)
 
     def _select(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

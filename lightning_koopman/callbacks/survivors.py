@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from lightning_koopman._checks import check_choice, check_count, check_positive
 from lightning_koopman.averaging.persistent import persistent
 from lightning_koopman.callbacks.averages import averages
+from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.observables import Weights, outermost
 from lightning_koopman.callbacks.pruning_schedule import LEAST
 from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.dmd.spectrum import PERSISTENT
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.reinitialize import Scheme, check_scheme, reinitialize_by_name, select_modules
-from lightning_koopman.parameters.sharded_modules import named_parts
+from lightning_koopman.parameters.sharded_modules import local_chunks, named_parts
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.optimizer_state import forget
-from lightning_koopman.pruning.prunable import prunable_parameters
+from lightning_koopman.pruning.prunable import prunable_parameters, underlying_parameters
 
 if TYPE_CHECKING:
     import pytorch_lightning as pl
@@ -84,6 +85,18 @@ def trained_parameters(trainer: pl.Trainer, root: nn.Module, patterns: Sequence[
     stepped = {id(parameter) for group in groups for parameter in group["params"]}
     known = {name: parameter for name, parameter in chosen.items() if id(parameter) in stepped}
     return chosen if patterns is not None else known or chosen
+
+
+def tell_left_out(guard: Guard, root: nn.Module, patterns: Sequence[str] | None) -> None:
+    """Warn of matrices that are not pruned by default, since other weights are computed from them."""
+    computed = underlying_parameters(root)
+    left = [name for name, each in local_chunks(root).items() if id(each.parameter) in computed and len(each.shape) > 1]
+    if patterns is None and left:
+        guard.warn(
+            "left out",
+            f"{len(left)} weights such as {left[0]!r} are not pruned, since others are computed from them, and zeros "
+            "would not be zeros there: remove the parametrization (weight norm and the like) before training.",
+        )
 
 
 class Survivors:

@@ -43,7 +43,7 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
     chunks = local_chunks(module, remove_duplicate=False)
     named = {name: chunk.parameter for name, chunk in chunks.items()}
     first = {id(parameter): name for name, parameter in reversed(named.items())}
-    derived = _underlying(module)
+    derived = underlying_parameters(module)
     if patterns is None:
         norms = {id(each) for part in module.modules() if isinstance(part, NORMS) for each in part.parameters()}
         chosen = [
@@ -82,7 +82,7 @@ def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None 
     return selected
 
 
-def _underlying(module: nn.Module) -> set[int]:
+def underlying_parameters(module: nn.Module) -> set[int]:
     """Return ids of parameters that weights are computed from: parametrizations, weight norm, PyTorch's own pruning."""
     lists = (part for part in module.modules() if isinstance(part, nn.utils.parametrize.ParametrizationList))
     found = {id(parameter) for part in lists for parameter in part.parameters()}

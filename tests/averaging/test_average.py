@@ -119,3 +119,25 @@ def test_what_has_no_average_is_refused():
         averaged_weights(Trajectory(3))
     with pytest.raises(ValueError, match="holds no weights"):
         averaged_weights(trajectory_of(hovering(5), storage="sketch", sketch=7, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda _: None, "what loss returned must be real numbers"),
+        (lambda _: "low", "what loss returned must be real numbers"),
+        (lambda _: [], "loss returned no number"),
+        (lambda weights: [0.0] * (1 + int(weights[0] * 1e6) % 3), "equally many losses"),
+    ],
+)
+def test_what_is_no_loss_is_named(loss, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        averaged_weights(trajectory_of(hovering(20, 9)), loss=loss)
+
+
+def test_losses_may_carry_gradients():
+    scale = torch.ones(1, requires_grad=True)
+    average = averaged_weights(
+        trajectory_of(hovering(20, 9)), loss=lambda weights: [(weights * scale).norm(), (weights * scale).sum()]
+    )
+    assert average.losses.shape[1] == 2

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from lightning_koopman import MaskSet, export_network, prunable_parameters, remove_channels, resize_like
@@ -268,3 +269,81 @@ def test_half_of_the_feed_forward_neurons_of_a_language_model_go(kind, tmp_path)
     run(network.train()).backward()
     optimizer.step()
     assert torch.isfinite(run(network))
+
+
+def funnel(width: int = 16, inputs: int = 8) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def test_a_removal_applies_only_to_a_network_of_the_same_structure():
+    x, network = torch.ones(2, 8), funnel()
+    removal = remove_channels(network, lambda network: network(x), sparsity=0.5)
+    for other in (funnel(20), funnel(16, 9), network, nn.ReLU()):
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ValueError, match=r"at '0.weight', where the channels were removed from shape \(16, 8\)"):
+            removal.apply(other)
+        assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(ValueError, match=r"values has 256 elements, but '0.weight' had 128"):
+        removal.left_of("0.weight", torch.ones(32, 8))
+    assert copy.deepcopy(removal) == removal
+
+
+@pytest.mark.parametrize("apply", [lambda y: y.masked_fill(y < 0, -torch.inf), torch.log, torch.sqrt])
+def test_outputs_may_be_infinite(apply):
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    removal = remove_channels(funnel(), lambda network: apply(network(x)), sparsity=0.5)
+    assert removal.changes["0"] == {"out_features": (16, 8)}
+
+
+@pytest.mark.parametrize(
+    "wrap", [nn.utils.weight_norm, lambda part: nn.utils.prune.l1_unstructured(part, "weight", 0.5)]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_layer_with_a_computed_weight_does_not_stop_the_others(wrap):
+    network = nn.Sequential(wrap(nn.Linear(8, 16)), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 3))
+    removal = remove_channels(network, lambda network: network(torch.ones(3, 8)), sparsity=0.5)
+    assert list(removal.changes) == ["2", "4"]
+
+
+def test_channels_are_removed_in_inference_mode_too():
+    with torch.inference_mode():
+        removal = remove_channels(network := funnel(), lambda network: network(torch.ones(2, 8)), sparsity=0.5)
+    assert removal.changes["0"] == {"out_features": (16, 8)}
+    network(torch.ones(2, 8)).sum().backward()
+
+
+def test_tied_and_grouped_layers_are_resized_as_they_are():
+    def tied(width: int) -> nn.Sequential:
+        network = nn.Sequential(nn.Linear(8, width), nn.Linear(width, width), nn.Linear(width, width))
+        network[2].weight = network[1].weight
+        return network
+
+    network, small = tied(16), tied(6)
+    resize_like(network, small.state_dict())
+    assert network[2].weight is network[1].weight
+    network.load_state_dict(small.state_dict())
+    twice = nn.Conv2d(8, 16, 3, groups=8)
+    resize_like(twice, nn.Conv2d(4, 8, 3, groups=4).state_dict())
+    assert (twice.groups, twice.in_channels, twice.out_channels) == (4, 4, 8)
+    with pytest.raises(ValueError, match=r"a bias of '' of shape \(5,\), but its weight has 3 channels"):
+        resize_like(nn.Linear(8, 4), {"weight": torch.zeros(3, 8), "bias": torch.zeros(5)})
+
+
+def test_states_may_hold_more_than_tensors(tmp_path):
+    class Extra(nn.Linear):
+        def get_extra_state(self):
+            return {"version": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    saved = torch.load(export_network(Extra(4, 2), tmp_path / "small.pt"), weights_only=True)
+    assert saved["state_dict"]["_extra_state"] == {"version": 1}
+    assert resize_like(Extra(4, 2), Extra(4, 1).state_dict()) == {"": {"out_features": (2, 1)}}
+
+
+def test_original_numbers_of_channels_are_checked():
+    for originals, message in (({"typo": 32}, "names no layer"), ({"0": 4}, "is 4, but the layer has 16 channels now")):
+        with pytest.raises(ValueError, match=message):
+            remove_channels(funnel(), lambda network: network(torch.ones(2, 8)), sparsity=0.5, originals=originals)

@@ -52,3 +52,24 @@ def test_pieces_make_no_difference(pieces, monkeypatch):
     values = torch.randn(50, generator=torch.Generator().manual_seed(0))
     kept = MaskSet.from_scores({"a": values}, sparsity=0.3)["a"]
     np.testing.assert_array_equal(kept.numpy(), brute_force(values.numpy(), np.ones(50, dtype=bool), 15))
+
+
+@pytest.mark.parametrize(
+    ("scores", "amount", "kept"),
+    [
+        (torch.tensor([-128, 1, 2, 3], dtype=torch.int8), {"sparsity": 0.25}, [True, False, True, True]),
+        (torch.tensor([2**24 + 1, 2**24, 2**24 + 2, 2**24 + 3]), {"sparsity": 0.25}, [True, False, True, True]),
+        (torch.tensor([True, False, True, True]), {"sparsity": 0.25}, [True, False, True, True]),
+        (torch.tensor([0.0, 1.0, 2.0], dtype=torch.float16), {"threshold": 1e-9}, [False, True, True]),
+        (torch.tensor([0.0, 1.0, 2.0]), {"threshold": 1e-60}, [False, True, True]),
+    ],
+)
+def test_scores_of_any_type_are_ranked_by_their_magnitude(scores, amount, kept):
+    assert MaskSet.from_scores({"a": scores}, **amount)["a"].tolist() == kept
+
+
+def test_masks_are_equal_if_their_bits_are():
+    first, same, other = (MaskSet({"a": torch.tensor(bits)}) for bits in ([True, False], [True, False], [True, True]))
+    assert first == same != other
+    with pytest.raises(ValueError, match=r"within\['a'\] has shape \(2,\), but its scores \(4,\)"):
+        MaskSet.from_scores({"a": torch.arange(4.0)}, sparsity=0.25, within=first)

@@ -179,3 +179,12 @@ def test_bad_input_is_named(x, y, options, message):
             function(x, y, **options)
     with pytest.raises(ValueError, match="n_layers"):
         suggest_scales(np.arange(30.0), np.arange(30.0), n_layers=0)
+
+
+@pytest.mark.parametrize("unit", [1e-200, 1e-100, 1e100, 1e155])
+def test_units_and_origins_make_no_difference(unit):
+    x, _, y = chirp(300, 0.3, 0)
+    expected = shrink_noise(x, y, domain=(0, 2))
+    np.testing.assert_allclose(shrink_noise(x, y * unit, domain=(0, 2)) / unit, expected, atol=1e-9)
+    np.testing.assert_allclose(shrink_noise(x, y + 1e3, domain=(0, 2)) - 1e3, expected, atol=1e-6)
+    assert suggest_scales(x, y * unit, domain=(0, 2)) == suggest_scales(x, y, domain=(0, 2))

@@ -288,3 +288,13 @@ def test_products_of_a_row_with_others(dtype, columns, rows):
     found = row_products(segments, first, second)
     scale = float(vector.norm()) * columns**0.5
     assert np.abs(found - np.array(expected)).max() / scale < (1e-14 if columns < PRECISE else 1e-6)
+
+
+@pytest.mark.parametrize("storage", ["ram", "disk", "sketch"])
+def test_snapshots_are_recorded_in_inference_mode_too(storage):
+    trajectory = Trajectory(3, storage=storage, capacity=5)
+    with torch.inference_mode():
+        trajectory.append(torch.zeros(3))
+    for value in (2.0, 4.0):
+        trajectory.append(torch.full((3,), value))
+    np.testing.assert_allclose(trajectory.step_norms(), 2 * np.sqrt(3), rtol=1e-6)
