@@ -25,7 +25,7 @@ def why_converged(row: Mapping[str, Any], rule: ConvergenceRule, observable: str
         f"{row['unit_fraction']:.0%} of the weights' importance in the last {rule.horizon + 1} snapshots lies within "
         f"{rule.radius:g} of eigenvalue 1, and "
         f"{observable} = {row['value']:.3g} is predicted to change by {row['predicted_change']:+.1g} over the next "
-        f"{span} (at most {row['bound']:.1g}), less than {rule.tolerance:g} times {scale} ({row['scale']:.3g}). "
+        f"{span} (bound {row['bound']:.1g}), less than {rule.tolerance:g} times {scale} ({row['scale']:.3g}). "
     )
 
 

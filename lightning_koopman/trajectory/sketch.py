@@ -81,14 +81,14 @@ class Sketch:
             block += 1
         rest = values[lead:]
         count, rows = rest.numel() // k, max(1, CHUNK // k)
-        # in buffers, since new pages cost more than the sums; short sums of float32 round no more than the values do
+        # in buffers, since new pages cost more than the sums
         signs = windows.new_empty(min(rows, count), k)
         signed = torch.empty_like(signs, dtype=torch.promote_types(values.dtype, signs.dtype))
         for start in range(0, count, rows):
             part = rest[start * k : min(start + rows, count) * k].reshape(-1, k)
             held = slice(len(part))
             torch.index_select(windows, 0, self._places(block + start, len(part)).to(values.device), out=signs[held])
-            sketch += torch.mul(part, signs[held], out=signed[held]).sum(dim=0)
+            sketch += torch.mul(part, signs[held], out=signed[held]).sum(dim=0, dtype=torch.float64)
         tail = rest[count * k :]
         last = windows[self._places(block + count, 1).to(values.device)[0]]
         sketch[: len(tail)] += tail.double() * last[: len(tail)]
