@@ -11,7 +11,7 @@ from lightning_koopman.callbacks.events import Events
 if TYPE_CHECKING:
     import pytorch_lightning as pl
 
-VERSION = 4  # of the state
+VERSION = 5  # of the state
 
 
 def saved_state(callback: Events) -> dict[str, Any]:
