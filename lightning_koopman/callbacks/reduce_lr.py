@@ -201,7 +201,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
 
     def _reduce(self, trainer: pl.Trainer) -> bool:
         """Lower the rates in all processes, or in none; return whether they were lowered."""
-        before, row = chosen_rates(trainer, self.groups), self.history[-1]
+        row = self.history[-1]
         when, name = self.clock.when(row["epoch"]), type(self).__name__
         correlation = f"(step correlation {row['step_correlation']:.2f})"
         why = f"the weights hover at the noise floor of the learning rate {correlation}"
@@ -211,12 +211,15 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         told = f"{name}: after {when} {why}"
         if self.mode == "report":
             if not self.reductions:
-                self._note(row, before, before)
+                held = chosen_rates(trainer, self.groups)
+                self._note(row, held, held)
                 rank_zero_info(f"{told}: lower it.")
             return False
         least = [[LEAST * rate if self.min_lr is None else self.min_lr for rate in rates] for rates in self._first]
+        before: list[float] = []
         changes: list[Change] = []
         with self.guard.together("lowering the learning rate", self.recording.weights.processes) as lowering:
+            before = chosen_rates(trainer, self.groups)
             changes, left = lowered_rates(trainer, self.groups, self.factor, least)
             set_rates(changes)
         if not lowering.succeeded:
