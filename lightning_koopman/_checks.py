@@ -27,6 +27,11 @@ def is_number(value: object) -> bool:
     return isinstance(value, Real) and -MOST <= float(value) <= MOST
 
 
+def is_dense(value: object) -> bool:
+    """Return whether a value is a tensor with all its elements in memory."""
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
+
+
 def is_count(value: object, least: int = 1) -> bool:
     """Return whether a value is a whole number of at least ``least``."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,16 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from tqdm import tqdm
 
-from lightning_koopman import Trajectory
+from lightning_koopman import KoopmanWarning, Trajectory
 from lightning_koopman.demo.cnn import PaperCNN
 
 ACCELERATOR = os.environ.get("LIGHTNING_KOOPMAN_ACCELERATOR", "cpu")  # for training: "gpu" or "cpu"
 DEVICE = "cuda" if ACCELERATOR == "gpu" else "cpu"
+
+
+def koopman_warnings(caught: Iterable[Any]) -> list[str]:
+    """Texts of our warnings among recorded ones."""
+    return [str(each.message) for each in caught if issubclass(each.category, KoopmanWarning)]
 
 
 def linear_system(eigenvalues: list[complex], n: int, time: int, seed: int = 0, noise: float = 0.0) -> np.ndarray:

@@ -134,9 +134,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     @property
     def state_key(self) -> str:
-        settings = self.settings
-        every = {"every_n_epochs": settings.every_n_epochs, "every_n_steps": settings.every_n_steps}
-        return self._generate_state_key(**every, prefix=self.prefix)
+        return self._generate_state_key(**self.settings.interval, prefix=self.prefix)
 
     def forget(self) -> None:
         super().forget()

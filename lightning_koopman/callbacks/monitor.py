@@ -216,8 +216,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         return self._generate_state_key(
             observable=settings.observable,
             parameters=settings.parameters,
-            every_n_epochs=settings.every_n_epochs,
-            every_n_steps=settings.every_n_steps,
+            **settings.interval,
             window=settings.window,
             kept=f"sketch-{settings.sketch}" if settings.storage == "sketch" else settings.dtype,
             prefix=self.prefix,

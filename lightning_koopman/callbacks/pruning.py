@@ -21,6 +21,7 @@ from lightning_koopman.callbacks.state import take_up
 from lightning_koopman.callbacks.survivors import PersistentScores, Survivors, tell_left_out, trained_parameters
 from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.parameters.sharded_modules import local_chunks
+from lightning_koopman.parameters.shards import copy_replicas
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.masks import SCOPES, MaskSet, check_amount
 from lightning_koopman.pruning.optimizer_state import forget
@@ -353,6 +354,4 @@ def _hold(pruner: KoopmanPruner, trainer: pl.Trainer, pl_module: pl.LightningMod
         pruner.method.give_up()
         chunks = local_chunks(outermost(trainer, pl_module)).values()
         forget(trainer.optimizers, [chunk.parameter for chunk in chunks])
-        for chunk in chunks:
-            if chunk.whole:
-                processes.copy_from_first(chunk.tensor.detach())
+        copy_replicas(chunks, processes)

@@ -132,9 +132,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
 
     @property
     def state_key(self) -> str:
-        settings = self.settings
-        every = {"every_n_epochs": settings.every_n_epochs, "every_n_steps": settings.every_n_steps}
-        return self._generate_state_key(**every, prefix=self.prefix)
+        return self._generate_state_key(**self.settings.interval, prefix=self.prefix)
 
     @property
     def can_reduce(self) -> bool:

@@ -113,11 +113,10 @@ class WeightAverage:
             doing = "comparing averages" if compare else "averaging the weights"
             with self._guard.together(doing, weights.processes) as comparing:
                 trial = self.batches.trial(trainer, module, weights.processes) if compare else None
-                self._choose(trial)
+                found = self._chosen(trial)
             if comparing.succeeded:
+                self.parts, self.length, self.tried, self.losses, self._statistics = found
                 return
-            self._choose_last(newest)
-            self._of = self._recording.recorder.trajectory
 
     @property
     def _is_current(self) -> bool:
@@ -127,7 +126,8 @@ class WeightAverage:
             self._of = trajectory  # both were restored from a checkpoint
         return self._of is trajectory
 
-    def _choose(self, trial: Trial | None) -> None:
+    def _chosen(self, trial: Trial | None) -> tuple[Array, int, tuple[int, ...], Array, dict[str, Tensor]]:
+        """Return coefficients, length, tried lengths, their losses and the batch statistics of the best average."""
         trajectory, processes = self._recording.recorder.trajectory, self._recording.weights.processes
         assert trajectory is not None
         profile, length, power = self._asked
@@ -137,7 +137,7 @@ class WeightAverage:
                 f"the batch statistics of layers such as {self.batches.norms[0]!r} cannot be re-estimated for an "
                 "average, as `training_step` cannot run on a copy of this module: using the last weights instead.",
             )
-            return
+            return self.parts, self.length, self.tried, self.losses, self._statistics
         lengths = lengths_to_try(trajectory, profile, length, held=self._count, compared=trial is not None)
         reading = self._recording.reader.reading
         scale = None if reading is None or not math.isfinite(reading.scale) else reading.scale
@@ -147,8 +147,7 @@ class WeightAverage:
         *shared, index = processes.all_sum(decided).tolist()
         chosen = np.trim_zeros(np.array(shared), "f")
         statistics = self._statistics_of(self._values(trajectory, chosen), trial) if self.batches.norms else {}
-        self.parts, self.length, self.tried, self.losses = chosen, lengths[int(index)], tuple(lengths), losses
-        self._statistics = statistics
+        return chosen, lengths[int(index)], tuple(lengths), losses, statistics
 
     @property
     def _count(self) -> int:

@@ -14,7 +14,7 @@ from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.randomness import seeded
 from lightning_koopman.parameters.select import match_names
 from lightning_koopman.parameters.sharded_modules import is_kind, local_chunks, named_parts
-from lightning_koopman.parameters.shards import Chunk
+from lightning_koopman.parameters.shards import Chunk, copy_replicas
 
 Scheme = Callable[[nn.Module], Any] | str | None
 Initializer = Callable[[nn.Module], Any] | None
@@ -163,9 +163,9 @@ def reinitialize_by_name(
         for tensor, value in before:
             tensor.copy_(value)
         raise
-    whole = {id(chunk.tensor): chunk.tensor.detach() for chunk in chunks.values() if chunk.whole}
-    for tensor in (*whole.values(), *root.buffers()):  # other hardware may draw other numbers
-        processes.copy_from_first(tensor)
+    copy_replicas(chunks.values(), processes)  # other hardware may draw other numbers
+    for buffer in root.buffers():
+        processes.copy_from_first(buffer)
 
 
 def _draw_whole(module: nn.Module, scheme: Scheme, initialize: Initializer, chunks: Mapping[str, Chunk]) -> None:

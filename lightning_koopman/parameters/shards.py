@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,12 @@ class Chunk:
         if self.tensor.shape == whole.shape:
             return whole
         return _gathered(whole, self.starts, self.lengths).reshape(self.tensor.shape)
+
+
+def copy_replicas(chunks: Iterable[Chunk], processes: Processes) -> None:
+    """Overwrite the parameters that every process holds whole with the first process's values."""
+    for tensor in {id(each.tensor): each.tensor.detach() for each in chunks if each.whole}.values():
+        processes.copy_from_first(tensor)
 
 
 @dataclass(frozen=True, eq=False)

@@ -251,13 +251,10 @@ def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> di
         now = {"in_features": shape[1], "out_features": shape[0]}
     elif isinstance(part, nn.modules.conv._ConvNd) and "weight" in shapes:
         first, second = ("in_channels", "out_channels") if part.transposed else ("out_channels", "in_channels")
-        if part.groups == part.in_channels > 1 and not part.transposed:  # depthwise
-            each = part.out_channels // part.groups
-            now = {"groups": shape[0] // each, "in_channels": shape[0] // each, "out_channels": shape[0]}
-        else:
-            depthwise = part.groups == part.in_channels > 1
-            now = {first: shape[0], second: shape[1] * (shape[0] if depthwise else part.groups)}
-            now |= {"groups": shape[0]} if depthwise else {}
+        groups = part.groups
+        if groups == part.in_channels > 1:  # depthwise: each input channel is a group of its own
+            groups = shape[0] if part.transposed else shape[0] * groups // part.out_channels
+        now = {first: shape[0], second: shape[1] * groups, "groups": groups}
     elif isinstance(part, nn.modules.batchnorm._NormBase):
         now = {"num_features": shape[0]}
     elif isinstance(part, nn.PReLU):

@@ -37,7 +37,7 @@ def eager_copy(module: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.
         ValueError: If the module cannot be copied.
     """
     for part in [each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule)]:
-        for leaf in underlying(part):  # it is computed anew at each call; its graph cannot be copied
+        for leaf in underlying(part):  # a weight that each call computes; a tensor with a graph cannot be copied
             vars(part)[leaf] = vars(part)[leaf].detach()
     try:
         twin = copy(module)

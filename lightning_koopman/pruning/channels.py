@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman._checks import check_choice, check_count, check_function, check_instance
+from lightning_koopman._checks import check_choice, check_count, check_function, check_instance, is_dense
 from lightning_koopman.parameters.select import check_network
 from lightning_koopman.pruning.channel_graph import Structure
 from lightning_koopman.pruning.channel_removal import ChannelRemoval, as_optimizers
@@ -103,8 +103,7 @@ def _check_mappings(scores: object, originals: object) -> None:
         if value is not None:
             check_instance(name, value, Mapping, "a mapping by name")
     for key, score in (scores or {}).items():  # type: ignore[attr-defined]
-        plain = isinstance(score, Tensor) and score.layout == torch.strided and not score.is_meta
-        if not plain or score.is_complex() or not torch.isfinite(score).all():
+        if not is_dense(score) or score.is_complex() or not torch.isfinite(score).all():
             raise ValueError(f"scores[{key!r}] must be a tensor of finite, real numbers, got {type(score).__name__}.")
     for key, count in (originals or {}).items():  # type: ignore[attr-defined]
         check_count(f"originals[{key!r}]", count, 1)

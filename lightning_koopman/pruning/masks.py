@@ -12,7 +12,15 @@ import torch
 import torch.nn.utils.parametrize
 from torch import Tensor, nn
 
-from lightning_koopman._checks import check_choice, check_flag, check_function, check_instance, is_count, is_number
+from lightning_koopman._checks import (
+    check_choice,
+    check_flag,
+    check_function,
+    check_instance,
+    is_count,
+    is_dense,
+    is_number,
+)
 from lightning_koopman._types import AllSum
 from lightning_koopman.parameters.select import check_network
 from lightning_koopman.parameters.sharded_modules import local_chunks
@@ -339,7 +347,7 @@ def _check_tensors(name: str, tensors: object) -> None:
     for key, value in tensors.items():
         if not isinstance(key, str) or not isinstance(value, Tensor) or value.is_complex():
             raise TypeError(f"{name}[{key!r}] must map a name to a real tensor, got {type(value).__name__}.")
-        if value.layout != torch.strided or value.is_meta:
+        if not is_dense(value):
             raise TypeError(
                 f"{name}[{key!r}] must be a dense tensor with values, got {value.layout} on {value.device}."
             )

@@ -95,6 +95,11 @@ class SnapshotSettings:
             raise ValueError(f"storage='sketch' only applies to observable='weights', got {observable!r}: omit it.")
 
     @property
+    def interval(self) -> dict[str, int | None]:
+        """Epochs, or optimizer steps, between two snapshots."""
+        return {"every_n_epochs": self.every_n_epochs, "every_n_steps": self.every_n_steps}
+
+    @property
     def length(self) -> float:
         """Number of snapshots kept."""
         return math.inf if self.window is None else self.window
@@ -289,7 +294,7 @@ class Recorder:
             **state,
             "epochs": torch.tensor(self.epochs, dtype=torch.int64),
             "interrupted": self.interrupted,
-            "every": [self.settings.every_n_epochs, self.settings.every_n_steps],
+            "interval": self.settings.interval,
             "path": os.fspath(path),
             "processes": self._place[1],
             "reference": self._retention.note((self._word << 32) + self._saves, self._writer.files(state)),
@@ -331,8 +336,7 @@ class Recorder:
         settings, epochs = self.settings, torch.as_tensor(state["epochs"], dtype=torch.int64).tolist()
         kept = settings.sketch if settings.storage == "sketch" else 0
         dtype = settings.dtype if shards is not None and not kept else "float32" if kept else "float64"
-        every = [settings.every_n_epochs, settings.every_n_steps]
-        for name, expected in {"sketch": kept, "dtype": dtype, "every": every}.items():
+        for name, expected in {"sketch": kept, "dtype": dtype, "interval": settings.interval}.items():
             if state[name] != expected:
                 raise ValueError(f"the snapshots were recorded with {name}={state[name]!r}, not {expected!r}")
         whole = 1 if shards is None else sum(chunk.numel for chunk in shards.chunks.values())

@@ -51,9 +51,8 @@ class RowStore:
     def row(self, index: int) -> Tensor:
         """Return a view (n,) of a row; allocate storage as needed."""
         block, row = self._place(index)
-        with torch.inference_mode(False):  # rows made in inference mode could not be written outside of it
-            while block >= len(self._blocks):
-                self._blocks.append(self._new_block())
+        while block >= len(self._blocks):
+            self._blocks.append(self._new_block())
         return self._blocks[block][row]
 
     def segments(self, start: int, stop: int) -> list[Tensor]:
@@ -69,6 +68,7 @@ class RowStore:
     def _place(self, index: int) -> tuple[int, int]:
         return divmod(index if self.slots is None else index % self.slots, self._block_rows)
 
+    @torch.inference_mode(False)  # rows made in inference mode could not be written outside of it
     def _new_block(self) -> Tensor:
         shape = (self._block_rows, self.n)
         if self._file is None:

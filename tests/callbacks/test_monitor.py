@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from hovering import step_by_hand
-from problems import assert_recorded, distance
+from problems import assert_recorded, distance, koopman_warnings
 from torch import nn
 
 from lightning_koopman import KoopmanSpectrumMonitor, KoopmanWarning, Phase, Trajectory, dmd_rrr, read_training
@@ -37,10 +37,6 @@ def spy(root):
             self.metrics.append({key: float(value) for key, value in trainer.callback_metrics.items()})
 
     return Spy()
-
-
-def koopman_warnings(caught) -> list[str]:
-    return [str(warning.message) for warning in caught if issubclass(warning.category, KoopmanWarning)]
 
 
 # -- what it logs -----------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from hovering import Net
+from problems import koopman_warnings
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch import nn
@@ -26,10 +27,6 @@ from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.reinitialize import reinitialize_by_name, select_modules, without_reset
 
 pytestmark = pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # resumed with other callbacks
-
-
-def ours(caught: Any) -> list[str]:
-    return [str(each.message) for each in caught if each.category is KoopmanWarning]
 
 
 class Adversarial(Net):
@@ -72,10 +69,8 @@ class Plain(Net):
 
     def __init__(self, silent: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.net, self.silent = (
-            nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 1, bias=False)),
-            silent,
-        )
+        self.silent = silent
+        self.net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 1, bias=False))
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
@@ -141,7 +136,7 @@ def test_callbacks_that_share_a_trajectory_warn_of_it_once(fit):
     callbacks = [KoopmanSpectrumMonitor(), ReduceLROnNoiseFloor(), KoopmanWeightAveraging("tail", length=2)]
     with pytest.warns(KoopmanWarning) as caught:
         fit(Breaks(), *callbacks, epochs=7)
-    assert len([told for told in ours(caught) if "NaN or infinite" in told]) == 1
+    assert len([told for told in koopman_warnings(caught) if "NaN or infinite" in told]) == 1
 
 
 @pytest.mark.parametrize(
@@ -158,7 +153,7 @@ def test_snapshots_of_another_interval_are_not_continued(fit, tmp_path, before, 
     resumed = before(**after, dirpath=tmp_path / "b")
     with pytest.warns(KoopmanWarning, match="a new trajectory starts") as caught:
         fit(Net(), resumed, epochs=10, ckpt_path=tmp_path / "last.ckpt")
-    assert len(ours(caught)) == 1
+    assert len(koopman_warnings(caught)) == 1
     steps = set(torch.tensor(resumed.recorder.epochs).diff().tolist())
     assert len(steps) <= 1
 

@@ -12,14 +12,13 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from problems import ACCELERATOR
+from problems import ACCELERATOR, koopman_warnings
 from pytorch_lightning.demos.boring_classes import BoringModel
 
 from lightning_koopman import (
     EarlyStopOnUnitEigenvalues,
     KoopmanPruner,
     KoopmanSpectrumMonitor,
-    KoopmanWarning,
     KoopmanWeightAveraging,
     ReduceLROnNoiseFloor,
     RestartOnBadInitialization,
@@ -70,7 +69,7 @@ def resume(make: Callable[..., Any], checkpoint: Any, folder: Path) -> list[str]
         trainer = fit(folder / "again", 7, make, path)
         assert time.perf_counter() - started < 5
     assert trainer.current_epoch == 7
-    return [str(each.message) for each in caught if each.category is KoopmanWarning]
+    return koopman_warnings(caught)
 
 
 def ours(checkpoint: Any) -> dict[str, Any]:
