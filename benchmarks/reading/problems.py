@@ -20,7 +20,7 @@ PROBLEMS = ("digits", "friedman", "mnist", "augmented", "resnet", "transformer")
 N_TRAIN, N_SCORED = 3000, 1500  # samples per epoch; samples to measure a loss on
 CONTEXT, WIDTH, ROUND = 64, 64, 100  # transformer: tokens, features, steps per snapshot
 RATES = {"adam": (3e-4, 1e-3, 1e-2), "adamw": (3e-4, 1e-3, 5e-3), "sgd": (0.01, 0.05, 0.5)}
-KNOWN, UNSEEN = 0, 1  # seeds
+KNOWN, UNSEEN = (0,), (1, 2)  # seeds
 
 
 # losses of networks that ignore their input: entropy of the classes, variance, entropy of single characters
@@ -63,7 +63,7 @@ def settings(problem: str, seed: int) -> list[Setting]:
     ]
 
 
-SETTINGS = [each for seed, problem in product((KNOWN, UNSEEN), PROBLEMS) for each in settings(problem, seed)]
+SETTINGS = [each for seed, problem in product((*KNOWN, *UNSEEN), PROBLEMS) for each in settings(problem, seed)]
 
 
 def factor(setting: Setting, epoch: int) -> float:

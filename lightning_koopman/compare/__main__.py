@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from lightning_koopman.compare.comparison import compare_trainings
 from lightning_koopman.compare.figure import plot_comparison
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Print the distances and the verdict; return 2 if the runs cannot be compared."""
+def main(arguments: list[str] | None = None) -> None:
+    """Print the distances and the verdict; exit with status 2 if the runs cannot be compared."""
     parser = argparse.ArgumentParser(
         prog="python -m lightning_koopman.compare",
         description="Compare trainings by their Koopman spectra. A RUN is a folder written by KoopmanSpectrumMonitor. "
@@ -21,23 +20,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--with", dest="others", nargs="+", type=Path, metavar="RUN", default=[], help="second group")
     parser.add_argument("--figure", type=Path, help="image file for a plot of the distances")
     options = parser.parse_args(arguments)
-    groups = [options.runs, options.others] if options.others else options.runs
     try:
-        found = compare_trainings(*groups)
+        found = compare_trainings(*([options.runs, options.others] if options.others else options.runs))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    for index, run in enumerate([*options.runs, *options.others]):
-        print(f"{found.groups[index]}  {run}")
+        parser.error(str(error))
+    for group, run in zip(found.groups, [*options.runs, *options.others], strict=True):
+        print(f"{group}  {run}")
     for by, matrix in found.distances.items():
-        print(f"\ndistances of the {by}:")
-        for row in matrix:
-            print("  ".join(f"{value:.4f}" for value in row))
+        print(f"\ndistances of the {by}:", *("  ".join(f"{value:.4f}" for value in row) for row in matrix), sep="\n")
     print(f"\n{found}")
     if options.figure is not None:
         plot_comparison(found).savefig(options.figure, dpi=150)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

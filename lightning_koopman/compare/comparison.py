@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from scipy.cluster.hierarchy import leaves_list, linkage
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial.distance import squareform
@@ -19,6 +17,7 @@ from scipy.stats import permutation_test, wasserstein_distance
 from lightning_koopman._checks import check_choice, check_count, check_share
 from lightning_koopman._types import Array
 from lightning_koopman.compare.signature import Run, signatures
+from lightning_koopman.dmd.spectrum import Complex
 from lightning_koopman.reading.steps import FREQUENCIES
 
 SHUFFLES = 9999  # random splits of the runs of two groups, if there are more possible ones
@@ -95,12 +94,9 @@ class TrainingComparison:
     def order(self, by: str = "eigenvalues") -> list[int]:
         """Return the groups in the order of an average-linkage clustering, similar groups next to each other."""
         distances, member = self.distances[check_choice("by", by, tuple(self.distances))], np.array(self.groups)
-        shares = np.array([member == group for group in range(max(self.groups) + 1)], dtype=float)
-        shares /= shares.sum(axis=1, keepdims=True)
-        if len(shares) < 3:
-            return list(range(len(shares)))
+        shares = np.array([(member == group) / self.groups.count(group) for group in sorted(set(self.groups))])
         apart = squareform(shares @ distances @ shares.T, checks=False)
-        return [int(each) for each in leaves_list(linkage(apart, "average", optimal_ordering=True))]
+        return list(map(int, leaves_list(linkage(apart, "average", optimal_ordering=True))))
 
     def __str__(self) -> str:
         lines = []
@@ -111,9 +107,7 @@ class TrainingComparison:
         return "\n".join([*lines, f"{self.rank} eigenvalues; rate of false alarms: at most {self.level:.0%}{note}."])
 
 
-def compare_trainings(
-    *runs: Run | Sequence[Run], rank: int = 10, level: float = 0.05, seed: int = 0
-) -> TrainingComparison:
+def compare_trainings(*runs: Run | Sequence[Run], rank: int = 10, level: float = 0.05) -> TrainingComparison:
     r"""Compare trainings by the distances between their Koopman spectra.
 
     Trainings whose dynamics are the same up to a change of coordinates (conjugate ones) have equal Koopman eigenvalues
@@ -130,7 +124,6 @@ def compare_trainings(
             trajectories by as many of the newest snapshots as all have.
         rank: Number of eigenvalues to compare, the most important ones, ≥ 1; fewer if a run has fewer.
         level: Accepted rate of false alarms in all tests together, in (0, 1).
-        seed: Seed of the random splits, ≥ 0.
 
     Returns:
         The distances, tests and verdict.
@@ -153,8 +146,7 @@ def compare_trainings(
         >>> compare_trainings(slow, fast).different()
         True
     """
-    rank, seed = check_count("rank", rank, 1), check_count("seed", seed, 0)
-    level = check_share("level", level)
+    rank, level = check_count("rank", rank, 1), check_share("level", level)
     groups: list[list[Run]] = [list(each) if isinstance(each, (list, tuple)) else [each] for each in runs]  # type: ignore[list-item]
     if len(groups) < 2 or not all(groups):
         raise ValueError(f"runs must be two or more trainings or lists of them, got {[len(each) for each in groups]}.")
@@ -162,54 +154,44 @@ def compare_trainings(
     member = tuple(index for index, group in enumerate(groups) for _ in group)
     distances = {"eigenvalues": _matrix(eigenvalues, eigenvalue_distance)}
     if measures:
-        distances["steps"] = _matrix(measures, partial(wasserstein_distance, FREQUENCIES, FREQUENCIES))
-    random = np.random.default_rng(seed)
-    tests = [
-        _test(distances[name], np.array(member), pair, name, random)
-        for pair in itertools.combinations(range(len(groups)), 2)
-        for name in distances
-    ]
-    return TrainingComparison(member, distances, tuple(_holm(tests)), level, eigenvalues[0].size)
+        distances["steps"] = _matrix(measures, lambda a, b: wasserstein_distance(FREQUENCIES, FREQUENCIES, a, b))
+    asked = [(pair, name) for pair in itertools.combinations(range(len(groups)), 2) for name in distances]
+    measured = [_measure(distances[name], np.array(member), pair) for pair, name in asked]
+    adjusted = _holm([p_value for *_, p_value in measured])
+    tests = [PairTest(*what, *found, each) for what, found, each in zip(asked, measured, adjusted, strict=True)]
+    return TrainingComparison(member, distances, tuple(tests), level, eigenvalues[0].size)
 
 
-def eigenvalue_distance(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
+def eigenvalue_distance(first: Complex, second: Complex) -> float:
     """Compute the Wasserstein-1 distance between two equally large sets of eigenvalues in the complex plane."""
-    apart = np.abs(np.asarray(first)[:, None] - np.asarray(second))
+    apart = np.abs(first[:, None] - second)
     return float(apart[linear_sum_assignment(apart)].mean())
 
 
 def _matrix(found: Sequence[Any], distance: Callable[[Any, Any], float]) -> Array:
     """Compute the distances (runs, runs)."""
-    matrix: Array = squareform([distance(a, b) for a, b in itertools.combinations(found, 2)])
-    return matrix
+    return np.asarray(squareform([distance(a, b) for a, b in itertools.combinations(found, 2)]))
 
 
-def _test(
-    distances: Array, member: npt.NDArray[Any], pair: tuple[int, int], name: str, random: np.random.Generator
-) -> PairTest:
-    """Test whether two groups are further apart than random splits of the same runs."""
-    first, second = (np.flatnonzero(member == each) for each in pair)
+def _measure(distances: Array, member: Any, pair: tuple[int, int]) -> tuple[float, float, float]:
+    """Return the mean distances between and within two groups, and the p-value of their difference."""
 
-    def apart(some: npt.NDArray[Any], others: npt.NDArray[Any]) -> float:
-        return float(np.subtract(*_means(distances, some, others)))
+    def means(*groups: Any) -> tuple[float, float]:
+        inner = [distances[np.ix_(g, g)].sum() / (g.size * (g.size - 1)) for g in groups if g.size > 1]
+        return float(distances[np.ix_(*groups)].mean()), float(np.mean(inner)) if inner else math.nan
 
-    value = math.nan
-    if min(first.size, second.size) > 1:
-        given: dict[str, Any] = {"alternative": "greater", "n_resamples": SHUFFLES, "random_state": random}
-        value = float(permutation_test((first, second), apart, **given).pvalue)
-    return PairTest(pair, name, *_means(distances, first, second), value, math.nan)
+    def apart(first: Any, second: Any) -> float:
+        return float(np.subtract(*means(first, second)))
 
-
-def _means(distances: Array, first: npt.NDArray[Any], second: npt.NDArray[Any]) -> tuple[float, float]:
-    """Return the mean distance between two groups, and the mean over groups of that within a group."""
-    inner = [distances[np.ix_(g, g)].sum() / (g.size * (g.size - 1)) for g in (first, second) if g.size > 1]
-    return float(distances[np.ix_(first, second)].mean()), float(np.mean(inner)) if inner else math.nan
+    groups = tuple(np.flatnonzero(member == each) for each in pair)
+    if min(group.size for group in groups) < 2:
+        return *means(*groups), math.nan
+    found = permutation_test(groups, apart, alternative="greater", n_resamples=SHUFFLES, random_state=0)
+    return *means(*groups), float(found.pvalue)
 
 
-def _holm(tests: list[PairTest]) -> Iterator[PairTest]:
-    """Yield the tests with p-values adjusted by Holm's correction."""
-    known = sorted(test.p_value for test in tests if not math.isnan(test.p_value))
-    adjusted = np.maximum.accumulate([(len(known) - place) * value for place, value in enumerate(known)])
-    for test in tests:
-        unknown = math.isnan(test.p_value)
-        yield test if unknown else replace(test, adjusted=min(1.0, float(adjusted[known.index(test.p_value)])))
+def _holm(values: Sequence[float]) -> Array:
+    """Adjust p-values by Holm's correction; NaN, where there was no test, stays."""
+    known = np.sort([value for value in values if not math.isnan(value)])
+    adjusted = np.maximum.accumulate(known * np.arange(known.size, 0, -1)).clip(max=1.0)
+    return np.asarray(np.append(adjusted, math.nan)[np.searchsorted(known, values)])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_koopman._checks import check_choice, check_instance
+from lightning_koopman._checks import check_instance
 from lightning_koopman.compare.comparison import TrainingComparison
 from lightning_koopman.plots.style import INK, axes_of, check_matplotlib
 
@@ -41,24 +42,20 @@ def plot_comparison(
     """
     check_matplotlib()
     check_instance("comparison", comparison, TrainingComparison, "a TrainingComparison")
-    check_choice("by", by, tuple(comparison.distances))
-    groups = max(comparison.groups) + 1
+    order, groups = comparison.order(by), max(comparison.groups) + 1
     names = [str(index) for index in range(groups)] if names is None else names
     if not isinstance(names, (list, tuple)) or [isinstance(each, str) for each in names] != [True] * groups:
         raise ValueError(f"names must be one string for each of the {groups} groups, got {names!s:.60}.")
     figure, axis = axes_of(ax, (6.6, 5.0))
-    order = comparison.order(by)
     runs = [index for group in order for index, member in enumerate(comparison.groups) if member == group]
     shown = axis.imshow(comparison.distances[by][runs][:, runs], cmap="cividis")
     ends = np.cumsum([comparison.groups.count(group) for group in order])
     middles = ends - [comparison.groups.count(group) / 2 + 0.5 for group in order]
-    labels = [names[group] for group in order]
-    axis.set_xticks(middles, labels, rotation=90, fontsize=8, color=INK)
-    axis.set_yticks(middles, labels, fontsize=8, color=INK)
-    for end in ends[:-1] - 0.5:
-        axis.axhline(end, color="white", linewidth=0.8)
-        axis.axvline(end, color="white", linewidth=0.8)
+    for side, rotation in ((axis.xaxis, 90), (axis.yaxis, 0)):
+        side.set_ticks(middles, [names[group] for group in order], rotation=rotation, fontsize=8, color=INK)
+    for line, end in itertools.product((axis.axhline, axis.axvline), ends[:-1] - 0.5):
+        line(end, color="white", linewidth=0.8)
     axis.tick_params(length=0)
-    bar = figure.colorbar(shown, ax=axis)
-    bar.set_label(f"distance of the {by if by == 'eigenvalues' else 'spectral measures of the steps'}", fontsize=9)
+    measured = by if by == "eigenvalues" else "spectral measures of the steps"
+    figure.colorbar(shown, ax=axis).set_label(f"distance of the {measured}", fontsize=9)
     return figure

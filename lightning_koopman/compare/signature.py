@@ -13,7 +13,7 @@ import numpy as np
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.rrr import decompose
 from lightning_koopman.dmd.spectrum import Complex, Spectrum
-from lightning_koopman.reading.steps import FREQUENCIES, step_density
+from lightning_koopman.reading.steps import FREQUENCIES, step_statistics
 from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder
 from lightning_koopman.trajectory.trajectory import Trajectory
 
@@ -24,41 +24,29 @@ Run = Trajectory | Spectrum | str | os.PathLike[str]
 
 
 class Recorded(NamedTuple):
-    """A factor (r, time) of a training's snapshots, and if known their epochs or steps and the time between them."""
+    """A factor (r, time) of a training's snapshots; their epochs or steps and the time between them, if known."""
 
     factor: Array
-    rounds: tuple[int, ...] = ()
-    every: tuple[int, str] | None = None
+    rounds: Sequence[int] = ()
+    every: str = ""
 
 
 def signatures(runs: Sequence[Run], rank: int) -> tuple[list[Complex], list[Array]]:
     """Compute what trainings are compared by, each from the same number of snapshots.
 
-    Args:
-        runs: The trainings.
-        rank: Largest number of eigenvalues.
-
-    Returns:
-        For each training, equally many eigenvalues (r,), the most important first; and the shares (g,) of the spectral
-        measure of its steps at each frequency from 0 to half a cycle per interval, or none if spectra are given.
-
-    Raises:
-        TypeError: If a run is of another type.
-        ValueError: If they cannot be compared.
+    It is equally many eigenvalues (r,), at most ``rank``, and :func:`step_measure` unless spectra are given.
     """
     spectra = [run for run in runs if isinstance(run, Spectrum)]
     if spectra:
-        made = sorted({(each.n_snapshots, each.delays) for each in spectra})
         if len(spectra) < len(runs):
             raise ValueError("runs must be all spectra or none: a spectrum cannot be cut. Pass trajectories instead.")
-        if len(made) > 1:
+        if len(made := {(each.n_snapshots, each.delays) for each in spectra}) > 1:
             raise ValueError(f"spectra must have equally many snapshots and delays, got {made}: pass trajectories.")
         least = min(rank, *(each.eigenvalues.size for each in spectra))
         return [each.eigenvalues[:least] for each in spectra], []
     factors = _aligned([_recorded(run) for run in runs])
     found = [decompose(factor, max_rank=rank, refine=False) for factor in factors]
-    ranks = {each.rank for each in found}
-    if len(ranks) > 1:
+    if len(ranks := {each.rank for each in found}) > 1:
         found = [decompose(factor, max_rank=min(ranks), refine=False) for factor in factors]
     return [each.eigenvalues for each in found], [step_measure(np.diff(factor)) for factor in factors]
 
@@ -71,7 +59,7 @@ def save_run(folder: Path | None, recorder: Recorder) -> None:
     steps = settings.every_n_steps
     every, unit = (settings.every_n_epochs, "epochs") if steps is None else (steps, "steps")
     partial = folder / f".{FILE}"
-    np.savez_compressed(partial, factor=trajectory.factor(), rounds=np.array(recorder.epochs), unit=unit, every=every)
+    np.savez_compressed(partial, factor=trajectory.factor(), rounds=recorder.epochs, unit=unit, every=every)
     partial.replace(folder / FILE)
 
 
@@ -84,47 +72,32 @@ def _recorded(run: Any) -> Recorded:
     path = Path(run)
     file = next((each for each in (path / FILE, path / "koopman" / FILE) if each.is_file()), None)
     if file is None:
-        raise ValueError(
-            f"runs: {str(path)!r} holds no finished run: there is no {FILE} in it or in its subfolder koopman. "
-            "KoopmanSpectrumMonitor writes that file at the end of a fit."
-        )
+        raise ValueError(f"runs: {str(path)!r} holds no finished run: there is no {FILE} in it or in its subfolder "
+                         "koopman. KoopmanSpectrumMonitor writes that file at the end of a fit.")  # fmt: skip
     try:
         with open(file, "rb") as opened, np.load(opened) as stored:
-            rounds = tuple(int(each) for each in stored["rounds"])
-            return Recorded(stored["factor"], rounds, (int(stored["every"]), str(stored["unit"])))
+            return Recorded(stored["factor"], stored["rounds"].tolist(), f"every {stored['every']} {stored['unit']}")
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"runs: {str(file)!r} cannot be read: {error}.") from error
 
 
 def _aligned(runs: Sequence[Recorded]) -> list[Array]:
     """Cut runs to the snapshots of their common epochs or steps, or else to equally many of the newest."""
-    intervals = sorted({run.every for run in runs if run.every is not None})
+    intervals = sorted({run.every for run in runs if run.every})
     if len(intervals) > 1:
-        told = " and ".join(f"every {count} {unit}" for count, unit in intervals)
-        raise ValueError(f"runs must have snapshots at the same interval, got {told}: they cannot be compared.")
-    common = sorted(set.intersection(*(set(run.rounds) for run in runs)))
-    if all(run.rounds for run in runs):
-        found = [run.factor[:, np.searchsorted(run.rounds, common)] for run in runs]
-    else:
-        least = min(run.factor.shape[1] for run in runs)
-        found = [run.factor[:, run.factor.shape[1] - least :] for run in runs]
+        raise ValueError(f"runs must have snapshots at the same interval, got {' and '.join(intervals)}.")
+    known = all(run.rounds for run in runs)
+    times = [run.rounds if known else range(-run.factor.shape[1], 0) for run in runs]
+    common = sorted(set.intersection(*(set(each) for each in times)))
     if len(set(np.diff(common))) > 1:
         raise ValueError("runs must have equally spaced snapshots in common: some runs miss snapshots in between.")
-    if found[0].shape[1] < LEAST:
-        raise ValueError(f"runs must have at least {LEAST} snapshots in common, got {found[0].shape[1]}: record more, "
-                         "or use a larger window.")  # fmt: skip
-    return found
+    if len(common) < LEAST:
+        raise ValueError(f"runs must have {LEAST} or more snapshots in common, got {len(common)}: record more of them.")
+    return [run.factor[:, np.searchsorted(each, common)] for run, each in zip(runs, times, strict=True)]
 
 
 def step_measure(steps: Array) -> Array:
     """Compute the spectral measure of steps (r, t) as shares (g,), a Fejér sum of the mean cosines between them."""
-    lengths = np.linalg.norm(steps, axis=0)
-    units = steps[:, lengths > 0] / lengths[lengths > 0]
-    count = units.shape[1]
-    if not count:
-        return np.full(FREQUENCIES.size, 1.0 / FREQUENCIES.size)
-    first, second = np.triu_indices(count, 1)
-    sums = np.bincount(second - first, (units.T @ units)[first, second], minlength=count)[1:]
-    density = step_density(sums, count)
-    shares: Array = density / density.sum()
-    return shares
+    found = step_statistics(steps.T @ steps, newest=steps.shape[1])
+    density = np.ones(FREQUENCIES.size) if found is None else found.density
+    return np.asarray(density / density.sum())

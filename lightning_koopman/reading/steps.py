@@ -9,10 +9,8 @@ Putinar, Mezić 2020).  Only inner products of the steps are needed, however man
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from lightning_koopman._types import Array
 
@@ -79,39 +77,30 @@ class StepStatistics:
         return float(self.frequencies[at]), float(self.density[at])
 
 
-def step_density(sums: npt.NDArray[Any], count: int) -> Array:
-    """Compute the spectral density (g,), ≥ 0, of unit steps at :data:`FREQUENCIES`, as a Fejér sum.
-
-    Args:
-        sums: Array (count − 1,): sum of the inner products of all pairs k intervals apart, for k = 1, 2, …
-        count: Number of steps, ≥ 1.
-    """
-    density: Array = 1 + 2 / count * np.cos(2 * np.pi * np.outer(FREQUENCIES, np.arange(1, count))) @ sums
-    return np.maximum(density, 0.0)
-
-
-def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatistics | None:
+def step_statistics(gram: Array, *, sketched: int | None = None, newest: int = NEWEST) -> StepStatistics | None:
     """Compute the statistics of the newest steps.
 
     Args:
         gram: Array (t, t): inner products of the steps, newest last.
         sketched: Number of combinations that a sketch keeps of each step; its noise is added to the null's.
+        newest: Number of steps used, ≥ 1.
 
     Returns:
         The statistics, or None for fewer than five steps of nonzero length.
     """
-    lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))[-NEWEST:]
+    lengths = np.sqrt(np.maximum(np.diag(gram), 0.0))[-newest:]
     moved = lengths > 0
     lengths = lengths[moved]
     count = lengths.size
     if count < LEAST:
         return None
-    cosines = gram[-NEWEST:, -NEWEST:][np.ix_(moved, moved)] / lengths[:, None] / lengths
+    cosines = gram[-newest:, -newest:][np.ix_(moved, moved)] / lengths[:, None] / lengths
     first, second = np.triu_indices(count, 1)
     pairs, lags = cosines[first, second], second - first
     numbers = np.bincount(lags, minlength=count)[1:]
     sums = np.bincount(lags, pairs, minlength=count)[1:]
     correlation = sums / numbers
+    fejer = 1 + 2 / count * np.cos(2 * np.pi * np.outer(FREQUENCIES, np.arange(1, count))) @ sums
     # cosines at the same lag: their spread is the noise, their mean the signal
     spread = np.sqrt(np.sum((pairs - correlation[lags - 1]) ** 2) / max(pairs.size - (count - 1), 1))
     spread = float(np.hypot(spread, 0.0 if sketched is None else 1.0 / np.sqrt(sketched)))
@@ -127,7 +116,7 @@ def step_statistics(gram: Array, *, sketched: int | None = None) -> StepStatisti
         onward=float(pairs[apart].mean()),
         onward_error=spread / float(np.sqrt(np.count_nonzero(apart))),
         frequencies=FREQUENCIES,
-        density=step_density(sums, count),
+        density=np.maximum(fejer, 0.0),
         density_error=2 * spread * float(np.sqrt(pairs.size)) / count,
         growth=float(np.exp(slope)),
         growth_error=float(np.sqrt(rest @ rest / max(count - 2, 1) / (at @ at))),
