@@ -42,8 +42,9 @@ def signatures(runs: Sequence[Run], rank: int) -> tuple[list[Complex], list[Arra
             raise ValueError("runs must be all spectra or none: a spectrum cannot be cut. Pass trajectories instead.")
         if len(made := {(each.n_snapshots, each.delays) for each in spectra}) > 1:
             raise ValueError(f"spectra must have equally many snapshots and delays, got {made}: pass trajectories.")
-        least = min(rank, *(each.eigenvalues.size for each in spectra))
-        return [each.eigenvalues[:least] for each in spectra], []
+        most = min(rank, *(each.eigenvalues.size for each in spectra))
+        whole = [k for k in range(1, most + 1) if all(abs(each.eigenvalues[:k].imag.sum()) < 1e-9 for each in spectra)]
+        return [each.eigenvalues[: max(whole, default=most)] for each in spectra], []  # no conjugate pair is split
     factors = _aligned([_recorded(run) for run in runs])
     found = [decompose(factor, max_rank=rank, refine=False) for factor in factors]
     if len(ranks := {each.rank for each in found}) > 1:

@@ -103,6 +103,13 @@ def test_of_trajectories_the_newest_snapshots_count_and_of_spectra_the_leading_e
     assert found.distances["eigenvalues"][0, 1] == pytest.approx(expected)
 
 
+def test_no_pair_of_complex_eigenvalues_of_spectra_is_split():
+    time = np.arange(24.0)
+    spectra = [dmd_rrr(5 + rate**time * np.cos(time), delays=6) for rate in (0.9, 0.99)]
+    assert np.abs(spectra[0].eigenvalues.imag[:3]) == pytest.approx([0, 0.9 * np.sin(1), 0.9 * np.sin(1)])
+    assert [compare_trainings(*spectra, rank=rank).rank for rank in (1, 2, 3)] == [1, 1, 3]
+
+
 def test_what_cannot_be_compared_is_refused_with_the_reason(tmp_path):
     run = trajectory_of(noisy_decay(0.1, 0))
     with pytest.raises(ValueError, match="two or more"):
