@@ -2,7 +2,7 @@
 
 Trains six problems with several optimizers, rates and schedules, and labels each epoch by whether the loss of an
 average of the weights is lower ten epochs later at that rate.  Thresholds are chosen on the runs with seed 0 and
-reported on those with seed 1.  Finished runs are kept in the output folder and not repeated.
+reported on those with seeds 1 and 2.  Finished runs are kept in the output folder and not repeated.
 """
 
 from __future__ import annotations
