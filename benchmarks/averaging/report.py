@@ -67,6 +67,13 @@ class Compared:
                 return epoch, kept
         return len(self.rows), kept
 
+    @property
+    def earliest(self) -> tuple[int, Array]:
+        """The first tenth at which our average is as good as the best single epoch, else the last, and its scores."""
+        ahead = self.judged(OURS)[:, POINTS] >= self.rows[:, 5].max()
+        at = int(ahead.argmax()) if ahead.any() else -1
+        return int(self.arrays["times"][at]), self.judged(OURS)[at]
+
 
 def load(folder: Path, seeds: tuple[int, ...]) -> list[Compared]:
     """Load the compared trainings of some seeds, except those that learned nothing."""
@@ -94,6 +101,7 @@ def ends(runs: list[Compared]) -> Iterator[list[str]]:
     """Rows: ways to end a training, the epochs saved, and points and loss relative to the best single epoch."""
     ways: dict[str, Any] = {
         "**stop, its average kept**": lambda run: (run.stopped, run.arrays["at_stop"]),
+        "the first tenth at which the average is that good, in hindsight": lambda run: run.earliest,
         "stop, last weights": lambda run: (run.stopped, run.rows[run.stopped - 1, 2:6]),
         "all epochs, KoopmanWeightAveraging": lambda run: (len(run.rows), run.judged(OURS)[-1]),
         "all epochs, last weights": lambda run: (len(run.rows), run.rows[-1, 2:6]),
