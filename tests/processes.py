@@ -1,4 +1,4 @@
-"""A training in several processes for the tests of sharded strategies, run as a script with JSON options.
+"""Trainings in several processes, for the tests of sharded strategies.
 
 Each process writes what its callbacks hold. The first also writes the whole weights after each epoch, gathered by
 PyTorch itself, from which the tests compute the single-process result.
@@ -6,10 +6,11 @@ PyTorch itself, from which the tests compute the single-process result.
 
 from __future__ import annotations
 
-import json
+import multiprocessing
 import os
-import sys
+import socket
 import warnings
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -32,6 +33,8 @@ from lightning_koopman import (
 )
 from lightning_koopman.parameters.sharded_modules import local_chunks
 
+# processes are forked from one that has imported what takes seconds
+LOADED = ["lightning.pytorch", "pytorch_lightning", "sklearn.datasets", "torch.distributed.fsdp", "lightning_koopman"]
 KINDS = {
     "monitor": KoopmanSpectrumMonitor,
     "stop": EarlyStopOnUnitEigenvalues,
@@ -40,6 +43,47 @@ KINDS = {
     "average": KoopmanWeightAveraging,
     "reduce": ReduceLROnNoiseFloor,
 }
+
+
+def environments(devices: int) -> list[dict[str, str]]:
+    """Return each process's environment as set by torchrun; Lightning's own launcher sleeps for seconds first."""
+    if devices == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    size = str(devices)
+    return [
+        {**shared, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+        for rank in map(str, range(devices))
+    ]
+
+
+def run_processes(work: Callable[[Any], None], options: Any, devices: int, folder: Path) -> tuple[list[int], str]:
+    """Call a function in several processes of a training; return their exit codes, and the ends of what they wrote."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LOADED)
+    logs = [folder / f"log{rank}" for rank in range(devices)]
+    given = zip(environments(devices), logs, strict=True)
+    started = [context.Process(target=_enter, args=(work, options, env, log)) for env, log in given]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(300)
+    codes = [-1 if process.exitcode is None else process.exitcode for process in started]
+    for process in started:
+        process.kill()
+    return codes, "".join(log.read_text()[-2000:] for log in logs if log.exists())
+
+
+def _enter(work: Callable[[Any], None], options: Any, environment: dict[str, str], log: Path) -> None:
+    os.environ.update(environment)
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    work(options)
 
 
 def make_module(pl: Any, options: dict[str, Any]) -> Any:
@@ -131,9 +175,8 @@ def whole_weights(trainer: Any, module: Any) -> np.ndarray:
     return torch.cat([each.detach().reshape(-1) for each in values]).numpy()
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
+def train(options: dict[str, Any]) -> None:
+    """Train in this process, and save what its callbacks hold."""
     pl = import_module(options.get("root", "pytorch_lightning"))
     folder = Path(options["folder"])
 
@@ -220,9 +263,3 @@ def main() -> None:
         found[kind] = own
         found.setdefault("all", []).append(own)
     torch.save(found, folder / f"rank{trainer.global_rank}.pt")
-    if torch.distributed.is_initialized():  # threads of open connections may abort the process at exit
-        torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

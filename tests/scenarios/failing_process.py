@@ -1,4 +1,4 @@
-"""Make one of two processes fail at a given point of our code; run as a script with JSON arguments."""
+"""Make one of two processes fail at a given point of our code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime
 import importlib
 import json
 import os
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +37,7 @@ def train(folder: Path, failure: Any, epochs: int, checkpoint: str | None) -> di
         KoopmanWeightAveraging(window=6, dirpath=folder),
         KoopmanPruner(0.5, epoch=5, window=6, dirpath=folder),
     ]
-    save = pl.callbacks.ModelCheckpoint(folder / "c", save_last=True)
+    save = pl.callbacks.ModelCheckpoint(folder / "c", save_last="link")
     trainer = pl.Trainer(
         max_epochs=epochs, callbacks=[*callbacks, save], accelerator="cpu", devices=2, logger=False,
         strategy=DDPStrategy(process_group_backend="gloo", timeout=datetime.timedelta(seconds=20)),
@@ -83,9 +82,8 @@ def failing(trainer: Any, path: str, name: str, count: int, rank: int) -> Iterat
         setattr(owner, name, original)
 
 
-def main() -> None:
-    options = json.loads(sys.argv[1])
-    torch.set_num_threads(1)
+def train_all(options: dict[str, Any]) -> None:
+    """Train once with each failure, and write what came of it."""
     rank, found = os.environ["RANK"], []
     for number, failure in enumerate(options["failures"]):
         print(failure, flush=True)
@@ -97,8 +95,3 @@ def main() -> None:
         folder = Path(options["folder"]) / f"loading-{number}"
         found.append(train(folder, failure, 10, saved))
     (Path(options["folder"]) / f"rank{rank}.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from contextlib import ExitStack
-from pathlib import Path
 
-from test_sharded import environments
+from failing_process import train_all
+from processes import run_processes
 
-SCRIPT = Path(__file__).with_name("failing_process.py")
 TRAJECTORY, RECORDER = "trajectory.trajectory:Trajectory", "trajectory.recorder:Recorder"
 # module, function, call, process
 FAILURES = [
@@ -54,26 +49,9 @@ LOADING = [(TRAJECTORY, "load", 1, 1), ("trajectory.sidecar", "_read_layout", 1,
 
 
 def test_a_process_that_fails_costs_a_warning_in_all(tmp_path):
-    options = json.dumps({"folder": str(tmp_path), "failures": FAILURES, "when_loading": LOADING})
-    path = os.pathsep.join([str(SCRIPT.parent), str(SCRIPT.parents[1]), str(SCRIPT.parents[2])])
-    with ExitStack() as files:
-        logs = [files.enter_context((tmp_path / f"log{rank}").open("w")) for rank in range(2)]
-        started = [
-            subprocess.Popen(
-                [sys.executable, str(SCRIPT), options],
-                env={**os.environ, **env, "PYTHONPATH": path},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-            for env, log in zip(environments(2), logs, strict=True)
-        ]
-        try:
-            codes = [process.wait(timeout=300) for process in started]
-        except subprocess.TimeoutExpired:
-            codes = [-1]
-        for process in started:
-            process.kill()
-    assert not any(codes), "".join((tmp_path / f"log{rank}").read_text()[-1500:] for rank in range(2))
+    options = {"folder": str(tmp_path), "failures": FAILURES, "when_loading": LOADING}
+    codes, told = run_processes(train_all, options, 2, tmp_path)
+    assert not any(codes), told
     found = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     for failure, *ranks in zip([*FAILURES, *LOADING], *found, strict=True):
         epochs = 10 if failure in LOADING else 8

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from problems import distance, held
+from processes import run_processes
+from processes import train as train_in_process
 from torch import nn
 
 from lightning_koopman import MaskSet, Trajectory, dmd_rrr
@@ -22,26 +17,10 @@ from lightning_koopman.averaging.persistent import persistent
 from lightning_koopman.callbacks.restart import FAR_SEED
 from lightning_koopman.parameters.reinitialize import reinitialize
 
-SCRIPT = Path(__file__).parents[1] / "processes.py"
 STRATEGIES = ["ddp", "fsdp2", "fsdp"]
 SHAPES = {"net.0.weight": (25, 64), "net.0.bias": (25,), "net.1.weight": (25,), "net.1.bias": (25,),
           "net.3.weight": (10, 25), "net.3.bias": (10,)}  # fmt: skip
 PRUNED = ["net.0.weight", "net.3.weight"]
-
-
-def environments(devices: int) -> list[dict[str, str]]:
-    """Return each process's environment as set by torchrun; Lightning's own launcher sleeps for seconds first."""
-    if devices == 1:
-        return [{}]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    size = str(devices)
-    return [
-        {**shared, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": "0", "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-        for rank in map(str, range(devices))
-    ]
 
 
 @pytest.fixture
@@ -56,15 +35,7 @@ def train(tmp_path):
         folder = tmp_path / name
         folder.mkdir()
         asked = {"strategy": strategy, "devices": devices, "folder": str(folder), "epochs": 14, **options}
-        command = [sys.executable, str(SCRIPT), json.dumps({**asked, "callbacks": callbacks})]
-        with ExitStack() as files:
-            logs = [files.enter_context((folder / f"log{rank}").open("w")) for rank in range(devices)]
-            started = [
-                subprocess.Popen(command, env={**os.environ, **env}, stdout=log, stderr=subprocess.STDOUT)
-                for env, log in zip(environments(devices), logs, strict=True)
-            ]
-            codes = [process.wait(timeout=240) for process in started]
-        told = "".join((folder / f"log{rank}").read_text()[-2000:] for rank in range(devices))
+        codes, told = run_processes(train_in_process, {**asked, "callbacks": callbacks}, devices, folder)
         assert all(codes) if fails else not any(codes), told
         ranks = [folder / f"rank{rank}.pt" for rank in range(devices)]
         return [torch.load(path, weights_only=False) for path in ranks if path.exists()]
