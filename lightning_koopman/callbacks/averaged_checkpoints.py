@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.weight_average import WeightAverage
 from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, is_sharded, local_chunks, named_tensors
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 TRAINED = "koopman_trained_weights"  # checkpoint key of the weights and buffers in training
 COLLECT = "lightning_module_state_dict"  # name of the strategy's method

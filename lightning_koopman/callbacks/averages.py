@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from torch import nn
 
 from lightning_koopman.parameters.sharded_modules import is_kind
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")  # Lightning's
 OURS = "KoopmanWeightAveraging"

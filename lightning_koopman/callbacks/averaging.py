@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
@@ -19,9 +20,6 @@ from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.callbacks.training_batches import SCORED
 from lightning_koopman.callbacks.weight_average import WeightAverage
 from lightning_koopman.trajectory.recorder import SnapshotSettings
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 COLUMNS = ("epoch", "step", "average_length", "last_loss", "average_loss")
 SEARCHED = 1, 2, 5, 12, 30

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
+
+import pytorch_lightning as pl
 
 from lightning_koopman.callbacks.clock import Clock, Rows
 from lightning_koopman.callbacks.events import Events
@@ -17,9 +19,6 @@ from lightning_koopman.callbacks.run_folder import RunFolder, checked_prefix
 from lightning_koopman.callbacks.scalars import log_scalars
 from lightning_koopman.callbacks.state import resume, saved_state
 from lightning_koopman.trajectory.recorder import Recorder, SnapshotSettings
-
-if TYPE_CHECKING:  # not at run time: the user may import `lightning` instead
-    import pytorch_lightning as pl
 
 T = TypeVar("T")
 

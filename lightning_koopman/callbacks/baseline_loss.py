@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytorch_lightning as pl
 
 from lightning_koopman._checks import check_positive
 from lightning_koopman.callbacks.baseline_probe import BaselineProbe
 from lightning_koopman.stopping.evidence import Baseline
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class BaselineLoss:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
@@ -15,10 +16,6 @@ from lightning_koopman.callbacks.dry_run import NoLossError, can_dry_run, dry_ru
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.stopping.evidence import Baseline
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 
 TUNED, SCORED, ENOUGH = 6, 16, 4  # batches per gradient or comparison, to measure the loss, fewest that suffice
 ROUNDS, TRIES = 4, 16  # most updates of the constant, and most losses tried in a line search

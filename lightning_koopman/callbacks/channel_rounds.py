@@ -6,8 +6,9 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
@@ -23,9 +24,6 @@ from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_ta
 from lightning_koopman.pruning.channel_tracing import Run, torch_pruning
 from lightning_koopman.pruning.channel_trial import agrees
 from lightning_koopman.pruning.optimizer_state import check_replacement
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class ChannelRounds:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
+import pytorch_lightning as pl
 
 
 class Rows(list[dict[str, Any]]):

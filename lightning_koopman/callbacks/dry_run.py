@@ -6,8 +6,9 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.seed import isolate_rng
@@ -17,9 +18,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_koopman.callbacks.observables import batch_loss
 from lightning_koopman.parameters.sharded_modules import is_kind
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # connections to other processes, which cannot be copied
 LARGE = 2**26  # bytes: copies share larger tensors that are kept on the module

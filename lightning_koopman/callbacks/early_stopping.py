@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
@@ -25,9 +26,6 @@ from lightning_koopman.stopping.judge import StopJudge
 from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, StoppingReason
 from lightning_koopman.stopping.words import collapse, why_converged, why_not
 from lightning_koopman.trajectory.recorder import WEIGHTS, SnapshotSettings
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 MODES = ("stop", "report")
 RESTORE = ("average", "last")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytorch_lightning as pl
 
 from lightning_koopman.callbacks.clock import Clock, Rows
 from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.callbacks.roots import LightningCallback
 from lightning_koopman.callbacks.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class Events(LightningCallback):

@@ -7,15 +7,12 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from numbers import Real
-from typing import TYPE_CHECKING
 
+import pytorch_lightning as pl
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lightning_koopman.callbacks.rate_groups import rate_groups
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 MOST_STEPS = 100_000  # scheduler steps to simulate: a fraction of a second
 FAR = 100  # epochs to look ahead if the run has no end

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -19,10 +20,6 @@ from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.masks import MaskSet
 from lightning_koopman.pruning.pin import Pin, takes_hooks
 from lightning_koopman.pruning.prunable import prunable_parameters
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 
 COLUMNS = (
     "epoch", "step", "target", "sparsity", "pruned", "of", "parameters", "modes", "rank", "snapshots", "misfit",

@@ -7,9 +7,10 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 
 from lightning_koopman._checks import check_count, check_positive
 from lightning_koopman.callbacks.base import TrajectoryCallback
@@ -35,10 +36,6 @@ from lightning_koopman.stopping.evidence import Baseline, unit_fraction
 from lightning_koopman.trajectory.recorder import WEIGHTS, SnapshotSettings
 from lightning_koopman.trajectory.sketch import SKETCH
 from lightning_koopman.trajectory.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
 
 # placeholders until values are known: finite, those of a random walk, and no sign of convergence
 WINDOW = 11  # snapshots for the unit fraction, as in early stopping

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -12,9 +13,6 @@ from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.select import as_patterns, select_parameters
 from lightning_koopman.parameters.sharded_modules import is_kind, local_chunks
 from lightning_koopman.parameters.shards import Shards
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 TRAIN_LOSS = "train_loss"
 

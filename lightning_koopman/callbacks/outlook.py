@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
-
-    from lightning_koopman.callbacks.base import TrajectoryCallback
+from lightning_koopman.callbacks.base import TrajectoryCallback
 
 
 def tell_if_short(callback: TrajectoryCallback, trainer: pl.Trainer, needed: int, doing: str) -> None:

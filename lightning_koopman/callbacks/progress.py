@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
 
 from lightning_koopman.reading.reading import TrainingReading
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class Monitor(Protocol):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
@@ -26,9 +27,6 @@ from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.masks import SCOPES, MaskSet, check_amount
 from lightning_koopman.pruning.optimizer_state import forget
 from lightning_koopman.trajectory.recorder import SnapshotSettings
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class KoopmanPruner(TrajectoryCallback):

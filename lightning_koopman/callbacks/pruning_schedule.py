@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_count, check_positive, check_share
@@ -14,9 +15,6 @@ from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.stopping.forecast import relative_changes
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 SETTLED = "settled"
 HORIZON = 10  # intervals to look ahead and back to see whether the weights have settled

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 # these continue from the groups' current rates or multiply `base_lrs`: scaling both scales the schedule
 SCHEDULES = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytorch_lightning as pl
 
 from lightning_koopman.callbacks.clock import Clock
 from lightning_koopman.callbacks.guard import Guard
@@ -15,9 +17,6 @@ from lightning_koopman.callbacks.run_folder import RunFolder, checkpoints, near
 from lightning_koopman.reading.reading import TrainingReading
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, Snapshot, SnapshotSettings
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 class Recording:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_positive, check_share, whole_numbers
@@ -25,9 +26,6 @@ from lightning_koopman.callbacks.rate_groups import (
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.reading.phase import Phase
 from lightning_koopman.trajectory.recorder import SnapshotSettings
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 COLUMNS = ("epoch", "step", "phase", "step_correlation", "learning_rate", "reductions")
 LEAST = 0.01  # default minimum rate, relative to a group's first rate

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
@@ -27,9 +28,6 @@ from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.forecast import RECENT
 from lightning_koopman.stopping.rule import StoppingReason
 from lightning_koopman.trajectory.recorder import SnapshotSettings
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 FAR_SEED = 7_919_000_000  # far from the seed of the bad start, which would give the same weights
 

@@ -8,13 +8,12 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytorch_lightning as pl
 
 from lightning_koopman._checks import check_path
 from lightning_koopman.parameters.sharded_modules import is_kind
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 HISTORY = "history.csv"
 CLAIM = ".claimed"  # creating this file claims a folder

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pytorch_lightning as pl
 import torch
 
 from lightning_koopman.callbacks.clock import steps_done
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 
 def log_scalars(

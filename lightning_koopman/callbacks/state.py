@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pytorch_lightning as pl
 
 from lightning_koopman.callbacks.clock import Rows
 from lightning_koopman.callbacks.events import Events
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 VERSION = 5  # of the state
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 from torch import Tensor, nn
 
 from lightning_koopman._checks import check_choice, check_count, check_positive
@@ -23,9 +24,6 @@ from lightning_koopman.parameters.sharded_modules import local_chunks, named_par
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.optimizer_state import forget
 from lightning_koopman.pruning.prunable import prunable_parameters, underlying_parameters
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 Scores = tuple[dict[str, Tensor], dict[str, Any]]
 

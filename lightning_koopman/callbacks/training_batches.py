@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -18,9 +19,6 @@ from lightning_koopman.callbacks.dry_run import NoLossError, can_dry_run, dry_ru
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.sharded_modules import clean_name, is_kind, is_sharded, local_chunks
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 SCORED = 4  # batches to compare losses on
 MOST = 2**29  # bytes of batches to hold; two are held in any case

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -23,9 +24,6 @@ from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.callbacks.training_batches import TrainingBatches, Trial
 from lightning_koopman.parameters.sharded_modules import local_chunks, named_tensors
 from lightning_koopman.trajectory.trajectory import Trajectory
-
-if TYPE_CHECKING:
-    import pytorch_lightning as pl
 
 JUMP = 0.25  # change of a rate, relative to its highest since the last start, that starts a new average
 NO_LOSSES: Array = np.zeros((0, 0))
