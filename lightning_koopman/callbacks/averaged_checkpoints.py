@@ -19,11 +19,7 @@ COLLECT = "lightning_module_state_dict"  # name of the strategy's method
 
 
 class AveragedCheckpoints:
-    """Makes a strategy save the average in ``state_dict``, in full and weights-only checkpoints.
-
-    Args:
-        average: The average to save.
-    """
+    """Makes a strategy save the average in ``state_dict``, in full and weights-only checkpoints."""
 
     def __init__(self, average: WeightAverage) -> None:
         self._average = average
@@ -37,6 +33,7 @@ class AveragedCheckpoints:
     def watch(self, trainer: pl.Trainer, module: pl.LightningModule, choose: Callable[[], None]) -> None:
         """Make the strategy save the average until :meth:`release`, calling ``choose`` before each."""
         self.release()
+        self._average_loaded = {}  # training produces a new one
         strategy: Any = trainer.strategy
         collect = self._collect = getattr(strategy, COLLECT)
 
@@ -63,17 +60,12 @@ class AveragedCheckpoints:
             differing = {name: value for name, value in trained.items() if not _equal(value, average.get(name))}
             checkpoint[TRAINED] = copied(differing)
 
-    @torch.no_grad()
     def restore_trained(self, trainer: pl.Trainer, module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Load the weights in training from a checkpoint."""
         trained = checkpoint.get(TRAINED, {})
         average = checkpoint.get("state_dict", {})
         self._average_loaded = {name: average[name] for name in trained if name in average}
         self._load(trainer, module, trained)
-
-    def training_starts(self) -> None:
-        """Discard the checkpoint's average, as training produces a new one."""
-        self._average_loaded = {}
 
     def fit_ends(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Put the checkpoint's average into the module if nothing was left to train."""

@@ -13,16 +13,10 @@ AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")  # Lightning's
 OURS = "KoopmanWeightAveraging"
 
 
-def averaging_callbacks(trainer: pl.Trainer) -> list[Any]:
-    """The callbacks that average the weights, under either import root."""
+def averaging_callbacks(trainer: pl.Trainer, *others: str) -> list[Any]:
+    """Lightning's callbacks that average the weights, under either import root, and those of other names."""
     found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in found if is_kind(each, *AVERAGING)]
-
-
-def replacing_callbacks(trainer: pl.Trainer) -> list[Any]:
-    """The callbacks that put an average in the place of the weights: Lightning's and ours."""
-    found: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [each for each in found if is_kind(each, OURS, *AVERAGING)]
+    return [each for each in found if is_kind(each, *AVERAGING, *others)]
 
 
 def averages(trainer: pl.Trainer) -> list[nn.Module]:

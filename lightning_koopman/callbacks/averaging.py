@@ -13,7 +13,7 @@ from torch import nn
 from lightning_koopman._checks import check_choice, check_count, check_function
 from lightning_koopman.averaging.average import check_average
 from lightning_koopman.callbacks.averaged_checkpoints import AveragedCheckpoints, check_collects_whole_states
-from lightning_koopman.callbacks.averages import replacing_callbacks
+from lightning_koopman.callbacks.averages import OURS, averaging_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.scalars import publish
@@ -21,7 +21,6 @@ from lightning_koopman.callbacks.training_batches import SCORED
 from lightning_koopman.callbacks.weight_average import WeightAverage
 from lightning_koopman.trajectory.recorder import SnapshotSettings
 
-COLUMNS = ("epoch", "step", "average_length", "last_loss", "average_loss")
 SEARCHED = 1, 2, 5, 12, 30
 UNKNOWN = {"average_length": 1.0}
 FIT = "fit"  # `trainer.state.fn` during `fit`, as opposed to `validate`
@@ -85,8 +84,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         2
     """
 
-    columns = COLUMNS
-    any_window = True
+    columns = ("epoch", "step", "average_length", "last_loss", "average_loss")
     advice = "pass a smaller `window`, or storage='disk'", "pass a smaller `window`, or another `dirpath`"
 
     def __init__(
@@ -184,13 +182,17 @@ class KoopmanWeightAveraging(TrajectoryCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage == "fit":
-            check_alone(self, trainer)
+            others = [each for each in averaging_callbacks(trainer, OURS) if each is not self]
+            if others:
+                raise ValueError(
+                    f"{type(self).__name__} and {type(others[0]).__name__} both replace the weights by an average: "
+                    "give the Trainer only one of them."
+                )
             check_collects_whole_states(trainer)
         super().setup(trainer, pl_module, stage)
 
     def fit_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         publish(trainer, self.prefix, UNKNOWN)
-        self.checkpoints.training_starts()
         self.average.step = steps_done(trainer)
         if self.average.kept and self.resumed:
             self.guard.warn(
@@ -286,13 +288,3 @@ class KoopmanWeightAveraging(TrajectoryCallback):
     ) -> None:
         if trainer.state.fn == FIT:
             self.checkpoints.restore_trained(trainer, pl_module, checkpoint)
-
-
-def check_alone(callback: TrajectoryCallback, trainer: pl.Trainer) -> None:
-    """Raise ValueError if another callback of the run averages the weights."""
-    others = [each for each in replacing_callbacks(trainer) if each is not callback]
-    if others:
-        raise ValueError(
-            f"{type(callback).__name__} and {type(others[0]).__name__} both replace the weights by an average: give "
-            "the Trainer only one of them."
-        )

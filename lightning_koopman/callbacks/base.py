@@ -15,7 +15,7 @@ from lightning_koopman.callbacks.guard import Guard
 from lightning_koopman.callbacks.lr_schedule import current_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS
 from lightning_koopman.callbacks.recording import Recording
-from lightning_koopman.callbacks.run_folder import RunFolder, checked_prefix
+from lightning_koopman.callbacks.run_folder import HISTORY, RunFolder, checked_prefix
 from lightning_koopman.callbacks.scalars import log_scalars
 from lightning_koopman.callbacks.state import resume, saved_state
 from lightning_koopman.trajectory.recorder import Recorder, SnapshotSettings
@@ -28,20 +28,16 @@ class TrajectoryCallback(Events):
 
     An interval is an epoch, or ``every_n_steps`` optimizer steps; in names it is called a round. Subclasses override
     the :class:`Events`.
-
-    Args:
-        settings: What is recorded, and how much of it is kept.
-        dirpath: Folder below which all files are written (default: the run's log folder).
-        prefix: First part of the logged names.
     """
 
     def __init__(
         self, settings: SnapshotSettings, *, dirpath: str | os.PathLike[str] | None, prefix: str = "koopman"
     ) -> None:
         super().__init__()
-        self.clock = Clock(settings.every_n_epochs, settings.every_n_steps)
+        self.settings = settings
+        self.clock = Clock(settings.every_n_steps)
         self.guard = Guard(type(self).__name__)
-        self.recording = Recording(settings, self.clock, self.guard, any_window=self.any_window)
+        self.recording = Recording(settings, self.clock, self.guard, any_window=not self.chosen)
         self.run_folder = RunFolder(dirpath)
         self.prefix = checked_prefix(prefix)
         self.history = Rows(every_n_steps=self.clock.every_n_steps)
@@ -52,11 +48,6 @@ class TrajectoryCallback(Events):
         self.pending = None
 
     @property
-    def settings(self) -> SnapshotSettings:
-        """Settings of the recorded snapshots."""
-        return self.recording.settings
-
-    @property
     def recorder(self) -> Recorder:
         """Recorder of the snapshots, which compatible callbacks share."""
         return self.recording.recorder
@@ -64,7 +55,7 @@ class TrajectoryCallback(Events):
     @property
     def history_path(self) -> Path | None:
         """Path of the table that holds :attr:`history`, or None before training starts."""
-        return self.run_folder.history
+        return None if self.run_folder.path is None else self.run_folder.path / HISTORY
 
     # -- Lightning's hooks: they raise errors only before training starts ---------------------------------------------
 
@@ -80,7 +71,7 @@ class TrajectoryCallback(Events):
         recording.share(other.recording for other in koopman_callbacks(trainer))
         if self.active:
             if recording.of_weights:
-                recording.weights.connect(trainer, f", or observable={TRAIN_LOSS!r}" if self.storable else "")
+                recording.weights.connect(trainer, f", or observable={TRAIN_LOSS!r}" if self.chosen else "")
             self.run_folder.claim(trainer, self.folder)
             recording.own.recorder.prepare(self.run_folder.path)
 
@@ -206,7 +197,7 @@ class TrajectoryCallback(Events):
 
     def is_due(self, epoch: int) -> bool:
         """Return whether to take a snapshot after ``epoch`` completed intervals."""
-        return self.clock.is_due(epoch) and not (self.finished and self.recording.alone)
+        return epoch % self.settings.every_n_epochs == 0 and not (self.finished and self.recording.alone)
 
 
 def koopman_callbacks(trainer: pl.Trainer) -> list[TrajectoryCallback]:

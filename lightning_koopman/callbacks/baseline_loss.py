@@ -37,10 +37,6 @@ class BaselineLoss:
         """Reset to the state before a first fit."""
         self.value = None if self.given is None else Baseline(self.given)
 
-    def share(self, first: BaselineLoss) -> None:
-        """Use the measurement of another callback."""
-        self.probe = first._own
-
     def start(self, *, resumed: bool) -> None:
         """Start training; unless it resumes, discard the measurement."""
         if not resumed:
@@ -66,7 +62,7 @@ class BaselineLoss:
     def agree(self, trainer: pl.Trainer) -> None:
         """Agree across ranks, at the end of an interval, on the baseline loss and whether to continue measuring."""
         if trainer.strategy.reduce_boolean_decision(self.probe.still, all=True):  # each rank has its own batches
-            self.probe.tune_no_more()
+            self.probe.tuned = True
         known, wanted = trainer.strategy.broadcast((self.value or self.probe.measured(), self.probe.wanted))
         if trainer.strategy.reduce_boolean_decision(known is not None or not (wanted and self.probe.wanted), all=False):
             self.probe.finish()
@@ -88,11 +84,14 @@ class BaselineLoss:
 
 def known_baseline(trainer: pl.Trainer) -> Baseline | None:
     """Return the baseline loss that a callback of the run has measured or was given, or None."""
-    held = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
-    return next((each.value for each in held if isinstance(each, BaselineLoss) and each.value is not None), None)
+    return next((each.value for each in _held(trainer) if each.value is not None), None)
 
 
 def share_baseline(callback: Any, trainer: pl.Trainer) -> None:
     """Make a callback use the measurement of the run's first callback with a baseline loss."""
-    held = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
-    callback.baseline_loss.share(next(each for each in held if isinstance(each, BaselineLoss)))
+    callback.baseline_loss.probe = _held(trainer)[0]._own
+
+
+def _held(trainer: pl.Trainer) -> list[BaselineLoss]:
+    found = (getattr(each, "baseline_loss", None) for each in trainer.callbacks)  # type: ignore[attr-defined]
+    return [each for each in found if isinstance(each, BaselineLoss)]

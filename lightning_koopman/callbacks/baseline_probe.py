@@ -13,6 +13,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor, nn
 
 from lightning_koopman.callbacks.dry_run import NoLossError, can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.parameters.sharded_modules import local_chunks
 from lightning_koopman.stopping.evidence import Baseline
@@ -22,6 +23,11 @@ ROUNDS, TRIES = 4, 16  # most updates of the constant, and most losses tried in 
 FACTORS = 0.125, 0.25, 0.5, 0.75, 1.0, 1.5  # multiples of the step length found on one batch, compared on several
 STILL, FALLS = 0.02, 0.05  # relative fall of the loss per update: below it has converged, above it is unknown
 HUGE = 1e300  # replaces a loss that is not finite
+
+
+KEPT = (
+    "wanted", "_last", "_rounds", "tuned", "_falls", "_losses", "_sum", "_seen", "_direction", "_lengths",
+)  # fmt: skip
 
 
 class _EnoughError(Exception):
@@ -52,7 +58,8 @@ class BaselineProbe:
         self._direction: Tensor | None = None  # of descent; once known, step lengths along it are compared
         self._lengths: list[float] = []
         self._losses: list[float] = []
-        self._rounds, self._tuned, self._falls = 0, False, False
+        self._rounds, self._falls = 0, False
+        self.tuned = False  # whether the constant is good enough
         self._last: tuple[int, int] | None = None
         self.wanted = True  # whether another batch is needed
         self.still = False  # whether the last update barely lowered the loss
@@ -74,30 +81,13 @@ class BaselineProbe:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for checkpoints: tensors and primitives."""
-        return {
-            "wanted": self.wanted,
-            "last": self._last,
-            "rounds": self._rounds,
-            "tuned": self._tuned,
-            "falls": self._falls,
-            "losses": list(self._losses),
-            "sum": self._sum,
-            "seen": self._seen,
-            "direction": self._direction,
-            "lengths": list(self._lengths),
-            "biases": self._bias_values(),
-        }
+        return {**kept(self, KEPT), "biases": self._bias_values()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
         self.restart()
-        last = state["last"]
-        self._last = None if last is None else (int(last[0]), int(last[1]))
-        self.wanted, self._tuned, self._falls = bool(state["wanted"]), bool(state["tuned"]), bool(state["falls"])
-        self._rounds, self._seen = int(state["rounds"]), int(state["seen"])
-        self._losses = [float(each) for each in state["losses"]]
-        self._lengths = [float(each) for each in state["lengths"]]
-        self._sum, self._direction, self._values = state["sum"], state["direction"], state["biases"]
+        set_back(self, state, KEPT)
+        self._values = state["biases"]
 
     def observe(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Measure each batch once. Any failure ends the measurement."""
@@ -126,10 +116,10 @@ class BaselineProbe:
             with torch.no_grad():
                 for bias, value in zip(self._biases, self._values or [], strict=self._values is not None):
                     bias.copy_(value)
-            self._tuned = self._tuned or not self._biases  # the only constant is zero
+            self.tuned = self.tuned or not self._biases  # the only constant is zero
         network, alike = self._copy, trainer.world_size > 1
         with dry_run(trainer, module, batch, batch_idx) as loss:
-            if self._tuned:
+            if self.tuned:
                 self._losses.append(float(loss(network).detach()))
                 return
             seen = self._seen + 1
@@ -157,11 +147,7 @@ class BaselineProbe:
     def _aim(self, batches: int, before: float, loss: Callable[[], float], *, alike: bool) -> None:
         """Choose step lengths to compare on other batches, by a line search on this batch.
 
-        Args:
-            batches: Number of batches whose gradients were summed.
-            before: Loss at the current biases.
-            loss: Function that returns the loss at the biases now set.
-            alike: Whether all processes must evaluate the same number of losses, as the step may communicate.
+        The loss was ``before``. If ``alike``, all processes evaluate equally many losses, as the step may communicate.
         """
         assert self._sum is not None
         self._direction, self._sum = -self._sum, None
@@ -194,11 +180,7 @@ class BaselineProbe:
         self._rounds += 1
         fall = (before - value) / abs(before) if before else 0.0
         self.still, self._falls = fall < STILL, fall > FALLS
-        self._tuned = self._rounds == ROUNDS or (self.still and not alike)
-
-    def tune_no_more(self) -> None:
-        """Stop tuning the constant, as all processes agree that it is good enough."""
-        self._tuned = True
+        self.tuned = self._rounds == ROUNDS or (self.still and not alike)
 
     def _along(self, lengths: Sequence[float], loss: Callable[[], float]) -> list[float]:
         """Return the loss at each step length along the direction."""

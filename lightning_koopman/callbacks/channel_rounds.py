@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_koopman.callbacks.averages import averaging_callbacks
 from lightning_koopman.callbacks.dry_run import bare_trainer, can_dry_run, dry_run, quiet_copy
-from lightning_koopman.callbacks.mask_rounds import Pruned
+from lightning_koopman.callbacks.mask_rounds import Pruned, PruningMethod
 from lightning_koopman.parameters.sharded_modules import clean_name
 from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.pruning.channel_graph import Structure
@@ -26,18 +26,11 @@ from lightning_koopman.pruning.channel_trial import agrees
 from lightning_koopman.pruning.optimizer_state import check_replacement
 
 
-class ChannelRounds:
+class ChannelRounds(PruningMethod):
     """Prunes by removing channels, in rounds. The removable channels are determined at the first batch.
 
-    Args:
-        layers: Shell-style patterns of the names of layer weights, or None for all.
-        scope: ``"global"`` or ``"tensor"``.
-        owner: Name of the callback, for messages.
-        by_threshold: Whether a threshold was given, which only masks support.
-        allow_empty: Whether a layer may become empty, which only masks support.
-
-    Raises:
-        ValueError: If an option is given that only masks support.
+    ``layers`` are patterns of the names of layer weights, or None for all; ``owner`` is the callback, for messages.
+    Raises ValueError if an option is given that only masks support.
     """
 
     unit = "channels"
@@ -73,9 +66,6 @@ class ChannelRounds:
     def table(self, module: nn.Module | None) -> str:
         return changes_table(self.changes) if self.changes else "nothing has been pruned yet"
 
-    def log(self, trainer: pl.Trainer, prefix: str) -> None:
-        """Do nothing: the history holds all values."""
-
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise an error if the run's module cannot be resized, or the tracer is not installed."""
         torch_pruning()
@@ -103,14 +93,15 @@ class ChannelRounds:
 
     def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
         self._names = list(names)
-        self._stop_loading()  # Lightning has loaded any checkpoint by now
+        self.release()  # Lightning has loaded any checkpoint by now
 
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Determine at the first batch which layers can lose channels, and report it."""
         if self.refused is not None:
             return
         check_replacement(trainer.optimizers)
-        structure = self.try_out(trainer, pl_module, batch, batch_idx)
+        with self._tracing(trainer, pl_module, batch, batch_idx) as run:
+            structure = self._try(pl_module, run, self._uses(trainer, pl_module, batch, batch_idx))
         rank_zero_info(
             f"{self.owner}: {sum(self.originals.values()):,} channels and neurons of {len(self.originals)} independent "
             f"groups can be removed.\n{left_alone_table(structure.left_alone, most=4)}"
@@ -121,28 +112,24 @@ class ChannelRounds:
         target: float, batch: Any, batch_idx: int,
     ) -> Pruned:  # fmt: skip
         shaped = {name: value.reshape(shards.chunks[name].shape) for name, value in scores.items()}
-        agreement, removal = self.remove(trainer, pl_module, batch, batch_idx, scores=shaped, sparsity=target)
+        with self._tracing(trainer, pl_module, batch, batch_idx) as run:
+            structure = self._structure(pl_module, run)
+            if not self.originals.keys() >= structure.channels.keys():  # some were frozen at the first try
+                structure = self._try(pl_module, run, self._uses(trainer, pl_module, batch, batch_idx))
+            chosen, plain = (structure.choose(target, by, self.scope, self.originals) for by in (shaped, None))
+            removal = structure.remove(chosen)
+            if not agrees(pl_module, run, removal, quiet_copy):
+                raise ValueError("removing the chosen channels is not the same as setting them to zero")
+        shapes = {name: list(value.shape) for name, value in _plain_state(pl_module).items() if name in removal.kept}
+        removal.apply(pl_module, trainer.optimizers)
+        self.shapes = {**shapes, **self.shapes}
+        self.removed += sum(map(len, removal.removed.values()))
+        self.note(removal.changes)
+        differ = sum(len(set(chosen[name]) ^ set(plain[name])) for name in chosen)
+        agreement = 1 - differ / max(1, sum(structure.channels.values()))
         values = {name: removal.left_of(name, shaped[name]).reshape(-1) for name in self._names}
         left = sum(parameter.numel() for parameter in pl_module.parameters())
         return Pruned(self.removed, sum(self.originals.values()), left, agreement, values, removal=removal)
-
-    def accept(self, pruned: Pruned) -> None:
-        """Do nothing: :meth:`prune` has changed the module of the only process."""
-
-    def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: removed channels cannot come back."""
-
-    def give_up(self) -> None:
-        """Do nothing, as in :meth:`hold`."""
-
-    def again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
-        """Do nothing, as in :meth:`hold`."""
-
-    def release(self) -> None:
-        self._stop_loading()
-
-    def follow(self, removal: ChannelRemoval) -> None:
-        """Do nothing: the next round traces the module again."""
 
     def preview(
         self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
@@ -153,15 +140,6 @@ class ChannelRounds:
                 structure = self._structure(pl_module, run, self._uses(trainer, pl_module, moved, 0)).without_unfit()
                 return structure.remove(structure.choose(target, None, self.scope))
 
-    def try_out(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> Structure:
-        """Determine on copies which layers can lose channels.
-
-        Raises:
-            ValueError: If no layer can, or the module cannot be traced.
-        """
-        with self._tracing(trainer, module, batch, batch_idx) as run:
-            return self._try(module, run, self._uses(trainer, module, batch, batch_idx))
-
     def _try(self, module: pl.LightningModule, run: Run, uses: Sequence[Run]) -> Structure:
         """Return the removable channels, and record why the others were refused."""
         first = self._structure(module, run, uses)
@@ -170,38 +148,6 @@ class ChannelRounds:
         for name, count in structure.channels.items():
             self.originals.setdefault(name, count)
         return structure
-
-    def remove(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        batch: Any,
-        batch_idx: int,
-        *,
-        scores: Mapping[str, Tensor],
-        sparsity: float,
-    ) -> tuple[float, ChannelRemoval]:
-        """Remove channels up to the given share of the original ones.
-
-        Returns:
-            Share of channels on which pruning by magnitude agrees, in [0, 1], and what was removed.
-        """
-        with self._tracing(trainer, module, batch, batch_idx) as run:
-            structure = self._structure(module, run)
-            if not self.originals.keys() >= structure.channels.keys():  # some were frozen at the first try
-                structure = self._try(module, run, self._uses(trainer, module, batch, batch_idx))
-            chosen, plain = (structure.choose(sparsity, by, self.scope, self.originals) for by in (scores, None))
-            removal = structure.remove(chosen)
-            twin: Any = quiet_copy
-            if not agrees(module, run, removal, twin):
-                raise ValueError("removing the chosen channels is not the same as setting them to zero")
-        shapes = {name: list(value.shape) for name, value in _plain_state(module).items() if name in removal.kept}
-        removal.apply(module, trainer.optimizers)
-        self.shapes = {**shapes, **self.shapes}
-        self.removed += sum(map(len, removal.removed.values()))
-        self.note(removal.changes)
-        differ = sum(len(set(chosen[name]) ^ set(plain[name])) for name in chosen)
-        return 1 - differ / max(1, sum(structure.channels.values())), removal
 
     def note(self, changes: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> None:
         """Merge changed constructor arguments into those of earlier rounds."""
@@ -224,20 +170,19 @@ class ChannelRounds:
                 for name, value in ((clean_name(path), value) for path, value in state_dict.items())
                 if name in own
             ]
+            # else it is another network, and PyTorch reports the differences
             if all(len(a) == len(b) and all(x >= y for x, y in zip(a, b, strict=True)) for a, b in shapes):
                 before = {name: list(value.shape) for name, value in own.items()}
-                self.note(
-                    resize_like(pl_module, state_dict)
-                )  # else it is another network, and PyTorch reports the differences
+                self.note(resize_like(pl_module, state_dict))
                 after = {name: list(value.shape) for name, value in _plain_state(pl_module).items()}
                 changed = {name: shape for name, shape in before.items() if after.get(name) != shape}
                 self.shapes = {**changed, **self.shapes}
 
-        self._stop_loading()
+        self.release()
         register: Any = pl_module._register_load_state_dict_pre_hook
         self._loading = register(resize, with_module=True)
 
-    def _stop_loading(self) -> None:
+    def release(self) -> None:
         if self._loading is not None:
             self._loading.remove()
             self._loading = None
@@ -251,9 +196,8 @@ class ChannelRounds:
             self.removed = int(state["removed"])
 
     def _structure(self, module: pl.LightningModule, run: Run, also: Sequence[Run] = ()) -> Structure:
-        twin: Any = quiet_copy
         return Structure(
-            module, run, layers=self.layers, copy=twin, refused=self.refused, also=also, argument="parameters"
+            module, run, layers=self.layers, copy=quiet_copy, refused=self.refused, also=also, argument="parameters"
         )
 
     @staticmethod

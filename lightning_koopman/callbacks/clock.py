@@ -1,11 +1,13 @@
-"""Schedule of snapshots, in epochs or optimizer steps."""
+"""Time of a run in intervals: epochs or groups of optimizer steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
 import pytorch_lightning as pl
+from lightning_utilities.core.rank_zero import rank_zero_info
 
 
 class Rows(list[dict[str, Any]]):
@@ -20,12 +22,11 @@ class Clock:
     """Counts intervals: epochs, or groups of ``every_n_steps`` optimizer steps. In names they are called rounds.
 
     Args:
-        every_n_epochs: Epochs between snapshots, ≥ 1.
-        every_n_steps: Optimizer steps per interval, ≥ 1, in place of epochs. Each interval ends with a snapshot.
+        every_n_steps: Optimizer steps per interval, ≥ 1, in place of epochs.
     """
 
-    def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None) -> None:
-        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+    def __init__(self, every_n_steps: int | None = None) -> None:
+        self.every_n_steps = every_n_steps
         self.rounds = 0  # completed
         self._begins = False  # whether the next batch is the first of a group of steps
 
@@ -57,10 +58,6 @@ class Clock:
         self._begins = self._begins or ends
         return ends
 
-    def is_due(self, rounds: int) -> bool:
-        """Return whether a snapshot is due after the given number of completed intervals."""
-        return rounds % self.every_n_epochs == 0
-
     def when(self, rounds: int) -> str:
         """Format a time for messages."""
         return f"epoch {rounds}" if self.every_n_steps is None else f"step {rounds * self.every_n_steps}"
@@ -78,3 +75,20 @@ def steps_done(trainer: pl.Trainer) -> int:
     if trainer.lightning_module.automatic_optimization:
         return trainer.global_step
     return trainer.fit_loop.total_batch_idx + 1
+
+
+def tell_if_short(callback: Any, trainer: pl.Trainer, needed: int, doing: str) -> None:
+    """Log a note if a run has fewer intervals than a callback needs for ``doing``, or if its epochs may never end."""
+    clock, owner, batches = callback.clock, type(callback).__name__, trainer.num_training_batches
+    if batches == math.inf and not clock.by_steps:
+        rank_zero_info(
+            f"{owner}: the training data have no length, and nothing is recorded in an epoch that never ends: pass "
+            "`every_n_steps` in that case."
+        )
+        return
+    steps = clock.every_n_steps or max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    rounds = trainer.estimated_stepping_batches / steps
+    if 0 <= rounds < needed:  # negative: no end
+        rank_zero_info(
+            f"{owner}: {doing} takes {clock.span(needed)}, but this run has {clock.span(int(rounds))}: train longer."
+        )

@@ -33,12 +33,7 @@ def can_dry_run(module: pl.LightningModule) -> bool:
 
 
 def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -> pl.LightningModule:
-    """Return a copy of a module that logs nothing and shares the user's data.
-
-    Args:
-        module: The module.
-        memo: As for ``copy.deepcopy``: replacements by the id of the original object.
-    """
+    """Return a copy of a module that logs nothing and shares the user's data; ``memo`` is as for ``copy.deepcopy``."""
     known = dict(memo or {})
     for value in vars(module).values():  # data kept on the module may be large and is only read
         large = isinstance(value, Tensor) and value.numel() * value.element_size() > LARGE
@@ -57,7 +52,7 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
     for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
         del vars(network)[name]  # such as compiled steps, which are bound to the original
     network.trainer = module.trainer
-    network.log = _nothing  # type: ignore[method-assign]
+    network.log = lambda *_, **__: None  # type: ignore[method-assign]
     silent: dict[str, Any] = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
     silent["optimizers"] = lambda _, *args, **kwargs: _still(module.optimizers(*args, **kwargs))
     silent["lr_schedulers"] = lambda _: _still(module.lr_schedulers())
@@ -165,7 +160,3 @@ class _Still:
 
 def _still(own: Any) -> Any:
     return [_Still(each) for each in own] if isinstance(own, list) else None if own is None else _Still(own)
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """Replacement of ``self.log``."""

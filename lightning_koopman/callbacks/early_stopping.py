@@ -11,13 +11,12 @@ import pytorch_lightning as pl
 from lightning_utilities.core.rank_zero import rank_zero_info
 
 from lightning_koopman._checks import check_choice, check_count, check_positive, check_share
-from lightning_koopman.callbacks.averages import replacing_callbacks
+from lightning_koopman.callbacks.averages import OURS, averaging_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
-from lightning_koopman.callbacks.clock import steps_done
+from lightning_koopman.callbacks.clock import steps_done, tell_if_short
 from lightning_koopman.callbacks.lr_schedule import planned_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
-from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.callbacks.weight_average import WeightAverage
 from lightning_koopman.reading.phase import Phase
@@ -27,8 +26,6 @@ from lightning_koopman.stopping.rule import LEAST_HORIZON, ConvergenceRule, Stop
 from lightning_koopman.stopping.words import collapse, why_converged, why_not
 from lightning_koopman.trajectory.recorder import WEIGHTS, SnapshotSettings
 
-MODES = ("stop", "report")
-RESTORE = ("average", "last")
 WALKS = "at the lowered learning rate the weights keep no lasting direction, and the loss no longer falls clearly."
 # logged names, and their values for monitoring callbacks while unknown: finite, and no evidence of convergence
 LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "unit_fraction": 0.0}
@@ -117,7 +114,6 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
     """
 
     columns = COLUMNS
-    any_window = True
 
     def __init__(
         self,
@@ -153,10 +149,10 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
             check_positive("tolerance", tolerance),
         )
         self.patience = check_count("patience", patience, 1)
-        self.restore = check_choice("restore", restore, RESTORE)
+        self.restore = check_choice("restore", restore, ("average", "last"))
         self.average = WeightAverage(self.recording, self.guard)
         self.min_epochs = check_count("min_epochs", min_epochs, 0)
-        self.mode = check_choice("mode", mode, MODES)
+        self.mode = check_choice("mode", mode, ("stop", "report"))
         self._averages = False  # whether this callback leaves an average in the module
         self.baseline_loss = BaselineLoss(baseline_loss, chance_loss)
         self.observable, self.folder = observable, f"{self.prefix}_stop"
@@ -196,7 +192,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.baseline_loss.start(resumed=self.resumed)
         if self.stopped_epoch is not None:  # in an earlier fit
             self.stopping_reason, self.stopped_epoch, self.would_stop_epoch = StoppingReason.NOT_STOPPED, None, None
-        self._averages = self.mode == "stop" and self.restore == "average" and not replacing_callbacks(trainer)
+        self._averages = self.mode == "stop" and self.restore == "average" and not averaging_callbacks(trainer, OURS)
         publish(trainer, self.prefix, LOGGED)
         tell_if_short(self, trainer, self.rule.horizon + 1 + self.patience, "the first decision")
 
@@ -204,7 +200,7 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.average.begin_round(self.rates, self.clock.rounds)
 
     def batch_begins(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._needs_baseline:
+        if self.observable == TRAIN_LOSS:
             self.baseline_loss.batch_begins(batch)
         if self._averages:
             self.average.batches.add(pl_module, batch, batch_idx)
@@ -213,12 +209,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         with self.guard("measuring the baseline loss"):
             self.baseline_loss.batch_ends(trainer, pl_module, batch_idx)
 
-    @property
-    def _needs_baseline(self) -> bool:
-        return self.observable == TRAIN_LOSS
-
     def snapshot_taken(self, trainer: pl.Trainer, pl_module: pl.LightningModule, epoch: int, recorded: bool) -> None:
-        if self._needs_baseline:
+        if self.observable == TRAIN_LOSS:
             self.baseline_loss.agree(trainer)
         value: float | None = None
         with self.guard("reading the observed metric"):

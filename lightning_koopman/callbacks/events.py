@@ -18,27 +18,18 @@ class Events(LightningCallback):
 
     Each event runs under the guard, which turns a failure into one warning. An interval is an epoch or a number of
     steps.
-
-    Attributes:
-        clock: Counts the intervals.
-        guard: Turns failures into warnings.
-        recording: Its observable, and the recorder of the snapshots.
-        run_folder: The folder that it writes to.
-        history: Its table, one row per event.
-        pending: State of a checkpoint, until training starts.
     """
 
     clock: Clock
     guard: Guard
-    recording: Recording
+    recording: Recording  # its observable, and the recorder of the snapshots
     run_folder: RunFolder
-    history: Rows
-    pending: dict[str, Any] | None
+    history: Rows  # its table
+    pending: dict[str, Any] | None  # state of a checkpoint, until training starts
 
     folder = "koopman"  # name of the folder it writes to
     columns: tuple[str, ...] = ()  # of the history; if empty, no history is kept
-    storable = False  # whether the user chooses the observable and the storage, for messages
-    any_window = False  # whether it can share a trajectory longer than its own window
+    chosen = False  # whether the user chooses observable, window and storage: then only an equal trajectory is shared
     advice = "free some memory", "free some disk space"  # what to do if memory, or the disk, is too small
 
     @property

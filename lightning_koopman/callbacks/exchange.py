@@ -15,57 +15,42 @@ class Exchange:
 
     Attributes:
         inside: Whether the module holds the other weights.
+        held: Tensors that the module does not hold now, by name, or None if there are no other weights.
     """
 
     def __init__(self) -> None:
         self.inside = False
-        self._held: dict[str, Tensor] | None = None  # tensors that the module does not hold now, by name
+        self.held: dict[str, Tensor] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        return {"inside": False, "_held": None}
-
-    @property
-    def ready(self) -> bool:
-        """Whether there are weights to swap."""
-        return self._held is not None
-
-    @property
-    def differs(self) -> bool:
-        """Whether any tensor is swapped, so that the weights may differ."""
-        return bool(self._held)
+        return {"inside": False, "held": None}
 
     def put_in(self, root: nn.Module, module: nn.Module, values: Mapping[str, Tensor]) -> None:
-        """Put other weights into the module.
-
-        Args:
-            root: The module, or FSDP's wrapper around it.
-            module: The module.
-            values: This process's part of the parameters and buffers, by name.
-        """
-        self._held = dict(values)
+        """Put other parameters and buffers, this process's part of them by name, into a module with its wrapper."""
+        self.held = dict(values)
         try:
             self.swap(root, module)
         except BaseException:
-            self._held = None
+            self.held = None
             raise
 
     def take_out(self, root: nn.Module, module: nn.Module) -> None:
         """Restore the module's own weights exactly."""
         if self.inside:
             self.swap(root, module)
-            self._held = None
+            self.held = None
 
     def keep(self) -> None:
         """Keep the weights that are in the module and discard the others."""
-        self._held, self.inside = None, False
+        self.held, self.inside = None, False
 
     @torch.no_grad()
     def swap(self, root: nn.Module, module: nn.Module) -> None:
         """Swap all weights of the module with those held, or none if an error is raised."""
-        assert self._held is not None
+        assert self.held is not None
         known = named_tensors(root, module)
-        tensors = {name: known[name].detach() for name in self._held}
-        others = {name: value.reshape(tensors[name].shape) for name, value in self._held.items()}
+        tensors = {name: known[name].detach() for name in self.held}
+        others = {name: value.reshape(tensors[name].shape) for name, value in self.held.items()}
         own = {name: tensor.clone() for name, tensor in tensors.items()}
         try:
             for name, tensor in tensors.items():
@@ -74,4 +59,4 @@ class Exchange:
             for name, tensor in tensors.items():
                 tensor.copy_(own[name])
             raise
-        self._held, self.inside = own, not self.inside
+        self.held, self.inside = own, not self.inside

@@ -50,21 +50,17 @@ class Guard:
         """Return a context in which a failure becomes one warning. For collectives use :meth:`together`."""
         return Guarded(self, doing)
 
-    def together(self, doing: str, processes: Processes) -> contextlib.AbstractContextManager[Outcome, bool]:
-        """Return a context for work with collectives: if one process fails, all fail, each with a warning.
+    @contextlib.contextmanager
+    def together(self, doing: str, processes: Processes) -> Iterator[Outcome]:
+        """Context for work with collectives: if one process fails, all fail, each with a warning.
 
         It gives an :class:`Outcome`, which is the same in all processes once the context is left.
         """
-
-        @contextlib.contextmanager
-        def both() -> Iterator[Outcome]:
-            outcome = Outcome()
-            with self(doing):
-                with processes.together():
-                    yield outcome
-                outcome.succeeded = True
-
-        return both()  # type: ignore[return-value]  # it does suppress errors
+        outcome = Outcome()
+        with self(doing):
+            with processes.together():
+                yield outcome
+            outcome.succeeded = True
 
     def warn(self, topic: str, message: str, *, everywhere: bool = False) -> None:
         """Warn once per topic, in the first process only or ``everywhere``."""

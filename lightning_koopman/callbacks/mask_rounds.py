@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -49,7 +49,7 @@ class Pruned:
 
     def row(self, epoch: int, step: int, target: float, about: Mapping[str, Any]) -> dict[str, Any]:
         """Return a row of the history; ``about`` describes the scores."""
-        row = {
+        return {
             "epoch": epoch,
             "step": step,
             "target": target,
@@ -60,7 +60,6 @@ class Pruned:
             **about,
             "magnitude_agreement": self.agreement,
         }
-        return {column: row[column] for column in COLUMNS}
 
     def told(self, row: Mapping[str, Any], unit: str, when: str) -> str:
         """Describe a row in words."""
@@ -71,15 +70,8 @@ class Pruned:
         )
 
 
-class PruningMethod(Protocol):
-    """A way to prune a network: by masks, or by removing channels."""
-
-    unit: str
-    needs_batch: bool  # whether pruning needs a batch; otherwise it runs before the first one
-
-    @property
-    def share(self) -> float:
-        """Share pruned so far, in [0, 1]."""
+class PruningMethod:
+    """A way to prune a network: by masks, or by removing channels. It ignores what it does not override."""
 
     def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Raise ValueError if the method cannot work in this run."""
@@ -87,25 +79,11 @@ class PruningMethod(Protocol):
     def prepare(self, pl_module: pl.LightningModule) -> None:
         """Prepare the module to load a checkpoint of a pruned one."""
 
-    def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
-        """Raise ValueError if the parameters of these names cannot be pruned."""
-
-    def preview(
-        self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
-    ) -> MaskSet | ChannelRemoval:
-        """Return what pruning by the current weights would do."""
-
-    def prune(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, shards: Shards, scores: dict[str, Tensor],
-        target: float, batch: Any, batch_idx: int,
-    ) -> Pruned:  # fmt: skip
-        """Prune once, where this process's scores are small in magnitude."""
-
-    def accept(self, pruned: Pruned) -> None:
-        """Adopt the result of :meth:`prune` once it has succeeded in all processes."""
-
     def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Inspect the first batch before it is trained on."""
+
+    def accept(self, pruned: Pruned) -> None:
+        """Adopt what was pruned once it has succeeded in all processes."""
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Hold pruned weights at zero from now on; called when training starts and after weights were replaced."""
@@ -116,40 +94,21 @@ class PruningMethod(Protocol):
     def again(self, trainer: pl.Trainer, pl_module: pl.LightningModule, when: str) -> None:
         """Set pruned weights back to zero; ``when`` is ``"round"``, ``"batch"``, ``"step"`` or ``"always"``."""
 
-    def release(self) -> None:
-        """Remove all hooks from the module."""
-
     def follow(self, removal: ChannelRemoval) -> None:
         """Discard state of removed channels, whichever callback removed them."""
-
-    def table(self, module: nn.Module | None) -> str:
-        """Return a table of what was pruned."""
 
     def log(self, trainer: pl.Trainer, prefix: str) -> None:
         """Log the sparsity of each tensor."""
 
-    def forget(self) -> None:
-        """Reset to the state before a first fit."""
 
-    def state_dict(self) -> dict[str, Any] | None:
-        """Return the state for a checkpoint."""
-
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Restore the state from a checkpoint."""
-
-
-class MaskRounds:
+class MaskRounds(PruningMethod):
     """Pruning by masks: each round keeps the masks of earlier rounds.
 
-    Args:
-        scope: See :meth:`MaskSet.from_scores`.
-        by_threshold: Whether the target is a threshold rather than a sparsity.
-        allow_empty: Whether a tensor may lose all its weights.
-        guard: Guard of the callback.
+    Targets are sparsities or, if ``by_threshold``, thresholds. If ``allow_empty``, a tensor may lose all its weights.
     """
 
     unit = "weights"
-    needs_batch = False
+    needs_batch = False  # pruning runs before the first batch
 
     def __init__(self, scope: str, *, by_threshold: bool, allow_empty: bool, guard: Guard) -> None:
         self.scope, self.by_threshold, self.allow_empty, self._guard = scope, by_threshold, allow_empty, guard
@@ -178,12 +137,6 @@ class MaskRounds:
         scalars = {f"{prefix}/sparsity/{row['parameter']}": row["sparsity"] for row in rows}
         give(trainer, scalars)
 
-    def check_run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do nothing: masks work in any run."""
-
-    def prepare(self, pl_module: pl.LightningModule) -> None:
-        """Do nothing: masks change no shapes."""
-
     def check_selected(self, root: nn.Module, names: Sequence[str], sparsity: float | None) -> None:
         self._names = list(names)
         if self.scope != "tensor" or sparsity is None or self.allow_empty:
@@ -200,10 +153,8 @@ class MaskRounds:
         self, pl_module: pl.LightningModule, batch: Any, parameters: Sequence[str] | None, target: float
     ) -> MaskSet:
         weights = prunable_parameters(pl_module, parameters)
-        sparsity, threshold = (None, target) if self.by_threshold else (target, None)
-        return MaskSet.from_scores(
-            weights, sparsity=sparsity, threshold=threshold, scope=self.scope, allow_empty=self.allow_empty
-        )
+        amount: dict[str, Any] = {"threshold" if self.by_threshold else "sparsity": target}
+        return MaskSet.from_scores(weights, **amount, scope=self.scope, allow_empty=self.allow_empty)
 
     def prune(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, shards: Shards, scores: dict[str, Tensor],
@@ -229,9 +180,6 @@ class MaskRounds:
 
     def accept(self, pruned: Pruned) -> None:
         self.masks = pruned.masks
-
-    def look(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Do nothing: masks need no batch."""
 
     def hold(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.release()

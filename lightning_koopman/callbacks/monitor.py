@@ -15,9 +15,8 @@ import pytorch_lightning as pl
 from lightning_koopman._checks import check_count, check_positive
 from lightning_koopman.callbacks.base import TrajectoryCallback
 from lightning_koopman.callbacks.baseline_loss import known_baseline
-from lightning_koopman.callbacks.clock import steps_done
+from lightning_koopman.callbacks.clock import steps_done, tell_if_short
 from lightning_koopman.callbacks.figures import deliver
-from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.callbacks.progress import hide, show
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.compare.signature import save_run
@@ -50,26 +49,10 @@ UNKNOWN = {
     "loss_noise": 1.0,
 }
 COLUMNS = (
-    "epoch",
-    "step",
-    "n_snapshots",
-    "train_loss",
-    "learning_rate",
-    "phase",
-    "step_correlation",
-    "step_correlation_error",
-    "spectral_weight",
-    "spectral_weight_error",
-    "step_length",
-    "slowing",
-    "rate",
-    "half_life",
-    "remaining",
-    "loss_change",
-    "loss_noise",
-    "unit_fraction",
-    "seconds",
-)
+    "epoch", "step", "n_snapshots", "train_loss", "learning_rate", "phase", "step_correlation",
+    "step_correlation_error", "spectral_weight", "spectral_weight_error", "step_length", "slowing", "rate", "half_life",
+    "remaining", "loss_change", "loss_noise", "unit_fraction", "seconds",
+)  # fmt: skip
 
 
 class KoopmanSpectrumMonitor(TrajectoryCallback):
@@ -162,7 +145,7 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
     """
 
     columns = COLUMNS
-    storable = True
+    chosen = True
     advice = (
         "reduce `window`, observe fewer `parameters`, or set storage='disk'",
         "reduce `window`, observe fewer `parameters`, or pass another `dirpath`",

@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.select import as_patterns, select_parameters
 from lightning_koopman.parameters.sharded_modules import is_kind, local_chunks
@@ -16,6 +17,7 @@ from lightning_koopman.parameters.shards import Shards
 
 TRAIN_LOSS = "train_loss"
 
+KEPT = "_validated", "_has_validated"
 PENDING = 512  # batch losses to hold before summing them: bounds memory in long epochs
 
 
@@ -73,11 +75,7 @@ class LossMeter:
 
 
 class Metric:
-    """A metric that the module logs once per interval.
-
-    Args:
-        name: Its logged name.
-    """
+    """A metric that the module logs once per interval."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -120,13 +118,11 @@ class Metric:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {"validated": self._validated, "has_validated": self._has_validated}
+        return kept(self, KEPT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        validated = state["validated"]
-        self._validated = None if validated is None else float(validated)
-        self._has_validated = bool(state["has_validated"])
+        set_back(self, state, KEPT)
 
 
 class Weights:
@@ -165,11 +161,7 @@ class Weights:
             )
 
     def select(self, root: nn.Module) -> dict[str, nn.Parameter]:
-        """Select the parameters by name.
-
-        Raises:
-            ValueError: See :func:`select_parameters`.
-        """
+        """Select the parameters by name; raise ValueError as :func:`select_parameters` does."""
         chosen = select_parameters(root, self.patterns)
         self.names = tuple(chosen)
         return chosen

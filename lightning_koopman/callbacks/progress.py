@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import pytorch_lightning as pl
-
-from lightning_koopman.reading.reading import TrainingReading
-
-
-class Monitor(Protocol):
-    """A callback with a reading to show."""
-
-    prefix: str
-    reading: TrainingReading | None
 
 
 class PhaseItems:
     """Replacement for a progress bar's ``get_metrics`` that adds the phases of monitors."""
 
     def __init__(self, before: Callable[..., dict[str, Any]]) -> None:
-        self.before, self.monitors = before, list[Monitor]()
+        self.before, self.monitors = before, list[Any]()
 
     def __call__(self, *given: Any) -> dict[str, Any]:
         """Return all items."""
         known = [each for each in self.monitors if each.reading is not None]
-        return {**self.before(*given), **{f"{each.prefix}/phase": each.reading.phase.value for each in known}}  # type: ignore[union-attr]
+        return {**self.before(*given), **{f"{each.prefix}/phase": each.reading.phase.value for each in known}}
 
 
-def show(trainer: pl.Trainer, monitor: Monitor) -> None:
+def show(trainer: pl.Trainer, monitor: Any) -> None:
     """Add a monitor's phase to the progress bar (tqdm or Rich), until :func:`hide`."""
     bar: Any = trainer.progress_bar_callback
     if bar is None or not hasattr(bar, "get_metrics"):
@@ -40,7 +31,7 @@ def show(trainer: pl.Trainer, monitor: Monitor) -> None:
         bar.get_metrics.monitors.append(monitor)
 
 
-def hide(trainer: pl.Trainer, monitor: Monitor) -> None:
+def hide(trainer: pl.Trainer, monitor: Any) -> None:
     """Remove a monitor's phase from the progress bar, and restore the bar after the last one."""
     items: Any = getattr(trainer.progress_bar_callback, "get_metrics", None)
     if isinstance(items, PhaseItems):

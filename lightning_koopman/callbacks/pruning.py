@@ -15,7 +15,7 @@ from lightning_koopman._checks import check_choice, check_flag
 from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks, start_segments
 from lightning_koopman.callbacks.channel_rounds import ChannelRounds
 from lightning_koopman.callbacks.clock import steps_done
-from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, Pruned, PruningMethod
+from lightning_koopman.callbacks.mask_rounds import COLUMNS, MaskRounds, Pruned
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.pruning_schedule import HORIZON, SETTLED, PruningSchedule
 from lightning_koopman.callbacks.state import take_up
@@ -109,7 +109,6 @@ class KoopmanPruner(TrajectoryCallback):
     """
 
     columns = COLUMNS
-    any_window = True
     advice = "reduce `window`", "reduce `window`"
 
     def __init__(
@@ -140,7 +139,7 @@ class KoopmanPruner(TrajectoryCallback):
         scope = ("tensor" if structured else "global") if scope is None else check_choice("scope", scope, SCOPES)
         only = {"by_threshold": by_threshold, "allow_empty": check_flag("allow_empty", allow_empty)}  # masks only
         self.parameters, self.folder = as_patterns(parameters), f"{self.prefix}_prune"
-        self.method: PruningMethod = MaskRounds(scope, guard=self.guard, **only)
+        self.method: MaskRounds | ChannelRounds = MaskRounds(scope, guard=self.guard, **only)
         if structured:
             self.method = ChannelRounds(self.parameters, scope, type(self).__name__, **only)
         check_amount(sparsity, threshold, scope)

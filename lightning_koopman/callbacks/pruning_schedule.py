@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_koopman._checks import check_count, check_positive, check_share
 from lightning_koopman.callbacks.baseline_loss import known_baseline
 from lightning_koopman.callbacks.clock import Clock
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.reading.phase import Phase
@@ -20,22 +21,11 @@ SETTLED = "settled"
 HORIZON = 10  # intervals to look ahead and back to see whether the weights have settled
 LOST = Phase.DIVERGING, Phase.STUCK, Phase.OSCILLATING  # phases in which small movement does not mean settled
 LEAST = 3  # snapshots needed for a spectrum
+KEPT = "attempted", "last", "settled_at", "highest_rate"
 
 
 class PruningSchedule:
-    """Schedule of prunings, with the criterion for settled weights.
-
-    Args:
-        sparsity: Final share to prune, in (0, 1), or None to use ``threshold``.
-        threshold: Final magnitude below which to prune, > 0, or None.
-        epoch: Completed epochs before the first pruning, ≥ 1, or ``"settled"``.
-        rounds: Number of prunings, ≥ 1.
-        round_epochs: Epochs between two prunings, ≥ 3.
-        settled_change: Largest change of settled weights within 10 epochs, relative to their norm, > 0.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
+    """Schedule of prunings, with the criterion for settled weights; the arguments are those of the callback."""
 
     def __init__(
         self,
@@ -161,15 +151,8 @@ class PruningSchedule:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint."""
-        return {
-            "attempted": self.attempted,
-            "last": self.last,
-            "settled_at": self.settled_at,
-            "highest_rate": self.highest_rate,
-        }
+        return kept(self, KEPT)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the state from a checkpoint."""
-        last, settled = state["last"], state["settled_at"]
-        self.attempted, self.highest_rate = int(state["attempted"]), float(state["highest_rate"])
-        self.last, self.settled_at = None if last is None else int(last), None if settled is None else int(settled)
+        set_back(self, state, KEPT)

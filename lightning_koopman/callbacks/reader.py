@@ -15,11 +15,7 @@ from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder
 
 
 class Reader:
-    """Losses of the current trajectory, and its newest reading.
-
-    Args:
-        recorder: Recorder of the trajectory.
-    """
+    """Losses of the current trajectory, and its newest reading."""
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder

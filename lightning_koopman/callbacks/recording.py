@@ -22,11 +22,7 @@ from lightning_koopman.trajectory.recorder import WEIGHTS, Recorder, Snapshot, S
 class Recording:
     """Recording of one callback: reads its observable on request and passes it to the recorder.
 
-    Args:
-        settings: What to record.
-        clock: Clock of the callback.
-        guard: Guard of the callback.
-        any_window: Whether a trajectory longer than the requested window may be used.
+    With ``any_window``, a trajectory longer than the requested window may be used.
     """
 
     def __init__(self, settings: SnapshotSettings, clock: Clock, guard: Guard, *, any_window: bool) -> None:
@@ -66,17 +62,9 @@ class Recording:
     def check_weights(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, folder: RunFolder, advice: tuple[str, str]
     ) -> None:
-        """Select the weights and check that their snapshots fit.
+        """Select the weights; raise ValueError in all processes if none match, or snapshots fit in no memory or disk.
 
-        Args:
-            trainer: The run.
-            pl_module: Its module.
-            folder: Folder for the snapshots.
-            advice: What the user can do if memory, or the disk, is too small.
-
-        Raises:
-            ValueError: If a pattern matches nothing, or memory or disk is too small.
-            OtherProcessError: If this happens in another process.
+        ``advice`` is what the user can do if memory, or the disk, is too small.
         """
         root = outermost(trainer, pl_module)
         with self.weights.processes.together():
@@ -182,10 +170,11 @@ class Recording:
         before = self.weights.names
         shards = self.weights.read(outermost(trainer, pl_module))
         if before and self.weights.names != before:
-            new = [name for name in self.weights.names if name not in set(before)]
-            gone = [name for name in before if name not in set(self.weights.names)]
-            told = [f"{names[0]!r} is new" for names in (new,) if names]
-            told += [f"{names[0]!r} is gone" for names in (gone,) if names]
+            new, gone = (
+                [name for name in names if name not in set(others)]
+                for names, others in ((self.weights.names, before), (before, self.weights.names))
+            )
+            told = [f"{names[0]!r} is {what}" for names, what in ((new, "new"), (gone, "gone")) if names]
             self._warn(
                 f"weights {epoch}",
                 f"the trained parameters changed after {self._clock.when(epoch)} "
@@ -248,10 +237,7 @@ class Recording:
     def restore(self, trainer: pl.Trainer, pl_module: pl.LightningModule, saved: dict[str, Any] | None) -> None:
         """Restore the snapshots that a checkpoint refers to, or start a new trajectory if they are lost.
 
-        Args:
-            trainer: The run.
-            pl_module: Its module.
-            saved: State of the recorder, empty if it held nothing, None if it could not be saved.
+        ``saved`` is the recorder's state: empty if it held nothing, None if it could not be saved.
         """
         if self.recorder.restored or not (self.of_weights or self._guard.zero):
             return  # done by a callback that shares the recorder, or not for this process

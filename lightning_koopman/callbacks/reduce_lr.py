@@ -13,8 +13,8 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from lightning_koopman._checks import check_choice, check_positive, check_share, whole_numbers
 from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks, start_segments
 from lightning_koopman.callbacks.baseline_loss import known_baseline
-from lightning_koopman.callbacks.clock import steps_done
-from lightning_koopman.callbacks.outlook import tell_if_short
+from lightning_koopman.callbacks.clock import steps_done, tell_if_short
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.callbacks.rate_groups import (
     Change,
     check_rates,
@@ -32,8 +32,8 @@ LEAST = 0.01  # default minimum rate, relative to a group's first rate
 SOONEST = 8  # intervals needed to detect hovering
 WINDOW = 30  # snapshots, as in KoopmanWeightAveraging, to share them
 WALKED = 24  # intervals in a row of phase unknown: a reason for the first reduction; later, a sign that one was in vain
-MODES = ("reduce", "report")
 MOST_GROUPS = 10**6
+KEPT = "reductions", "_first", "_due", "_lowest", "_walked"
 
 
 class ReduceLROnNoiseFloor(TrajectoryCallback):
@@ -91,7 +91,6 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     """
 
     columns = COLUMNS
-    any_window = True
 
     def __init__(
         self,
@@ -117,7 +116,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         )
         if self.groups == ():
             raise ValueError(f"groups must name at least one parameter group, got {groups!r}.")
-        self.mode, self.folder = check_choice("mode", mode, MODES), f"{self.prefix}_reduce"
+        self.mode, self.folder = check_choice("mode", mode, ("reduce", "report")), f"{self.prefix}_reduce"
         self.forget()
 
     def forget(self) -> None:
@@ -202,7 +201,7 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
         correlation = f"(step correlation {row['step_correlation']:.2f})"
         why = f"the weights hover at the noise floor of the learning rate {correlation}"
         if row["phase"] != Phase.HOVERING.value:
-            span = self.clock.span(WALKED * self.clock.every_n_epochs)
+            span = self.clock.span(WALKED * self.settings.every_n_epochs)
             why = f"the weights have kept no direction for {span}, and the loss shows no clear fall"
         told = f"{name}: after {when} {why}"
         if self.mode == "report":
@@ -237,17 +236,8 @@ class ReduceLROnNoiseFloor(TrajectoryCallback):
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def own_state(self) -> dict[str, Any]:
-        return {
-            "reductions": [dict(row) for row in self.reductions],
-            "first": [list(rates) for rates in self._first],
-            "due": self._due,
-            "lowest": self._lowest,
-            "walked": self._walked,
-        }
+        return kept(self, KEPT)
 
     def restore_own(self, state: dict[str, Any]) -> None:
         self.forget()
-        self.reductions = [dict(row) for row in state["reductions"]]
-        self._first = [[float(rate) for rate in rates] for rates in state["first"]]
-        self._due, self._lowest = bool(state["due"]), bool(state["lowest"])
-        self._walked = int(state["walked"])
+        set_back(self, state, KEPT)

@@ -15,10 +15,10 @@ from lightning_koopman._checks import check_count
 from lightning_koopman.callbacks.averages import averaging_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback, start_segments
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
-from lightning_koopman.callbacks.clock import steps_done
+from lightning_koopman.callbacks.clock import steps_done, tell_if_short
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.callbacks.lr_schedule import warming_up
 from lightning_koopman.callbacks.observables import outermost
-from lightning_koopman.callbacks.outlook import tell_if_short
 from lightning_koopman.parameters.frozen import FrozenTensors
 from lightning_koopman.parameters.reinitialize import check_scheme, reinitialize_by_name, select_modules, without_reset
 from lightning_koopman.parameters.select import as_patterns
@@ -30,6 +30,7 @@ from lightning_koopman.stopping.rule import StoppingReason
 from lightning_koopman.trajectory.recorder import SnapshotSettings
 
 FAR_SEED = 7_919_000_000  # far from the seed of the bad start, which would give the same weights
+KEPT = "restarts", "message", "_start", "_start_losses", "_start_rates", "_settled", "_due", "_chosen"
 
 
 class RestartOnBadInitialization(TrajectoryCallback):
@@ -83,7 +84,6 @@ class RestartOnBadInitialization(TrajectoryCallback):
     """
 
     folder = "koopman_restart"
-    any_window = True
 
     def __init__(
         self,
@@ -272,12 +272,7 @@ class RestartOnBadInitialization(TrajectoryCallback):
 
     def own_state(self) -> dict[str, Any]:
         return {
-            "restarts": [dict(row) for row in self.restarts],
-            "message": self.message,
-            "start": [self._start, list(self._start_losses), list(self._start_rates)],
-            "settled": self._settled,
-            "due": self._due,
-            "chosen": list(self._chosen),
+            **kept(self, KEPT),
             "initial": {name: value.cpu() for name, value in self._frozen.initial.items() if type(value) is Tensor},
             "baseline": self.baseline_loss.state_dict(),
         }
@@ -285,10 +280,5 @@ class RestartOnBadInitialization(TrajectoryCallback):
     def restore_own(self, state: dict[str, Any]) -> None:
         self.forget()
         self.baseline_loss.load_state_dict(state["baseline"])
-        self.restarts, self.message = [dict(row) for row in state["restarts"]], str(state["message"])
-        start, losses, rates = state["start"]
-        self._start = int(start)
-        self._start_losses, self._start_rates = [float(each) for each in losses], [float(each) for each in rates]
-        self._settled, self._due = bool(state["settled"]), state["due"]
-        self._chosen = [str(name) for name in state["chosen"]]
+        set_back(self, state, KEPT)
         self._frozen.initial |= state["initial"]

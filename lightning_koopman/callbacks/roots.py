@@ -22,15 +22,11 @@ def _own_state(self: Any) -> dict[str, Any]:
 if TYPE_CHECKING:
     from pytorch_lightning import Callback as LightningCallback
 else:
-
-    def _installed_callbacks() -> tuple[type, ...]:
-        installed = [root for root in ROOTS if find_spec(root.partition(".")[0]) is not None]
-        # the root imported last takes over Lightning's messages: give them back to the one that the user imported
-        used = next((root for root in ROOTS if root in sys.modules), ROOTS[0])
-        found = tuple(dict.fromkeys(import_module(root).Callback for root in installed))
-        rank_zero.log = logging.getLogger(f"{used}.utilities.rank_zero")
-        return found
-
+    used = next((root for root in ROOTS if root in sys.modules), ROOTS[0])
+    installed = [root for root in ROOTS if find_spec(root.partition(".")[0]) is not None]
     # both roots test `isinstance(callback, Callback)`, each with its own class
+    classes = tuple(import_module(root).Callback for root in installed)
+    # the root imported last takes over Lightning's messages: give them back to the one that the user imported
+    rank_zero.log = logging.getLogger(f"{used}.utilities.rank_zero")
     own = {"__module__": __name__, "__getstate__": _own_state}
-    LightningCallback = type("LightningCallback", _installed_callbacks(), own)
+    LightningCallback = type("LightningCallback", classes, own)

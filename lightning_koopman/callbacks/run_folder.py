@@ -48,11 +48,6 @@ class RunFolder:
         self.path: Path | None = None
         self._base: Path | None = None
 
-    @property
-    def history(self) -> Path | None:
-        """Path of the history table, or None before :meth:`claim`."""
-        return None if self.path is None else self.path / HISTORY
-
     def claim(self, trainer: pl.Trainer, name: str) -> None:
         """Claim a folder for this run, the same on all ranks; a further fit of the same run keeps it.
 
@@ -91,9 +86,9 @@ class RunFolder:
 
     def write_table(self, columns: Sequence[str], rows: Iterable[Mapping[str, Any]], *, rewrite: bool = False) -> None:
         """Append rows to the history table, or write it from the start; NaN becomes an empty cell."""
-        if self.history is None or not columns:
+        if self.path is None or not columns:
             return
-        with open(self.history, "w" if rewrite else "a", newline="") as file:
+        with open(self.path / HISTORY, "w" if rewrite else "a", newline="") as file:
             writer = csv.DictWriter(file, columns)
             if rewrite:
                 writer.writeheader()

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 from lightning_koopman.callbacks.clock import Rows
 from lightning_koopman.callbacks.events import Events
 
-VERSION = 5  # of the state
+VERSION = 6  # of the state
 
 
 def saved_state(callback: Events) -> dict[str, Any]:
@@ -49,11 +49,7 @@ def resume(
 ) -> bool:
     """Restore the state that a checkpoint holds; return whether there is one that this version can read.
 
-    Args:
-        callback: The callback.
-        trainer: The run.
-        pl_module: Its module.
-        sharing: The callbacks that share its recorder. Only the first warns, and only if none has a state.
+    Of the callbacks that are ``sharing`` a recorder only the first warns, and only if none has a state.
     """
     state, callback.pending = callback.pending, None
     if state is None:

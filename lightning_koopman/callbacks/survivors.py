@@ -18,7 +18,6 @@ from lightning_koopman.callbacks.observables import Weights, outermost
 from lightning_koopman.callbacks.pruning_schedule import LEAST
 from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.dmd.spectrum import PERSISTENT
-from lightning_koopman.parameters.process_group import Processes
 from lightning_koopman.parameters.reinitialize import Scheme, check_scheme, reinitialize_by_name, select_modules
 from lightning_koopman.parameters.sharded_modules import local_chunks, named_parts
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
@@ -98,16 +97,7 @@ def tell_left_out(guard: Guard, root: nn.Module, patterns: Sequence[str] | None)
 
 
 class Survivors:
-    """Treatment of the weights that survive a pruning.
-
-    Args:
-        kind: ``"keep"``, ``"reconstruction"`` or ``"reinit"``.
-        scheme: Initialization for ``"reinit"``, see :func:`reinitialize`.
-        seed: Seed for ``"reinit"``, ≥ 0.
-
-    Raises:
-        ValueError: If an argument is out of range.
-    """
+    """Treatment of the weights that survive a pruning; the arguments are those of the callback."""
 
     def __init__(self, kind: str, scheme: Scheme, seed: int) -> None:
         self.kind = check_choice("survivors", kind, ("keep", "reconstruction", "reinit"))
@@ -140,34 +130,22 @@ class Survivors:
         number: int,
     ) -> None:
         """Set the survivors after a pruning; ``values`` is the reconstruction of this process's part."""
+        root = outermost(trainer, pl_module)
         if self.kind == "reinit":
             seed = self._seed + number
-            redraw(trainer, pl_module, self._names, self._scheme, seed=seed, processes=weights.processes)
+            reinitialize_by_name(root, self._names, self._scheme, seed=seed, processes=weights.processes)
+            modules = named_parts(pl_module)
+            redrawn = [modules[name] for name in self._names]
+            forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
+            for average in averages(trainer):  # it holds weights from before
+                fresh = dict(pl_module.named_parameters())
+                for name, parameter in getattr(average, "module", average).named_parameters():
+                    parameter.data.copy_(fresh[name].data)
+                counter = getattr(average, "n_averaged", None)
+                if isinstance(counter, Tensor):
+                    counter.zero_()
         elif self.kind == "reconstruction":
-            shards = weights.read(outermost(trainer, pl_module))
+            shards = weights.read(root)
             for name, value in values.items():
                 tensor = shards.chunks[name].tensor.detach()
                 tensor.copy_(shards.complete(name, value).reshape(tensor.shape))
-
-
-def redraw(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
-    names: Sequence[str],
-    scheme: Scheme,
-    *,
-    seed: int,
-    processes: Processes,
-) -> None:
-    """Reinitialize modules, and reset their optimizer state and averages."""
-    reinitialize_by_name(outermost(trainer, pl_module), names, scheme, seed=seed, processes=processes)
-    modules = named_parts(pl_module)
-    redrawn = [modules[name] for name in names]
-    forget(trainer.optimizers, [each for module in redrawn for each in module.parameters(recurse=False)])
-    for average in averages(trainer):  # it holds weights from before
-        fresh = dict(pl_module.named_parameters())
-        for name, parameter in getattr(average, "module", average).named_parameters():
-            parameter.data.copy_(fresh[name].data)
-        counter = getattr(average, "n_averaged", None)
-        if isinstance(counter, Tensor):
-            counter.zero_()

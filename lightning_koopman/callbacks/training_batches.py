@@ -27,11 +27,7 @@ STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class TrainingBatches:
-    """Copies of the first batches of each interval, in main memory.
-
-    Args:
-        count: Number of batches to hold, ≥ 1.
-    """
+    """Copies of the first ``count`` batches of each interval, in main memory."""
 
     def __init__(self, count: int) -> None:
         self.count = count

@@ -19,6 +19,7 @@ from lightning_koopman.averaging.profiles import place
 from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.exchange import Exchange
 from lightning_koopman.callbacks.guard import Guard
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.callbacks.observables import outermost
 from lightning_koopman.callbacks.recording import Recording
 from lightning_koopman.callbacks.training_batches import TrainingBatches, Trial
@@ -27,18 +28,13 @@ from lightning_koopman.trajectory.trajectory import Trajectory
 
 JUMP = 0.25  # change of a rate, relative to its highest since the last start, that starts a new average
 NO_LOSSES: Array = np.zeros((0, 0))
+KEPT = "_since", "_rates", "_highest", "length", "tried", "_statistics", "chosen_after", "step", "kept"
 
 
 class WeightAverage:
     """Average of the snapshots that a callback records.
 
-    Args:
-        recording: Recording of the callback.
-        guard: Guard of the callback.
-        profile: See :func:`averaged_weights`.
-        length: See :func:`averaged_weights`.
-        power: See :func:`averaged_weights`.
-        n_batches: Number of training batches to re-estimate batch statistics from, ≥ 1.
+    Its options are those of :class:`KoopmanWeightAveraging`.
 
     Attributes:
         parts: Array (k,): coefficients of the newest k snapshots, which sum to 1.
@@ -220,7 +216,7 @@ class WeightAverage:
 
     def put_in(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Replace the trained weights by the average; call on all processes together."""
-        if not self.exchange.ready:
+        if self.exchange.held is None:
             with self._guard.together("averaging the weights", self._recording.weights.processes) as averaging:
                 values = self._average(trainer, module)
                 self.exchange.put_in(outermost(trainer, module), module, values)
@@ -233,7 +229,7 @@ class WeightAverage:
 
     def keep(self) -> None:
         """Leave the current weights in the module after a fit."""
-        self.kept = self.kept or (self.exchange.inside and self.exchange.differs)
+        self.kept = self.kept or (self.exchange.inside and bool(self.exchange.held))
         self.exchange.keep()
 
     @contextlib.contextmanager
@@ -286,28 +282,11 @@ class WeightAverage:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, as tensors and primitives."""
-        return {
-            "since": self._since,
-            "rates": list(self._rates),
-            "highest": list(self._highest),
-            "parts": torch.from_numpy(self.parts),
-            "length": self.length,
-            "tried": list(self.tried),
-            "losses": torch.from_numpy(self.losses),
-            "statistics": dict(self._statistics),
-            "after": self.chosen_after,
-            "step": self.step,
-            "kept": self.kept,
-        }
+        numbers = {"parts": torch.from_numpy(self.parts), "losses": torch.from_numpy(self.losses)}
+        return {**kept(self, KEPT), **numbers}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state from a checkpoint."""
         self.forget()
-        self._since, self.step = int(state["since"]), int(state["step"])
-        self._rates = [float(each) for each in state["rates"]]
-        self._highest = [float(each) for each in state["highest"]]
+        set_back(self, state, KEPT)
         self.parts, self.losses = state["parts"].numpy().copy(), state["losses"].numpy().copy()
-        self.length, self.tried = int(state["length"]), tuple(int(each) for each in state["tried"])
-        self._statistics = dict(state["statistics"])
-        self.chosen_after = None if state["after"] is None else int(state["after"])
-        self.kept = bool(state["kept"])

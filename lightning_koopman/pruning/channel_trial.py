@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lightning_koopman.pruning.channel_removal import ChannelRemoval
 from lightning_koopman.pruning.channel_tracing import Run, eager_copy, eagerly, tensors
 
 OUTPUT = "its outputs leave the network"
-Copy = Callable[[nn.Module], nn.Module]
+Copy = Callable[[Any], Any]  # of a module
 
 
 def agrees(module: nn.Module, run: Run, removal: ChannelRemoval, copy: Copy, also: Sequence[Run] = ()) -> bool:
