@@ -134,8 +134,7 @@ ARGUMENTS = {
     **each(THING, module=NETWORK, network=NETWORK, example=torch.ones(2, 4), trajectory=RECORDED, spectrum=SPECTRUM,
         surrogate=SPECTRUM,
            depth=DEPTH, estimate=DEPTH, within=lk.MaskSet(KEPT), shards=None, values=SCORES["0.weight"],
-               message=RECORDED.message(),
-           Trajectory__stage__snapshot=[torch.ones(2), torch.ones(1)],
+           Trajectory__record__snapshot=[torch.ones(2), torch.ones(1)],
                MaskSet__pin__optimizers=torch.optim.SGD(NETWORK.parameters(), 0.1)),
     **each(THING, reading=READING, before=READING, ax=Figure().subplots(), runs=RECORDED, comparison=COMPARED),
     **each([*but(THING, "list"), *refuse(fewer=["a"])], names=["a", "b"]),
@@ -195,15 +194,14 @@ def forward(**given: Any) -> Any:
     return loss(**{**data, **given, "hidden": [given["hidden"]] if "hidden" in given else None})
 
 
-def staged(**given: Any) -> Any:
+def recorded(**given: Any) -> Any:
     trajectory = lk.Trajectory(3, storage="sketch", sketch=5)
-    trajectory.stage(**given)
-    return trajectory.commit(trajectory.message()), trajectory
+    return trajectory.record(**given), trajectory
 
 
 HOW: dict[str, Callable[..., Any]] = {
     "HSVR": lambda **given: lk.HSVR(**given).fit(X[:, None], Y), "SobolevLoss": sobolev, "SobolevLoss.forward": forward,
-    "HSVR.staged_predict": lambda X: list(OWNERS["HSVR"].staged_predict(X)), "Trajectory.stage": staged,  # noqa: N803
+    "HSVR.staged_predict": lambda X: list(OWNERS["HSVR"].staged_predict(X)), "Trajectory.record": recorded,  # noqa: N803
     "compare_trainings": lambda runs, **given: lk.compare_trainings(RECORDED, runs, **given),
     "Trajectory.save": lambda path: list(RECORDED.save(path)),
     "MaskSet.pin": lambda module, optimizers, on_error: lk.MaskSet(KEPT).pin(module, optimizers,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +18,7 @@ from torch import Tensor
 from lightning_koopman._checks import check_count, check_flag, check_fraction, real_array
 from lightning_koopman.dmd.blas import single_blas_thread
 from lightning_koopman.dmd.gram import EXACT_SIZE, EXACT_TOL, factor, hankel, power_of_two, triangle
-from lightning_koopman.dmd.spectrum import Spectrum
-
-if TYPE_CHECKING:
-    from lightning_koopman.dmd.spectrum import Complex, Real
+from lightning_koopman.dmd.spectrum import Complex, Real, Spectrum
 
 REFINE_COST = 2 * 10**9  # k³ summed over the refined pairs: about two seconds
 REFINE_MEMORY = 10**6  # matrix entries held at a time
@@ -130,7 +126,7 @@ def decompose(
     image = y @ weights
     rayleigh = basis.T @ image
     complement = triangle(image - basis @ rayleigh)
-    values, vectors = _conjugate_pairs(rayleigh)
+    values, vectors = scipy.linalg.eig(rayleigh, check_finite=False)  # lists λ (Im > 0) right before its conjugate
     coefficients = _least_squares(basis.T @ embedded, values, vectors)
     order = _by_importance(values, coefficients)
     values, vectors, coefficients = values[order], vectors[:, order], coefficients[order]
@@ -158,12 +154,6 @@ def decompose(
 def _unit(peak: float) -> float:
     """Return a power of two in units of which squares neither over- nor underflow; 1 for usual sizes."""
     return 1.0 if 1e-50 < peak < 1e50 else power_of_two(peak)
-
-
-def _conjugate_pairs(matrix: Real) -> tuple[Complex, Complex]:
-    """Return the eigenpairs of a real matrix with unit vectors; LAPACK lists λ (Im > 0) right before its conjugate."""
-    values, vectors = scipy.linalg.eig(matrix, check_finite=False)
-    return np.asarray(values, dtype=np.complex128), np.asarray(vectors, dtype=np.complex128)
 
 
 def _least_squares(states: Real, values: Complex, vectors: Complex) -> Complex:
@@ -200,7 +190,7 @@ def _by_importance(values: Complex, coefficients: Complex) -> npt.NDArray[np.int
     importance = np.abs(coefficients)
     first = np.flatnonzero(values.imag > 0)
     importance[first + 1] = importance[first]
-    return np.lexsort((np.arange(values.size), -importance))
+    return np.argsort(-importance, kind="stable")
 
 
 def _residuals(rayleigh: Real, complement: Real, values: Complex, vectors: Complex) -> Real:
@@ -247,11 +237,7 @@ def _as_matrix(snapshots: npt.ArrayLike | Tensor) -> Tensor:
         with warnings.catch_warnings():
             # a read-only memory map is only read here, and a copy may not fit into memory
             warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
-            try:
-                array = real_array("snapshots", snapshots)
-            except TypeError as error:
-                told = str(error).replace("must be real numbers", "must be numbers, real ones in float32 or float64")
-                raise TypeError(told) from error
+            array = real_array("snapshots", snapshots)
             backwards = any(stride < 0 for stride in array.strides)  # PyTorch cannot view negative strides
             values = torch.from_numpy(array.copy() if backwards else array)
     if values.dtype not in (torch.float32, torch.float64):

@@ -243,9 +243,7 @@ class Spectrum:
             >>> dmd_rrr(loss, delays=5).forecast(loss, steps=2).round(6).ravel().tolist()
             [0.250977, 0.250488]
         """
-        steps = check_count("steps", steps, 1)
-        if steps > MOST_STEPS:
-            raise ValueError(f"steps must be at most {MOST_STEPS:,}, got {steps}: use `combination` for single times.")
+        steps = check_count("steps", steps, 1, "use `combination` for single times", most=MOST_STEPS)
         ahead = np.arange(self.n_snapshots, self.n_snapshots + steps)
         return self.combination(ahead, clip=clip) @ self._matching(snapshots)
 

@@ -184,28 +184,24 @@ def _draw_whole(module: nn.Module, scheme: Scheme, initialize: Initializer, chun
 def _draw(module: nn.Module, scheme: Scheme, initialize: Initializer) -> None:
     """Reinitialize what one module owns; computed weights are set through the parameters they come from."""
     with plain_weights(module):
-        _draw_plain(module, scheme, initialize)
-
-
-def _draw_plain(module: nn.Module, scheme: Scheme, initialize: Initializer) -> None:
-    if callable(scheme):
-        scheme(module)
-        return
-    own = _own_reset(module)
-    if own is not None:
-        own()  # with a named scheme, too: resets all but matrices and biases, such as running statistics
-    if initialize is not None:
-        for parameter in module.parameters(recurse=False):
-            vars(parameter).pop("_is_hf_initialized", None)  # set on pretrained weights, which it would keep
-        initialize(module)
-    matrices = _matrices(module)
-    if scheme is None or not matrices or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-        return
-    for matrix in matrices:
-        SCHEMES[scheme](matrix)
-    for name, parameter in module.named_parameters(recurse=False):
-        if "bias" in name:
-            parameter.zero_()
+        if callable(scheme):
+            scheme(module)
+            return
+        own = _own_reset(module)
+        if own is not None:
+            own()  # with a named scheme, too: resets all but matrices and biases, such as running statistics
+        if initialize is not None:
+            for parameter in module.parameters(recurse=False):
+                vars(parameter).pop("_is_hf_initialized", None)  # set on pretrained weights, which it would keep
+            initialize(module)
+        matrices = _matrices(module)
+        if scheme is None or not matrices or isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            return
+        for matrix in matrices:
+            SCHEMES[scheme](matrix)
+        for name, parameter in module.named_parameters(recurse=False):
+            if "bias" in name:
+                parameter.zero_()
 
 
 def _own(module: nn.Module) -> Iterator[nn.Parameter]:
@@ -217,10 +213,7 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
 
 def _own_reset(module: nn.Module) -> Callable[[], Any] | None:
     """Return the module's own initialization (``nn.MultiheadAttention`` has it under a private name)."""
-    found: Callable[[], Any] | None = getattr(module, "reset_parameters", None) or getattr(
-        module, "_reset_parameters", None
-    )
-    return found
+    return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:

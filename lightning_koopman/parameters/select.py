@@ -57,7 +57,10 @@ def select_parameters(module: nn.Module, patterns: str | Sequence[str] | None = 
         names = match_names(named, patterns, argument="parameters", kind="parameter")
         chosen = {name: named[name] for name in names}
     for name, parameter in chosen.items():
-        _check_observable(name, parameter)
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(
+                f"parameter {name!r} is lazy and has no shape yet: run one batch through the module first."
+            )
     return chosen
 
 
@@ -110,13 +113,6 @@ def match_names(names: Iterable[str], patterns: str | Sequence[str], *, argument
             f"{argument}={wanted!r} selects nothing: the exclusions remove every match, so fix the patterns."
         )
     return chosen
-
-
-def _check_observable(name: str, parameter: nn.Parameter) -> None:
-    if isinstance(parameter, UninitializedParameter):
-        raise ValueError(
-            f"parameter {name!r} is lazy and has no shape yet: run one batch through the module before fitting."
-        )
 
 
 def _listed(names: list[str]) -> str:

@@ -65,12 +65,9 @@ def _chunk(parameter: nn.Parameter) -> Chunk:
         return Chunk.of(parameter)
     shape, sharded = tuple(parameter.shape), cast("Any", parameter)
     local = sharded.to_local()
-    starts, lengths = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
-    for box in sharded.__create_chunk_list__():
-        begin, length = _box_runs(shape, tuple(box.offsets), tuple(box.sizes))
-        starts.append(begin)
-        lengths.append(length)
-    found = Chunk(parameter, local, shape, np.concatenate(starts), np.concatenate(lengths))
+    runs = [_box_runs(shape, tuple(box.offsets), tuple(box.sizes)) for box in sharded.__create_chunk_list__()]
+    starts, lengths = (np.concatenate(each) for each in zip(one_run(0, 0), *runs, strict=True))
+    found = Chunk(parameter, local, shape, starts, lengths)
     if int(found.lengths.sum()) != local.numel():
         raise ValueError(f"a parameter of shape {shape} has a sharding that is not supported: {sharded.placements}.")
     return found

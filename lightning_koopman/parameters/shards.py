@@ -114,7 +114,7 @@ class Part:
         return torch.from_numpy(self.starts)[run] + local - before[run]
 
 
-class Shards(Mapping[str, Part]):
+class Shards(dict[str, Part]):
     """This process's own parts of some parameters, by name.
 
     Args:
@@ -128,34 +128,22 @@ class Shards(Mapping[str, Part]):
     ) -> None:
         self.processes = processes or Processes()
         self.chunks = dict(chunks)
-        self._holders: dict[str, tuple[int, ...]]
-        self._sharing: list[tuple[int, ...]]
-        self._groups: dict[tuple[int, ...], Any]
         self._marks = np.array([_mark(name, chunk) for name, chunk in self.chunks.items()], dtype=np.float64)
         self._kind = [(name, chunk.shape) for name, chunk in self.chunks.items()]
         changed = like is None or like._kind != self._kind or not np.array_equal(like._marks, self._marks)
-        if not self.processes.any(changed) and like is not None:
-            self._holders, self._sharing, self._groups = like._holders, like._sharing, like._groups
-        else:
+        if self.processes.any(changed) or like is None:
             table = self.processes.table(self._marks)
             self._holders = {
                 name: tuple(np.flatnonzero(table[:, at] == self._marks[at]).tolist())
                 for at, name in enumerate(self.chunks)
             }
             self._sharing = _sharing(table)
-            self._groups = {}
-        self._parts = {name: self._own(chunk, self._holders[name]) for name, chunk in self.chunks.items()}
+            self._groups: dict[tuple[int, ...], Any] = {}
+        else:
+            self._holders, self._sharing, self._groups = like._holders, like._sharing, like._groups
+        super().__init__({name: self._own(chunk, self._holders[name]) for name, chunk in self.chunks.items()})
         sizes = np.cumsum([0, *(chunk.numel for chunk in self.chunks.values())])
         self.offsets = dict(zip(self.chunks, sizes[:-1].tolist(), strict=True))
-
-    def __getitem__(self, name: str) -> Part:
-        return self._parts[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._parts)
-
-    def __len__(self) -> int:
-        return len(self._parts)
 
     @property
     def numel(self) -> int:

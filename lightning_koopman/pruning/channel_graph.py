@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_koopman.parameters.select import match_names
 from lightning_koopman.parameters.sharded_modules import clean_name, named_parts
-from lightning_koopman.pruning.channel_removal import ChannelRemoval, left_alone_table
+from lightning_koopman.pruning.channel_removal import ChannelRemoval, left_alone_table, resized
 from lightning_koopman.pruning.channel_tracing import (
     LAYERS,
     Run,
@@ -36,7 +36,6 @@ MIXING = {  # operations that mix channels
     "Opaque": "a module that is traced as a whole",
 }
 FROZEN = "frozen"
-ARGUMENTS = {"in_features": "nx", "out_features": "nf"}  # names in `Conv1D` of transformers
 
 
 @dataclass(frozen=True)
@@ -94,10 +93,10 @@ class Structure:
         also: Sequence[Run] = (),
         argument: str = "layers",
     ) -> None:
-        pruning = torch_pruning()
+        pruning, self._parts = torch_pruning(), named_parts(module)
         self._selected: set[str] | None = None
         if layers is not None:
-            matrices = [f"{name}.weight" for name, part in named_parts(module).items() if is_layer(part)]
+            matrices = [f"{name}.weight" for name, part in self._parts.items() if is_layer(part)]
             self._selected = set(match_names(matrices, layers, argument=argument, kind="weight of a layer"))
         self._again = partial(Structure, module, run, layers=layers, copy=copy, also=also, argument=argument)
         self._agrees = partial(agrees, module, run, copy=copy, also=also)
@@ -197,8 +196,6 @@ class Structure:
             ValueError: If a layer would keep no channel.
         """
         graph, channels = self._tracing.graph, self.channels
-        parts = {name: part for part, name in self._tracing.names.items()}
-        before = {name: _arguments(part) for name, part in parts.items()}
         turned = {f"{name}.weight" for name in self._tracing.transposed}
         sizes = {}
         for name, tensor in _tensors_of(self._tracing.twin):
@@ -221,13 +218,11 @@ class Structure:
                 oriented = tensor.T if name in turned else tensor
                 whole = torch.Size(reversed(sizes[name])) if name in turned else sizes[name]
                 kept[name] = (oriented.detach().reshape(-1).round().long(), oriented.shape, whole)
-        changes = {}
-        for name, part in parts.items():
-            now = _arguments(part)
-            renamed = ARGUMENTS if name in self._tracing.transposed else {}
-            changed = {renamed.get(key, key): (old, now[key]) for key, old in before[name].items() if now[key] != old}
-            if changed:
-                changes[name] = changed
+        shapes: dict[str, dict[str, torch.Size]] = {}
+        for name, (_, shape, _) in kept.items():
+            path, _, leaf = name.rpartition(".")
+            shapes.setdefault(path, {})[leaf] = shape
+        changes = {path: resized(path, part, shapes[path]) for path, part in self._parts.items() if path in shapes}
         return ChannelRemoval(changes, removed, channels, self.left_alone, kept)
 
     def unfit(self, *, thaw: bool = False) -> dict[str, str]:
@@ -338,12 +333,3 @@ def _not_seen(names: Mapping[nn.Module, str], found: set[str]) -> dict[str, str]
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from chain(module.named_parameters(), module.named_buffers())
-
-
-def _arguments(part: nn.Module) -> dict[str, Any]:
-    """Return the attributes that may be sizes: integers and tuples."""
-    return {
-        key: value
-        for key, value in vars(part).items()
-        if (isinstance(value, int) and not isinstance(value, bool)) or isinstance(value, tuple)
-    }

@@ -112,7 +112,7 @@ class ChannelRemoval:
 
     def table(self) -> str:
         """Return a table of the changed layers, and of the skipped layers by reason."""
-        return changes_table(self.changes, self.left_alone)
+        return "\n".join(filter(None, [changes_table(self.changes), left_alone_table(self.left_alone)]))
 
 
 def as_optimizers(optimizers: object) -> list[torch.optim.Optimizer]:
@@ -125,17 +125,14 @@ def as_optimizers(optimizers: object) -> list[torch.optim.Optimizer]:
     return held  # type: ignore[return-value]
 
 
-def changes_table(
-    changes: Mapping[str, Mapping[str, tuple[Any, Any]]], left_alone: Mapping[str, str] | None = None
-) -> str:
-    """Format the changed constructor arguments, one line per module, and the skipped layers, one line per reason."""
+def changes_table(changes: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> str:
+    """Format the changed constructor arguments, one line per module."""
     texts = {
         name: ", ".join(f"{key} {old} → {now}" for key, (old, now) in arguments.items())
         for name, arguments in changes.items()
     }
     width = max(map(len, texts), default=0)
-    lines = [f"{name:<{width}}  {text}" for name, text in texts.items()]
-    return "\n".join([*lines, *filter(None, [left_alone_table(left_alone or {})])])
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in texts.items())
 
 
 def left_alone_table(left_alone: Mapping[str, str], most: int | None = None) -> str:
@@ -200,7 +197,7 @@ def resize_like(module: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str
                     "first two dimensions (channels) may differ. Build the network as the saved one was built."
                 )
         if own:
-            arguments = _resized(path, part, own)
+            arguments = resized(path, part, own)
             plan.append((path, part, own, arguments))
             _check_bias(path, part, own, arguments)
     made: dict[int, Tensor] = {}  # by id of the old tensor: tied ones stay tied
@@ -241,7 +238,7 @@ def _put(part: nn.Module, leaf: str, values: Tensor) -> None:
     own[leaf] = values
 
 
-def _resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Any, Any]]:
+def resized(path: str, part: nn.Module, shapes: Mapping[str, torch.Size]) -> dict[str, tuple[Any, Any]]:
     """Return the constructor arguments that change with the shapes of a layer's tensors, old and new."""
     now: dict[str, Any] = {}
     shape = next(iter(shapes.values()))  # of the weight, or of a batch norm's statistic

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +22,7 @@ LAYERS = (nn.modules.conv._ConvNd, nn.Linear)  # whose output channels are remov
 KNOWN = (*LAYERS, nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.PReLU, nn.Embedding)  # traceable
 SECONDS = 60.0  # time limit of tracing: a thousand layers take a few seconds
 Run = Callable[[nn.Module], Any]
+eager = partial(torch.compiler.set_stance, "force_eager")  # context in which compiled functions run eagerly
 
 
 def is_layer(part: nn.Module) -> bool:
@@ -53,14 +53,6 @@ def eager_copy(module: nn.Module, copy: Callable[[nn.Module], nn.Module]) -> nn.
         if getattr(config, "use_cache", None) is True:
             config.use_cache = False  # type: ignore[union-attr]
     return twin
-
-
-@contextmanager
-def eagerly() -> Iterator[None]:
-    """Context in which compiled functions run eagerly."""
-    stance = getattr(torch.compiler, "set_stance", None)  # since PyTorch 2.6
-    with nullcontext() if stance is None else stance("force_eager"):
-        yield
 
 
 class Tracing:
@@ -101,7 +93,7 @@ class Tracing:
         self.graph = _graph_type()()
         try:
             devices = {parameter.device for parameter in twin.parameters()}
-            with warnings.catch_warnings(), seeded(0, devices), torch.enable_grad(), eagerly(), _Spelled():
+            with warnings.catch_warnings(), seeded(0, devices), torch.enable_grad(), eager(), _Spelled():
                 warnings.simplefilter("ignore")  # about bare parameters and unknown operations, which are skipped
                 self.graph.build_dependency(twin, (), forward_fn=traced, verbose=False)
                 self.groups = list(self.graph.get_all_groups(root_module_types=list(LAYERS)))

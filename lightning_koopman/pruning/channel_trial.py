@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_koopman.parameters.randomness import seeded
 from lightning_koopman.parameters.sharded_modules import clean_name, named_parts
 from lightning_koopman.pruning.channel_removal import ChannelRemoval
-from lightning_koopman.pruning.channel_tracing import Run, eager_copy, eagerly, tensors
+from lightning_koopman.pruning.channel_tracing import Run, eager, eager_copy, tensors
 
 OUTPUT = "its outputs leave the network"
 Copy = Callable[[Any], Any]  # of a module
@@ -74,10 +74,8 @@ def _alike(expected: Sequence[Tensor], found: Sequence[Tensor], module: nn.Modul
 
 def _close(a: Tensor, b: Tensor, allowed: float) -> bool:
     """Return whether values are equal relative to the largest; masked logits, for instance, are infinite in both."""
-    kinds = [torch.stack([each.isnan(), each.isposinf(), each.isneginf()]) for each in (a, b)]
-    finite = a.isfinite() & b.isfinite()
-    a, b = a[finite], b[finite]
-    return torch.equal(*kinds) and (not a.numel() or bool((a - b).abs().max() <= allowed * a.abs().max()))
+    largest = a[a.isfinite()].abs().max() if a.isfinite().any() else 0.0
+    return torch.allclose(b, a, rtol=0, atol=allowed * float(largest), equal_nan=True)
 
 
 def _draw(network: nn.Module) -> None:
@@ -100,7 +98,7 @@ def _outputs(network: nn.Module, run: Run, heads: Sequence[str]) -> list[Tensor]
         parts[name].register_forward_hook(lambda *given: outputs.append(given[2].detach().clone())) for name in heads
     ]
     try:
-        with seeded(0, {parameter.device for parameter in network.parameters()}), torch.enable_grad(), eagerly():
+        with seeded(0, {parameter.device for parameter in network.parameters()}), torch.enable_grad(), eager():
             outputs += [value.detach() for value in tensors(run(network))]
     finally:
         for hook in hooks:

@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_koopman._checks import check_choice, check_count, check_function, check_instance, is_dense
+from lightning_koopman._checks import check_choice, check_count, check_function, check_instance, check_share, is_dense
 from lightning_koopman.parameters.select import check_network
 from lightning_koopman.pruning.channel_graph import Structure
 from lightning_koopman.pruning.channel_removal import ChannelRemoval, as_optimizers
 from lightning_koopman.pruning.channel_tracing import Run
 from lightning_koopman.pruning.channel_trial import agrees
-from lightning_koopman.pruning.masks import SCOPES, check_share
+from lightning_koopman.pruning.masks import SCOPES, SHARE
 
 
 def remove_channels(
@@ -66,7 +66,7 @@ def remove_channels(
         2  in_features 32 → 8
         left alone, its outputs leave the network: 2
     """
-    check_share(sparsity)
+    check_share("sparsity", sparsity, SHARE)
     check_choice("scope", scope, SCOPES)
     check_network("module", module)
     if isinstance(module, torch.jit.ScriptModule):

@@ -17,19 +17,20 @@ from lightning_koopman._checks import (
     check_flag,
     check_function,
     check_instance,
+    check_positive,
+    check_share,
     is_count,
     is_dense,
-    is_number,
 )
-from lightning_koopman._types import AllSum
 from lightning_koopman.parameters.select import check_network
 from lightning_koopman.parameters.sharded_modules import local_chunks
-from lightning_koopman.parameters.shards import Chunk, Part, Shards
+from lightning_koopman.parameters.shards import Chunk, Shards
 from lightning_koopman.pruning.pin import Pin, _bits, _clear, takes_hooks
 from lightning_koopman.pruning.prunable import prunable_parameters
-from lightning_koopman.pruning.quantile import Ranked
+from lightning_koopman.pruning.quantile import largest
 
 SCOPES = ("global", "tensor")
+SHARE = "it is the share to prune, such as 0.75"
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -166,9 +167,10 @@ class MaskSet(Mapping[str, Tensor]):
         else:
             kept = {}
             for names in [list(sizes)] if scope == "global" else [[name] for name in sizes]:
-                kept |= _keep_largest(
-                    {name: (sizes[name], parts[name], before[name]) for name in names}, sparsity or 0.0, all_sum
-                )
+                places = [lambda local, name=name: parts[name].places(local) + parts.offsets[name] for name in names]
+                count = round((sparsity or 0.0) * sum(parts[name].chunk.numel for name in names))
+                chosen = [sizes[name] for name in names], places, [before[name] for name in names]
+                kept |= dict(zip(names, largest(*chosen, count, all_sum), strict=True))
         for name, mask in kept.items():
             known = before[name]
             if known is not None:
@@ -325,19 +327,6 @@ class MaskSet(Mapping[str, Tensor]):
         return cls({name: part.reshape(shape) for name, shape, part in zip(*named, strict=True)})
 
 
-def _keep_largest(
-    given: Mapping[str, tuple[Tensor, Part, Tensor | None]], sparsity: float, all_sum: AllSum
-) -> dict[str, Tensor]:
-    """Return boolean tensors by name, False for the share of smallest sizes; ties prune the first elements."""
-    places, at = [], 0
-    for _, part, _ in given.values():
-        places.append(lambda local, part=part, at=at: part.places(local) + at)
-        at += part.chunk.numel
-    sizes, _, before = zip(*given.values(), strict=True)
-    ranked = Ranked(sizes, places, before)
-    return dict(zip(given, ranked.kept(round(sparsity * at), all_sum), strict=True))
-
-
 def _check_tensors(name: str, tensors: object) -> None:
     """Raise TypeError or ValueError unless ``tensors`` maps names to real tensors."""
     check_instance(name, tensors, Mapping, "a mapping from parameter names to tensors")
@@ -357,12 +346,6 @@ def _row(name: str, shape: str, pruned: int, of: int) -> dict[str, Any]:
     return {"parameter": name, "shape": shape, "pruned": pruned, "weights": of, "sparsity": pruned / max(1, of)}
 
 
-def check_share(sparsity: object) -> None:
-    """Raise ValueError unless ``sparsity`` lies in (0, 1)."""
-    if not is_number(sparsity) or not 0 < float(sparsity) < 1:  # type: ignore[arg-type]
-        raise ValueError(f"sparsity must lie in (0, 1), got {sparsity!r}: it is the share to prune, such as 0.75.")
-
-
 def check_amount(sparsity: object, threshold: object, scope: str) -> None:
     """Raise ValueError unless exactly one of sparsity and threshold is given, in its range."""
     if sparsity is not None and threshold is not None:
@@ -370,9 +353,9 @@ def check_amount(sparsity: object, threshold: object, scope: str) -> None:
     if sparsity is None and threshold is None:
         raise ValueError("sparsity and threshold are both None: give the share to prune, such as sparsity=0.75.")
     if sparsity is not None:
-        check_share(sparsity)
-    if threshold is not None and (not is_number(threshold) or not float(threshold) > 0):  # type: ignore[arg-type]
-        raise ValueError(f"threshold must be positive and finite, got {threshold!r}: smaller weights are pruned.")
+        check_share("sparsity", sparsity, SHARE)
+    if threshold is not None:
+        check_positive("threshold", threshold, "smaller weights are pruned")
     check_choice("scope", scope, SCOPES)
     if threshold is not None and scope != "global":
         raise ValueError(f"scope={scope!r} needs sparsity, got threshold={threshold}: use scope='global'.")

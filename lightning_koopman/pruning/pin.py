@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,12 +42,12 @@ class Pin:
             frozen = not parameter.requires_grad
             parameter.requires_grad_(True)  # it may be unfrozen later, and takes no hook while frozen
             hook: Any = parameter.register_post_accumulate_grad_hook  # untyped in PyTorch
-            self._handles.append(hook(_Hook(_GradientMask(chunk, bits), on_error)))
+            self._handles.append(hook(partial(_guarded, on_error, partial(_mask_gradient, chunk, bits))))
             parameter.requires_grad_(not frozen)
         self.clear_gradients()
         for optimizer in optimizers:
             self._forget_pruned(optimizer)
-            self._handles.append(optimizer.register_step_post_hook(_Hook(self._after_step, on_error)))
+            self._handles.append(optimizer.register_step_post_hook(partial(_guarded, on_error, self._after_step)))
 
     def remove(self) -> None:
         """Stop keeping the pruned weights at zero."""
@@ -79,7 +80,7 @@ class Pin:
     def clear_gradients(self) -> None:
         """Set the gradients of pruned weights to zero, where no hook is called for them, as under FSDP."""
         for chunk, bits in self._matched:
-            _GradientMask(chunk, bits)(chunk.parameter)
+            _mask_gradient(chunk, bits, chunk.parameter)
 
     def holds(self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> bool:
         """Return whether the pin still matches the module's parameters and the optimizers."""
@@ -100,38 +101,26 @@ class Pin:
                         _clear(held, bits)
 
 
-class _Hook:
-    """Hook that passes exceptions to ``on_error``, if that is given."""
-
-    def __init__(self, function: Callable[..., None], on_error: Callable[[Exception], None] | None) -> None:
-        self.function, self.on_error = function, on_error
-
-    def __call__(self, *given: Any) -> None:
-        try:
-            self.function(*given)
-        except Exception as error:
-            if self.on_error is None:
-                raise
-            self.on_error(error)
+def _guarded(on_error: Callable[[Exception], None] | None, hook: Callable[..., None], *given: Any) -> None:
+    """Call a hook, and pass its exceptions to ``on_error``, if that is given."""
+    try:
+        hook(*given)
+    except Exception as error:
+        if on_error is None:
+            raise
+        on_error(error)
 
 
-class _GradientMask:
-    """Hook that masks a parameter's gradient whenever it has been accumulated."""
-
-    def __init__(self, chunk: Chunk, bits: Tensor) -> None:
-        self.chunk, self.bits = chunk, bits
-
-    def __call__(self, parameter: Tensor) -> None:
-        gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:  # of an embedding: only some rows
-            rows = gradient.coalesce()
-            parameter.grad = rows
-            values = rows._values()
-            _clear(values, self.bits[rows._indices()[0]])
-            return
-        held = self.chunk.like(gradient)
-        if held is not None:
-            _clear(held, self.bits)
+def _mask_gradient(chunk: Chunk, bits: Tensor, parameter: Tensor) -> None:
+    """Mask a parameter's gradient."""
+    gradient = parameter.grad
+    if gradient is not None and gradient.is_sparse:  # of an embedding: only some rows
+        rows = parameter.grad = gradient.coalesce()
+        _clear(rows._values(), bits[rows._indices()[0]])
+        return
+    held = chunk.like(gradient)
+    if held is not None:
+        _clear(held, bits)
 
 
 def _clear(values: Tensor, bits: Tensor) -> None:

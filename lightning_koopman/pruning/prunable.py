@@ -11,13 +11,7 @@ from lightning_koopman.parameters.derived import underlying
 from lightning_koopman.parameters.select import match_names, select_parameters
 from lightning_koopman.parameters.sharded_modules import local_chunks
 
-NORMS = (
-    nn.LayerNorm,
-    nn.GroupNorm,
-    nn.LocalResponseNorm,
-    nn.RMSNorm,
-    nn.modules.batchnorm._NormBase,
-)
+NORMS = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase)
 
 
 def prunable_parameters(module: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:

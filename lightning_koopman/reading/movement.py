@@ -20,8 +20,8 @@ class Movement:
     Attributes:
         rate: Factor per interval by which the directed part of the steps changes, ≥ 0; below 1 it decays.
         rate_range: ``rate`` ± two standard errors, at least 0.
-        came: Distance from the oldest snapshot held to the newest.
-        remaining: Distance still to go, relative to ``came``; infinite where the steps do not shrink.
+        remaining: Distance still to go, relative to that since the oldest snapshot held; infinite where steps do not
+            shrink.
         remaining_range: ``remaining`` at both ends of ``rate_range``.
         slowing: 1 − (distance over the newest 12 intervals)²/(distance over the fastest 12)², in [0, 1]: near 0 for a
             random walk and at constant speed, 1 at rest.
@@ -30,7 +30,6 @@ class Movement:
 
     rate: float = NAN
     rate_range: tuple[float, float] = (NAN, NAN)
-    came: float = NAN
     remaining: float = NAN
     remaining_range: tuple[float, float] = (NAN, NAN)
     slowing: float = NAN
@@ -64,12 +63,12 @@ def movement(
         fastest = max(fastest, before[0])
     slowing = 1.0 - (float(distances[-1]) / fastest) ** 2 if fastest > 0 else NAN
     if steps is None or not steps.directed:
-        return Movement(came=came, slowing=slowing, fastest=(fastest, span))
+        return Movement(slowing=slowing, fastest=(fastest, span))
     newest = gram[-NEWEST:, -NEWEST:]
     rate, error = decay_rate(newest)
     low, high = max(rate - 2 * error, 0.0), rate + 2 * error
     left = [_remaining(newest, each) / came if came > 0 else NAN for each in (low, rate, high)]
-    return Movement(rate, (low, high), came, left[1], (left[0], left[2]), slowing, (fastest, span))
+    return Movement(rate, (low, high), left[1], (left[0], left[2]), slowing, (fastest, span))
 
 
 def decay_rate(gram: Array) -> tuple[float, float]:

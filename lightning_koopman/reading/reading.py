@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -12,7 +12,7 @@ from lightning_koopman._checks import check_instance, check_positive, real_array
 from lightning_koopman._types import Array
 from lightning_koopman.reading.movement import movement
 from lightning_koopman.reading.phase import Phase
-from lightning_koopman.reading.rule import confirm, judge
+from lightning_koopman.reading.rule import CONFIRMED, judge
 from lightning_koopman.reading.steps import StepStatistics, step_statistics
 from lightning_koopman.stopping.evidence import Baseline
 from lightning_koopman.stopping.trend import loss_trend
@@ -173,36 +173,26 @@ def read_gram(
     phase, running = judged, 1
     if before is not None:
         running += before.judged[1] if before.judged[0] is judged else 0
-        phase = confirm(judged, before.phase, running)
+        at_once = before.phase is Phase.WARMING_UP or judged is Phase.DIVERGING
+        phase = judged if at_once or running >= CONFIRMED else before.phase
         if phase is not judged:
             evidence = f"the previous phase is kept; {judged.value} for {running} interval(s) so far: {evidence}"
-    found = TrainingReading(
+    known = (NAN,) * 4
+    if steps is not None:
+        known = float(steps.correlation[0]), float(steps.errors[0]), steps.weight, steps.density_error
+    return TrainingReading(
         phase,
         evidence,
-        len(gram),
-        slowing=moved.slowing,
+        len(gram) if steps is None else steps.count,
+        *known,
+        **vars(moved),
         loss=trend.newest,
         loss_change=trend.change,
         loss_change_range=trend.change_range,
         loss_noise=trend.noise,
         scale=scale,
-        fastest=moved.fastest,
-        judged=(judged, running),
-    )
-    if steps is None:
-        return found
-    return replace(
-        found,
-        n_steps=steps.count,
-        step_correlation=float(steps.correlation[0]),
-        step_correlation_error=float(steps.errors[0]),
-        spectral_weight=steps.weight,
-        spectral_weight_error=steps.weight_error,
-        rate=moved.rate,
-        rate_range=moved.rate_range,
-        remaining=moved.remaining,
-        remaining_range=moved.remaining_range,
         steps=steps,
+        judged=(judged, running),
     )
 
 

@@ -85,12 +85,6 @@ def judge(
     return Phase.UNKNOWN, f"{distant}, {successive} (random walk: 0), and no clear fall of the loss is seen"
 
 
-def confirm(judged: Phase, before: Phase, running: int) -> Phase:
-    """Return the new phase once it is confirmed, and the previous one until then."""
-    at_once = before is Phase.WARMING_UP or judged is Phase.DIVERGING
-    return judged if at_once or running >= CONFIRMED else before
-
-
 def _stuck(loss: LossTrend, baseline: Baseline | None) -> str:
     return f"the loss is {loss.newest:.3g}" + (
         "" if baseline is None else f"; a network that ignores its input has {baseline.loss:.3g}"

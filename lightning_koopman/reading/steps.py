@@ -60,11 +60,6 @@ class StepStatistics:
         return float(self.density[0])
 
     @property
-    def weight_error(self) -> float:
-        """Standard error of ``weight`` under the null, that of the density."""
-        return self.density_error
-
-    @property
     def directed(self) -> bool:
         """Whether the weights clearly keep a direction."""
         return self.onward > max(SURE * self.onward_error, ONWARD)

@@ -25,8 +25,9 @@ def describe(reading: TrainingReading | None, *, observable: str = "Loss", every
     """
     if reading is None:
         return "Nothing is known yet: too few snapshots."
-    nothing = reading.phase is Phase.UNKNOWN and not reading.n_steps
-    lines = [f"Unknown: {reading.evidence}."] if nothing else [_verdict(reading), f"- Evidence: {reading.evidence}."]
+    phase, nothing = reading.phase, reading.phase is Phase.UNKNOWN and not reading.n_steps
+    verdict = f"{phase.value.capitalize()}: {phase.meaning}. What to do: {phase.advice}."
+    lines = [f"Unknown: {reading.evidence}."] if nothing else [verdict, f"- Evidence: {reading.evidence}."]
     if math.isfinite(reading.step_correlation):
         lines.append(
             f"- Steps: the correlation of successive steps is {reading.step_correlation:.2f} ± "
@@ -51,11 +52,6 @@ def describe(reading: TrainingReading | None, *, observable: str = "Loss", every
             f"next {HORIZON * every} {unit}: {reading.loss_change:+.2g} ({low} to {high})."
         )
     return "\n".join(lines)
-
-
-def _verdict(reading: TrainingReading) -> str:
-    phase = reading.phase
-    return f"{phase.value.capitalize()}: {phase.meaning}. What to do: {phase.advice}."
 
 
 def _span(every: int, unit: str) -> str:

@@ -188,10 +188,8 @@ class SobolevLoss(nn.Module):
         if self.heads:
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"outputs must be the network's output, one tensor, got a {type(outputs).__name__}.")
-            check_tensors(outputs, targets, points)
-            if points is not None and outputs.dim() == targets.dim() == 1:
-                outputs, targets = outputs[:, None], targets[:, None]
-            outputs = [*self._auxiliary(hidden, outputs), outputs]
+            (output,), targets, points = check_tensors(outputs, targets, points)
+            outputs = [*self._auxiliary(hidden, output), output]
         elif hidden is not None:
             raise ValueError("hidden is given, but there are no heads for it: pass widths to SobolevLoss.")
         stack, targets, points = check_tensors(outputs, targets, points)

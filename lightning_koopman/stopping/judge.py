@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_koopman.dmd.spectrum import Real
 from lightning_koopman.stopping.evidence import Baseline, rate_will_matter
-from lightning_koopman.stopping.rule import NOISY, ConvergenceRule, Hold, Patience, StoppingReason
+from lightning_koopman.stopping.rule import HOVERED, NOISY, ConvergenceRule, Hold, StoppingReason
 
 
 class StopJudge:
@@ -21,7 +21,7 @@ class StopJudge:
     """
 
     def __init__(self, rule: ConvergenceRule, patience: int, *, hovering_counts: bool) -> None:
-        self.rule, self.running = rule, Patience(patience, hovering_counts)
+        self.rule, self.patience, self.hovering_counts = rule, patience, hovering_counts
         self.start()
 
     def start(self) -> None:
@@ -29,7 +29,7 @@ class StopJudge:
         self.losses: list[float] = []
         self.predicted: list[float] = []  # predicted changes of the loss
         self.rates: list[list[float]] = []
-        self.running.met = self.running.hovering = 0
+        self.met = self.hovering = 0  # intervals in a row that nothing blocked, or only noise around a point
 
     def judge(
         self,
@@ -64,7 +64,7 @@ class StopJudge:
             ahead = planned()
             if rate_will_matter(self.rates, ahead, self.losses, span=self.rule.horizon, tolerance=tolerance):
                 hold = Hold.SCHEDULE
-        hold, reason = self.running.hear(hold)
+        hold, reason = self._count(hold)
         forecast, horizon = verdict.forecast, self.rule.horizon
         self.predicted.append(forecast.change)
         seen = len(self.losses) > horizon
@@ -81,13 +81,23 @@ class StopJudge:
             "hold": "" if hold is None else hold.value,
         }, reason
 
+    def _count(self, hold: Hold | None) -> tuple[Hold | None, StoppingReason]:
+        """Count an interval with its block, if any; return what blocks a stop now, and the reason to stop."""
+        self.met = self.met + 1 if hold is None else 0
+        self.hovering = self.hovering + 1 if hold in (None, Hold.HOVERING) else 0
+        if self.met >= self.patience:
+            return None, StoppingReason.CONVERGED
+        if self.hovering_counts and hold is Hold.HOVERING and self.hovering >= HOVERED:
+            return None, StoppingReason.HOVERING
+        return Hold.PATIENCE if hold is None else hold, StoppingReason.NOT_STOPPED
+
     def state_dict(self) -> dict[str, Any]:
         """Return the state for a checkpoint, made of primitives."""
         return {
             "losses": list(self.losses),
             "predicted": list(self.predicted),
             "rates": [list(rates) for rates in self.rates],
-            "running": [self.running.met, self.running.hovering],
+            "running": [self.met, self.hovering],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -95,4 +105,4 @@ class StopJudge:
         self.losses = [float(loss) for loss in state["losses"]]
         self.predicted = [float(change) for change in state["predicted"]]
         self.rates = [[float(rate) for rate in rates] for rates in state["rates"]]
-        self.running.met, self.running.hovering = (int(each) for each in state["running"])
+        self.met, self.hovering = (int(each) for each in state["running"])

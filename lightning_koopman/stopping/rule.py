@@ -54,31 +54,6 @@ class Hold(Enum):
 NOISY = (Hold.MOVING, Hold.SWINGING, Hold.SPREAD, Hold.WALK, Hold.DRIFT)  # what noise around a point may cause
 
 
-@dataclass
-class Patience:
-    """Counts the intervals in a row in which a stop was not blocked, or only by noise around a point.
-
-    Attributes:
-        least: Intervals in a row without a block that end a training, ≥ 1.
-        hovering_counts: Whether hovering weights may end a training; for use where their average is kept.
-    """
-
-    least: int
-    hovering_counts: bool
-    met: int = 0
-    hovering: int = 0
-
-    def hear(self, hold: Hold | None) -> tuple[Hold | None, StoppingReason]:
-        """Count an interval with its block, if any; return what blocks a stop now, and the reason to stop."""
-        self.met = self.met + 1 if hold is None else 0
-        self.hovering = self.hovering + 1 if hold in (None, Hold.HOVERING) else 0
-        if self.met >= self.least:
-            return None, StoppingReason.CONVERGED
-        if self.hovering_counts and hold is Hold.HOVERING and self.hovering >= HOVERED:
-            return None, StoppingReason.HOVERING
-        return Hold.PATIENCE if hold is None else hold, StoppingReason.NOT_STOPPED
-
-
 @dataclass(frozen=True)
 class Verdict:
     """The criteria after an epoch, NaN where unknown; ``hold`` is what blocks a stop, None if nothing does.

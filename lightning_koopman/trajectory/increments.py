@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_koopman._checks import real_array
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.gram import CHUNKS, merge_oldest, power_of_two, row_products, wide_chunks
 from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
@@ -85,12 +85,9 @@ class Increments:
 
     def snapshots(self) -> Tensor:
         """Return a copy (time, n) of the snapshots."""
-        found = torch.empty(len(self), self.n, dtype=self.oldest.dtype)
-        for index in range(len(self)):
-            if index == 0:
-                found[0] = self.oldest
-            else:
-                torch.add(found[index - 1], self.rows.row(self.first + index).to(found), out=found[index])
+        found = torch.cat([each.to(self.oldest.dtype) for each in self.segments()])[: len(self)]
+        for before, after in pairwise(found):
+            after += before
         return found
 
     def combine(self, weights: Tensor) -> Tensor:
@@ -109,7 +106,8 @@ class Increments:
     def write(self, parts: Sequence[Tensor]) -> None:
         """Write a snapshot as an increment; the first one is stored as it is."""
         if self._scaled and not self.gram.any():
-            self.unit = _unit(parts)
+            peak = max((float(part.double().abs().max()) for part in parts if part.numel()), default=0.0)
+            self.unit = power_of_two(peak, 250)  # later snapshots may be far larger or far smaller than the first
         target = self.rows.row(self.first + len(self)) if len(self) else self.oldest
         start = 0
         for part in parts:
@@ -128,7 +126,8 @@ class Increments:
         else:
             staged = self.rows.row(stop)
             products = row_products(self.segments(), staged)
-            if len(self) == self.capacity and self._base_is_stale():
+            # products of the next base that are summed from older ones may lose digits to cancellation
+            if len(self) == self.capacity and self.gram[:2, :2].sum() < STALE * self._peak:
                 later = self.rows.segments(self.first + 2, stop + 1)
                 products = np.append(products, row_products(later, self.oldest, self.rows.row(self.first + 1)))
             mark = sum(sum_of_bits(self.newest[where] + staged[where]) for where in _slices(len(staged))) % 2**64
@@ -137,7 +136,6 @@ class Increments:
     def commit(self, message: Array) -> bool:
         """Record the written snapshot, given its message; return whether its elements were finite."""
         count, full = len(self) + 1, len(self) == self.capacity
-        message = as_message(message, count + TALLY, *([2 * count - 1 + TALLY] if full else []))
         products, (size, high, low) = message[:-TALLY], message[-TALLY:]
         if not np.isfinite(products).all():  # any NaN of a snapshot appears in its products
             return False
@@ -160,10 +158,6 @@ class Increments:
         self.gram, self.total = gram, int(size)
         self.marks = [*self.marks, _mark(np.array([high, low]))][-len(gram) :]
         return True
-
-    def _base_is_stale(self) -> bool:
-        """Return whether the next base's products, if summed from older ones, would lose digits to cancellation."""
-        return bool(self.gram[:2, :2].sum() < STALE * self._peak)
 
     # -- saving and loading -------------------------------------------------------------------------------------------
 
@@ -208,23 +202,6 @@ class Increments:
         self.first, self.gram = int(state["first"]), state["gram"].numpy().copy()
         self.total, self._peak, self.marks = int(state["total"]), float(state["peak"]), found
         self.unit = float(state["unit"])
-
-
-def _unit(parts: Sequence[Tensor]) -> float:
-    """Return the unit in which the first snapshot is about 2^−250: later ones may be far larger or far smaller."""
-    peak = max((float(part.double().abs().max()) for part in parts if part.numel()), default=0.0)
-    return power_of_two(peak, 250)
-
-
-def as_message(message: object, *lengths: int) -> Array:
-    """Return a message of one of the given lengths; raise ValueError or TypeError for anything else."""
-    found = real_array("message", message)
-    if found.ndim != 1 or len(found) not in lengths:
-        raise ValueError(
-            f"message has shape {found.shape}, not ({lengths[0]},): pass what `message` returned for the snapshot "
-            "staged last, or its sum over all processes."
-        )
-    return found
 
 
 def check_state(state: dict[str, Any]) -> int:

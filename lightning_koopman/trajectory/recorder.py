@@ -20,13 +20,7 @@ from lightning_koopman.parameters.select import as_patterns
 from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.trajectory.increments import shortened
 from lightning_koopman.trajectory.rows import BITS, sum_of_bits
-from lightning_koopman.trajectory.sidecar import (
-    Retention,
-    SegmentReader,
-    SegmentWriter,
-    ShardReader,
-    process_path,
-)
+from lightning_koopman.trajectory.sidecar import Retention, SegmentWriter, ShardReader, process_path, segment_file
 from lightning_koopman.trajectory.sketch import SKETCH, check_sketch
 from lightning_koopman.trajectory.trajectory import STORAGES, Trajectory
 
@@ -249,8 +243,8 @@ class Recorder:
                 all_sum=self._all_sum,
             )
         self._fingerprint = snapshot.fingerprint()
-        trajectory.stage(snapshot.parts, offsets=snapshot.offsets)
-        return trajectory.commit(self.processes.all_sum(trajectory.message()))
+        trajectory.all_sum = self._all_sum
+        return trajectory.record(snapshot.parts, offsets=snapshot.offsets)
 
     def _draw_word(self) -> None:
         """Draw a word that identifies this recorder's references: the first process's number, in all processes."""
@@ -351,13 +345,9 @@ class Recorder:
         path = Path(str(state["path"]))
         at = next((folder / path.name for folder in folders if _has_files(folder / path.name, state)), path)
         own = 1 if shards is None else shards.numel
-        reader: SegmentReader | ShardReader
-        if kept or shards is None:
-            reader = SegmentReader.of(at, state, kept or 1)
-        else:
-            reader = ShardReader(at, state, int(state["processes"]), shards)
+        read = None if kept or shards is None else ShardReader(at, state, int(state["processes"]), shards)
         self.trajectory = Trajectory.load(
-            state, at, storage=settings.storage, folder=self._mapped_folder, all_sum=self._all_sum, n=own, read=reader
+            state, at, storage=settings.storage, folder=self._mapped_folder, all_sum=self._all_sum, n=own, read=read
         )
         self._end_segment()
         self.epochs = epochs[len(epochs) - len(self.trajectory) :]
@@ -368,6 +358,6 @@ class Recorder:
 
 
 def _has_files(path: Path, state: dict[str, Any]) -> bool:
-    """Return whether the first process's files of a state exist at a path."""
+    """Return whether the first process's first file of a state exists at a path."""
     first = process_path(path, 0, int(state["processes"]))
-    return SegmentReader.of(first, state, 1).exists()
+    return any(segment_file(first, str(state["segment"]), int(start)).is_file() for start in state["starts"][:1])

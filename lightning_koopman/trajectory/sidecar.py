@@ -6,7 +6,7 @@ import re
 import uuid
 import zipfile
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lightning_koopman.parameters.shards import Indices, Shards
 
-PIECE = 2**22  # bytes written or read at a time
 TOKEN = "koopman-reference-"  # prefix of the reference in a checkpoint that needs files; 16 hexadecimal digits follow
 Row = Callable[[int], Tensor]
 
@@ -75,7 +74,7 @@ class SegmentWriter:
             if self._end < first:  # nothing written yet, or a gap since
                 self._begin(first, oldest)
             start = self._starts[-1]
-            lead, each = _nbytes(oldest), _nbytes(row(last)) if held > 1 else 0
+            lead, each = oldest.nbytes, row(last).nbytes if held > 1 else 0
             with self._file(start).open("r+b") as file:
                 for index in range(self._end + 1, last + 1):
                     file.seek(lead + (index - start - 1) * each)
@@ -140,19 +139,11 @@ class SegmentReader:
         narrow = torch.float64.itemsize if state["sketch"] else getattr(torch, state["dtype"]).itemsize
         return cls(path, str(state["segment"]), [int(each) for each in state["starts"]], n, max(4, narrow), narrow)
 
-    def __call__(self, index: int, out: Tensor) -> bool:
-        """Fill a tensor with the first snapshot, or with the increment of a later index; return whether that worked.
+    def __call__(self, index: int, out: Tensor, column: int = 0) -> bool:
+        """Fill a tensor from a column of the first snapshot, or of a later increment, on; return whether that worked.
 
         It fails if the file is missing, too short or not a regular file.
         """
-        return self.read(index, 0, out)
-
-    def exists(self) -> bool:
-        """Return whether the first file exists."""
-        return bool(self.starts) and segment_file(self.path, self.segment, self.starts[0]).is_file()
-
-    def read(self, index: int, column: int, out: Tensor) -> bool:
-        """Read like :meth:`__call__`, but start at a column of the row."""
         if not self.starts:
             return False
         if index == self.starts[0]:
@@ -172,14 +163,7 @@ def process_path(path: Path, rank: int, size: int) -> Path:
 
 def write_layout(path: Path, segment: str, shards: Shards) -> Path:
     """Write which elements of which parameters make up the rows of a segment; return the file."""
-    runs = [(name, part.starts, part.lengths) for name, part in shards.items()]
-    none = np.zeros(0, dtype=np.int64)
-    layout = {
-        "names": [name for name, _, _ in runs],
-        "counts": torch.tensor([len(starts) for _, starts, _ in runs]),
-        "starts": torch.from_numpy(np.concatenate([none, *(starts for _, starts, _ in runs)])),
-        "lengths": torch.from_numpy(np.concatenate([none, *(each for _, _, each in runs)])),
-    }
+    layout = {name: torch.from_numpy(np.stack([part.starts, part.lengths])) for name, part in shards.items()}
     target = _layout_path(path, segment)
     scratch = target.with_suffix(".part")
     torch.save(layout, scratch)
@@ -223,7 +207,7 @@ class ShardReader:
     def __call__(self, index: int, out: Tensor) -> bool:
         """Read like :class:`SegmentReader`."""
         return self._found and all(
-            self._readers[each.rank].read(index, each.source, out[each.target : each.target + each.length])
+            self._readers[each.rank](index, out[each.target : each.target + each.length], each.source)
             for each in self._pieces
         )
 
@@ -265,10 +249,7 @@ def _read_layout(path: Path, segment: str) -> dict[str, tuple[Indices, Indices]]
     if not file.is_file():
         return None
     try:
-        layout: dict[str, Any] = torch.load(file, weights_only=True)
-        counts = np.cumsum(layout["counts"].numpy())[:-1]
-        starts, lengths = (np.split(layout[key].numpy(), counts) for key in ("starts", "lengths"))
-        return dict(zip(layout["names"], zip(starts, lengths, strict=True), strict=True))
+        return {name: tuple(runs.numpy()) for name, runs in torch.load(file, weights_only=True).items()}
     except Exception:
         return None
 
@@ -362,18 +343,8 @@ def _references(file: Path, _: int, __: int) -> frozenset[str] | None:
 # -- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def _nbytes(row: Tensor) -> int:
-    return row.numel() * row.element_size()
-
-
-def _pieces(row: Tensor) -> Iterator[memoryview]:
-    raw: Any = row.view(torch.uint8) if row.numel() else torch.empty(0, dtype=torch.uint8)
-    return (memoryview(piece.numpy()) for piece in raw.split(PIECE)) if raw.numel() else iter(())
-
-
 def _dump(row: Tensor, file: IO[bytes]) -> None:
-    for piece in _pieces(row):
-        file.write(piece)
+    file.write(row.view(torch.uint8).numpy())  # type: ignore[call-overload]
 
 
 def _read_into(file: Path, start: int, out: Tensor) -> bool:
@@ -382,13 +353,6 @@ def _read_into(file: Path, start: int, out: Tensor) -> bool:
         return True
     if not file.is_file():  # reading a pipe would block
         return False
-    with file.open("rb", buffering=0) as handle:
+    with file.open("rb") as handle:
         handle.seek(start)
-        for piece in _pieces(out):
-            filled = 0
-            while filled < len(piece):
-                count = handle.readinto(piece[filled:])
-                if not count:
-                    return False
-                filled += count
-    return True
+        return handle.readinto(out.view(torch.uint8).numpy()) == out.nbytes  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from lightning_koopman._types import AllSum, Array
 from lightning_koopman.dmd.gram import factor_from_increment_gram, merge_oldest
 from lightning_koopman.dmd.rrr import check_options, decompose
 from lightning_koopman.dmd.spectrum import Spectrum
-from lightning_koopman.trajectory.increments import Increments, ReadRow, as_message, check_state
+from lightning_koopman.trajectory.increments import Increments, ReadRow, check_state
 from lightning_koopman.trajectory.rows import DTYPES
 from lightning_koopman.trajectory.sidecar import SegmentReader, SegmentWriter
 from lightning_koopman.trajectory.sketch import SKETCH, Sketch, check_sketch, with_sketch_errors
@@ -82,7 +82,6 @@ class Trajectory:
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
         folder = check_path("path", path or gettempdir()) if storage == "disk" else None
         self._held = Increments(width, self.capacity, kept, folder, scaled=dtype == torch.float64 and all_sum is None)
-        self._sketched: Array | None = None  # the staged sketch, before it becomes a row
         self._writer: SegmentWriter | None = None
 
     def __len__(self) -> int:
@@ -113,41 +112,24 @@ class Trajectory:
             ValueError: If the shape is not (n,), or an element is not finite in any process.  The trajectory is then
                 unchanged.
         """
-        self.stage(snapshot)
-        message = self.message()
-        if not self.commit(message if self.all_sum is None else self.all_sum(message)):
+        if not self.record(snapshot):
             raise ValueError(f"snapshot holds NaN or infinite values, or too large for {self.dtype}: not recorded.")
 
-    def stage(
+    def record(
         self, snapshot: Tensor | npt.ArrayLike | Sequence[Tensor], *, offsets: Sequence[int] | None = None
-    ) -> None:
-        """First step of :meth:`append`: copy a snapshot into storage, without recording it yet.
+    ) -> bool:
+        """Record the next snapshot like :meth:`append`; return whether it is finite in all processes.
 
         Args:
             snapshot: As for :meth:`append`.
             offsets: Index in the whole state at which each tensor of the list begins, for sketches.
         """
-        parts = _parts(snapshot, self.n)
-        if self._sketch is not None:
-            self._sketched = self._sketch.of_parts(parts, offsets)
-            return
-        self._held.write(parts)
-
-    def message(self) -> Array:
-        """Second, expensive step of :meth:`append`: compute what this process's part of the staged snapshot adds."""
-        return self._held.message(self.n) if self._sketched is None else np.append(float(self.n), self._sketched)
-
-    def commit(self, message: Array) -> bool:
-        """Last step of :meth:`append`: record the staged snapshot, given the sum of :meth:`message` over all parts.
-
-        Returns:
-            Whether its elements were finite; otherwise nothing has changed.
-        """
-        if self._sketched is not None:  # the sum of all sketches is recorded like a small snapshot
-            message, self._sketched = as_message(message, 1 + len(self._sketched)), None
-            self._held.write([torch.from_numpy(message[1:])])
-            message = self._held.message(message[0])
-        return self._held.commit(message)
+        held, parts, size, add_up = self._held, _parts(snapshot, self.n), float(self.n), self.all_sum or np.asarray
+        if self._sketch is not None:  # the sum of all sketches is recorded like a small snapshot
+            sums = add_up(np.append(size, self._sketch.of_parts(parts, offsets)))
+            parts, size, add_up = [torch.from_numpy(sums[1:])], sums[0], np.asarray
+        held.write(parts)
+        return held.commit(add_up(held.message(size)))
 
     # -- results ------------------------------------------------------------------------------------------------------
 

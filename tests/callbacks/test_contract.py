@@ -29,6 +29,7 @@ from lightning_koopman import (
 from lightning_koopman.callbacks import base, recording, run_folder
 from lightning_koopman.callbacks.base import TrajectoryCallback
 from lightning_koopman.callbacks.observables import LossMeter, Metric, Weights
+from lightning_koopman.trajectory.increments import Increments
 from lightning_koopman.trajectory.recorder import Recorder
 from lightning_koopman.trajectory.trajectory import Trajectory
 
@@ -49,7 +50,7 @@ EVENTS = [
     "weights_replaced", "segment_begins", "fit_ends",
 ]  # fmt: skip
 PARTS = [
-    (Trajectory, "stage"), (Trajectory, "message"), (Trajectory, "commit"), (Trajectory, "factor"),
+    (Increments, "write"), (Increments, "message"), (Increments, "commit"), (Trajectory, "factor"),
     (Trajectory, "combine"), (Recorder, "save"), (Recorder, "release"), (Weights, "read"), (LossMeter, "take"),
     (LossMeter, "add"), (Metric, "begin"), (run_folder.RunFolder, "write_table"), (base, "current_rates"),
     (base, "log_scalars"), (recording, "checkpoints"),
@@ -138,7 +139,7 @@ def test_a_part_that_fails_costs_warnings_and_nothing_else(together, owner, name
 
 
 def test_warnings_as_errors_do_not_end_a_training(make, monkeypatch, caplog):
-    monkeypatch.setattr(Trajectory, "commit", fail)
+    monkeypatch.setattr(Trajectory, "record", fail)
     with warnings.catch_warnings(), caplog.at_level(logging.ERROR, "lightning_koopman"):
         warnings.simplefilter("error", KoopmanWarning)
         assert fit(make()).current_epoch == EPOCHS

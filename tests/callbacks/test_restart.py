@@ -108,7 +108,7 @@ def test_a_failing_record_is_no_bad_start(fit, network, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Trajectory, "stage", full)
+    monkeypatch.setattr(Trajectory, "record", full)
     with pytest.warns(KoopmanWarning, match="No space left"):
         restart, run = fit(network(), epochs=14)
     assert restart.restarts == []

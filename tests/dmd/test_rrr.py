@@ -221,9 +221,9 @@ def test_constant_weights_have_the_single_eigenvalue_one():
         (np.ones((4, 2)), {"tol": -0.1}, ValueError, "tol must lie in"),
         (np.ones((4, 2)), {"max_rank": 0}, ValueError, "max_rank must be at least 1"),
         (np.ones((4, 2)), {"delays": 0}, ValueError, "delays must be at least 1"),
-        (np.ones((4, 2)) * 1j, {}, TypeError, "float32 or float64"),
+        (np.ones((4, 2)) * 1j, {}, TypeError, "must be real numbers"),
         (torch.ones(4, 2, dtype=torch.bfloat16), {}, TypeError, "half precision"),
-        (np.array([["a"], ["b"]]), {}, TypeError, "must be numbers"),
+        (np.array([["a"], ["b"]]), {}, TypeError, "must be real numbers"),
     ],
 )
 def test_bad_input_is_named(snapshots, options, error, message):

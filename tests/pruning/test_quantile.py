@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_koopman import MaskSet
-from lightning_koopman.pruning.quantile import Ranked
+from lightning_koopman.pruning.quantile import largest
 
 
 def brute_force(values: np.ndarray, earlier: np.ndarray, count: int) -> np.ndarray:
@@ -33,7 +33,7 @@ def test_it_keeps_what_brute_force_keeps(sizes, share, levels, dtype, seed):
     count = round(share * sum(sizes))
     starts = np.cumsum([0, *sizes])
     places = [lambda local, start=int(start): local + start for start in starts[:-1]]
-    kept = Ranked(parts, places, earlier).kept(count, lambda values: values)
+    kept = largest(parts, places, earlier, count, lambda values: values)
     whole = torch.cat(parts).double().numpy(), torch.cat(earlier).numpy()
     np.testing.assert_array_equal(torch.cat(kept).numpy(), brute_force(*whole, count))
 

@@ -54,7 +54,7 @@ def test_a_walk_keeps_to_its_standard_errors():
             [
                 found.correlation[0] / found.errors[0],
                 found.onward / found.onward_error,
-                (found.weight - 1) / found.weight_error,
+                (found.weight - 1) / found.density_error,
             ]
         )
         assert not found.directed

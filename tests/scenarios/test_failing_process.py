@@ -8,15 +8,16 @@ from failing_process import train_all
 from processes import run_processes
 
 TRAJECTORY, RECORDER = "trajectory.trajectory:Trajectory", "trajectory.recorder:Recorder"
+INCREMENTS = "trajectory.increments:Increments"
 # module, function, call, process
 FAILURES = [
     ("callbacks.observables", "local_chunks", 20, 1),
     ("callbacks.observables:Weights", "read", 8, 1),
     ("parameters.shards:Shards", "__init__", 8, 0),
     ("trajectory.recorder:Snapshot", "fingerprint", 8, 1),
-    (TRAJECTORY, "stage", 6, 1),
-    (TRAJECTORY, "message", 6, 0),
-    (TRAJECTORY, "commit", 8, 1),
+    (INCREMENTS, "write", 6, 1),
+    (INCREMENTS, "message", 6, 0),
+    (INCREMENTS, "commit", 8, 1),
     ("trajectory.increments", "row_products", 6, 1),
     ("trajectory.sketch:Sketch", "of_parts", 4, 1),
     ("callbacks.reader", "read_gram", 3, 0),
@@ -31,8 +32,8 @@ FAILURES = [
     ("callbacks.training_batches:Trial", "losses", 3, 0),
     ("callbacks.training_batches:TrainingBatches", "add", 3, 1),
     ("pruning.masks:MaskSet", "from_scores", 1, 1),
-    ("pruning.masks", "_keep_largest", 1, 0),
-    ("pruning.quantile:Ranked", "kept", 1, 1),
+    ("pruning.masks", "largest", 1, 0),
+    ("pruning.quantile", "_select", 1, 1),
     ("parameters.shards:Shards", "assemble", 2, 1),
     ("pruning.masks:MaskSet", "pin", 1, 1),
     ("callbacks.mask_rounds:MaskRounds", "accept", 1, 1),
@@ -44,7 +45,7 @@ FAILURES = [
 
 
 # run by all processes together: if one fails, each of them warns
-TOGETHER = {"local_chunks", "read", "stage", "message", "commit", "from_scores", "combine", "load", "_read_layout"}
+TOGETHER = {"local_chunks", "read", "write", "message", "commit", "from_scores", "combine", "load", "_read_layout"}
 LOADING = [(TRAJECTORY, "load", 1, 1), ("trajectory.sidecar", "_read_layout", 1, 0)]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import distance, linear_system
+from problems import distance, linear_system, record_together
 
 from lightning_koopman import Trajectory, dmd_rrr
 from lightning_koopman.trajectory.sketch import Sketch
@@ -88,9 +88,5 @@ def test_whole_snapshots_cannot_be_had_from_sketches():
 def test_a_process_that_holds_nothing_adds_nothing():
     holds, empty = (Trajectory(n, storage="sketch", sketch=7, all_sum=lambda values: values) for n in (20, 0))
     for values in torch.randn(4, 20).cumsum(0):
-        holds.stage([values], offsets=[0])
-        empty.stage([], offsets=[])
-        both = holds.message() + empty.message()
-        assert holds.commit(both)
-        assert empty.commit(both)
+        assert record_together([holds, empty], [values, np.zeros(0)]) == [True, True]
     np.testing.assert_array_equal(holds.spectrum().eigenvalues, empty.spectrum().eigenvalues)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import dgedmdq, lapack
-from problems import distance, held
+from problems import distance, held, record_together
 
 from lightning_koopman import Trajectory, dmd_rrr
 from lightning_koopman.dmd.gram import PRECISE, row_products
@@ -249,24 +249,16 @@ def test_bfloat16_increments_of_a_real_trajectory(real_trajectory):
 @given(cut=st.integers(0, 60), capacity=st.sampled_from([None, 5]), seed=st.integers(0, 99))
 def test_processes_that_share_their_sums_all_hold_the_spectrum_of_the_whole(cut, capacity, seed):
     snapshots = walk(12, 60, seed)
-    sums = []
     parts = [Trajectory(size, capacity=capacity, all_sum=lambda values: values) for size in (cut, 60 - cut)]
     for snapshot in snapshots:
-        for part, values in zip(parts, (snapshot[:cut], snapshot[cut:]), strict=True):
-            part.stage(torch.from_numpy(values))
-        sums = np.sum([part.message() for part in parts], axis=0)
-        assert all(part.commit(sums) for part in parts)
+        assert record_together(parts, [snapshot[:cut], snapshot[cut:]]) == [True, True]
     whole = filled(snapshots, capacity=capacity)
     for part in parts:
         assert part.total == 60
         assert distance(part.spectrum().eigenvalues, whole.spectrum().eigenvalues) < 1e-9
     bad = snapshots[-1].copy()
     bad[-1 if cut < 60 else 0] = np.inf  # in one of the parts
-    for part, values in zip(parts, (bad[:cut], bad[cut:]), strict=True):
-        part.stage(torch.from_numpy(values))
-    with np.errstate(invalid="ignore"):
-        sums = np.sum([part.message() for part in parts], axis=0)
-        assert not any(part.commit(sums) for part in parts)
+    assert record_together(parts, [bad[:cut], bad[cut:]]) == [False, False]
     assert all(len(part) == len(whole) for part in parts)
 
 
