@@ -32,6 +32,11 @@ def is_dense(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_meta
 
 
+def _item(value: object) -> object:
+    """Return the number in an array or tensor without dimensions, and anything else as it is."""
+    return value.item() if (type(value) is np.ndarray or is_dense(value)) and value.ndim == 0 else value  # type: ignore[attr-defined]
+
+
 def is_count(value: object, least: int = 1) -> bool:
     """Return whether a value is a whole number of at least ``least``."""
     return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= least
@@ -39,6 +44,7 @@ def is_count(value: object, least: int = 1) -> bool:
 
 def check_count(name: str, value: object, least: int, advice: str = "", *, most: float = math.inf) -> int:
     """Return a whole number from ``least`` to ``most``; raise ValueError for anything else."""
+    value = _item(value)
     if not is_count(value, least):
         raise ValueError(f"{name} must be at least {least} and whole, got {value!r}{_colon(advice)}.")
     if value > most:  # type: ignore[operator]
@@ -48,6 +54,7 @@ def check_count(name: str, value: object, least: int, advice: str = "", *, most:
 
 def check_positive(name: str, value: object, advice: str = "") -> float:
     """Return a positive, finite number; raise ValueError for anything else."""
+    value = _item(value)
     if not is_number(value) or not float(value) > 0:  # type: ignore[arg-type]
         raise ValueError(f"{name} must be positive and finite, got {value!r}{_colon(advice)}.")
     return float(value)  # type: ignore[arg-type]
@@ -55,6 +62,7 @@ def check_positive(name: str, value: object, advice: str = "") -> float:
 
 def check_share(name: str, value: object, advice: str = "", *, closed: bool = False) -> float:
     """Return a number in (0, 1), or in (0, 1] if ``closed``; raise ValueError for anything else."""
+    value = _item(value)
     if not is_number(value) or not (0 < float(value) < 1 or (closed and value == 1)):  # type: ignore[arg-type]
         raise ValueError(f"{name} must lie in (0, 1{']' if closed else ')'}, got {value!r}{_colon(advice)}.")
     return float(value)  # type: ignore[arg-type]
@@ -80,6 +88,7 @@ def _colon(advice: str) -> str:
 
 def check_fraction(name: str, value: object, advice: str = "") -> float:
     """Return a number in [0, 1); raise ValueError for anything else."""
+    value = _item(value)
     if not is_number(value) or not 0 <= float(value) < 1:  # type: ignore[arg-type]
         raise ValueError(f"{name} must lie in [0, 1), got {value!r}{_colon(advice)}.")
     return float(value)  # type: ignore[arg-type]

@@ -108,7 +108,7 @@ def averaged_weights(
         (20, (1, 5, 20))
     """
     check_instance("trajectory", trajectory, Trajectory, "a Trajectory")
-    check_average(profile, length, power)
+    asked = check_average(profile, length, power)
     if loss is not None:
         check_function("loss", loss, LOSS)
     scale = None if scale is None else check_positive("scale", scale)
@@ -117,38 +117,41 @@ def averaged_weights(
     if trajectory.sketched is not None:
         raise ValueError("a trajectory of sketches holds no weights to average: record with storage='ram' or 'disk'.")
     count, compared = len(trajectory), loss is not None
-    lengths = lengths_to_try(trajectory, profile, length, held=count, compared=compared)
+    lengths = lengths_to_try(trajectory, profile, asked, held=count, compared=compared)
     given = None if loss is None else lambda rows: [_losses(loss(values)) for values in combined(trajectory, rows)]
-    parts, index, losses = choose(trajectory, profile, lengths, power=power, loss=given, scale=scale)
+    parts, index, losses = choose(trajectory, profile, lengths, power=float(power), loss=given, scale=scale)
     return AveragedWeights(trajectory.combine(parts), parts, lengths[index], tuple(lengths), losses)
 
 
-def check_average(profile: str, length: int | Sequence[int] | None, power: float) -> None:
-    """Raise ValueError or TypeError if an argument of an average is out of range."""
+def check_average(profile: str, length: int | Sequence[int] | None, power: float) -> list[int] | None:
+    """Return the lengths to try, None for any; raise ValueError or TypeError if an argument is out of range."""
     check_choice("profile", profile, PROFILES)
     check_positive("power", power)
-    if isinstance(length, (list, tuple)) and length:
-        for each in length:
-            check_count("length", each, 1)
-    elif length is not None:
-        check_count("length", length, 1, "pass a number of snapshots, a list of such numbers, or None")
+    return None if length is None else check_lengths("length", length)
+
+
+def check_lengths(name: str, length: object) -> list[int]:
+    """Return one or several numbers of snapshots as a list; raise ValueError for anything else."""
+    listed: Any = length.tolist() if isinstance(length, np.ndarray) else length
+    if not isinstance(listed, Sequence) or isinstance(listed, (str, bytes, bytearray)) or not len(listed):
+        listed = [length]
+    return [check_count(name, each, 1, "pass a number of snapshots or a list of such numbers") for each in listed]
 
 
 def lengths_to_try(
-    trajectory: Trajectory, profile: str, length: int | Sequence[int] | None, *, held: int, compared: bool
+    trajectory: Trajectory, profile: str, lengths: Sequence[int] | None, *, held: int, compared: bool
 ) -> list[int]:
     """Return the lengths to try, shortest first.
 
     Args:
         trajectory: The snapshots.
         profile: As for :func:`averaged_weights`.
-        length: As for :func:`averaged_weights`.
+        lengths: The lengths that were asked for, or None.
         held: Number of newest snapshots that may be averaged.
         compared: Whether losses will be compared; if not, only one length is returned.
     """
-    if length is not None:
-        asked = [length] if isinstance(length, (int, np.integer)) else length
-        found = sorted({min(int(each), held) for each in asked})
+    if lengths is not None:
+        found = sorted({min(each, held) for each in lengths})
     elif profile != "auto":
         found = [held]
     elif compared:

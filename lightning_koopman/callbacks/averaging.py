@@ -11,7 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_koopman._checks import check_choice, check_count, check_function
-from lightning_koopman.averaging.average import check_average
+from lightning_koopman.averaging.average import check_average, check_lengths
 from lightning_koopman.callbacks.averaged_checkpoints import AveragedCheckpoints, check_collects_whole_states
 from lightning_koopman.callbacks.averages import OURS, averaging_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback
@@ -19,6 +19,7 @@ from lightning_koopman.callbacks.clock import steps_done
 from lightning_koopman.callbacks.scalars import publish
 from lightning_koopman.callbacks.training_batches import SCORED
 from lightning_koopman.callbacks.weight_average import WeightAverage
+from lightning_koopman.parameters.select import check_network
 from lightning_koopman.trajectory.recorder import SnapshotSettings
 
 SEARCHED = 1, 2, 5, 12, 30
@@ -103,9 +104,8 @@ class KoopmanWeightAveraging(TrajectoryCallback):
         dirpath: str | os.PathLike[str] | None = None,
         prefix: str = "koopman",
     ) -> None:
-        check_average(profile, length, power)
-        lengths = [] if length is None else length if isinstance(length, Sequence) else [length]
-        if max(lengths, default=0) > check_count("window", window, 3):
+        lengths = check_average(profile, length, power)
+        if max(lengths or [0]) > check_count("window", window, 3):
             raise ValueError(f"length={length!r} exceeds window={window}: raise `window`, which costs memory.")
         check_choice("storage", storage, ("ram", "disk"), "sketches hold no weights to average")
         settings = SnapshotSettings(
@@ -121,7 +121,7 @@ class KoopmanWeightAveraging(TrajectoryCallback):
             self.recording,
             self.guard,
             profile=profile,
-            length=length,
+            lengths=lengths,
             power=float(power),
             n_batches=check_count("n_batches", n_batches, SCORED),
         )
@@ -143,8 +143,9 @@ class KoopmanWeightAveraging(TrajectoryCallback):
             module: The trained module or a copy, with parameters of the same names.
 
         Raises:
-            ValueError: If no average has been chosen yet, or a parameter is missing.
+            ValueError: If no average has been chosen yet, or a parameter is missing or has another shape.
         """
+        check_network("module", module)
         self.average.copy_to(module)
 
     def search(
@@ -167,10 +168,12 @@ class KoopmanWeightAveraging(TrajectoryCallback):
             The loss of each length tried.
 
         Raises:
-            ValueError: If no average has been chosen yet, or a length is not positive.
+            TypeError: If ``loss`` returns no number.
+            ValueError: If no average has been chosen yet, a length is not positive, or all losses are NaN.
         """
         check_function("loss", loss, "a function of the module that returns its loss")
-        self.average.search(pl_module.trainer, pl_module, lengths, lambda: loss(pl_module))
+        asked = check_lengths("lengths", lengths)
+        self.average.search(pl_module.trainer, pl_module, asked, lambda: loss(pl_module))
         found = dict(zip(self.average.tried, self.average.losses[:, 0].tolist(), strict=True))
         rank_zero_info(
             f"{type(self).__name__}: of {len(found)} lengths tried, the average of {self.average.length} snapshots has "

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_koopman.callbacks.averages import averaging_callbacks
 from lightning_koopman.callbacks.dry_run import bare_trainer, can_dry_run, dry_run, quiet_copy
 from lightning_koopman.callbacks.mask_rounds import Pruned, PruningMethod
-from lightning_koopman.parameters.sharded_modules import clean_name
+from lightning_koopman.parameters.sharded_modules import clean_name, named_parts
 from lightning_koopman.parameters.shards import Shards
 from lightning_koopman.pruning.channel_graph import Structure
 from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_table, left_alone_table, resize_like
@@ -111,9 +111,14 @@ class ChannelRounds(PruningMethod):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, shards: Shards, scores: dict[str, Tensor],
         target: float, batch: Any, batch_idx: int,
     ) -> Pruned:  # fmt: skip
-        shaped = {name: value.reshape(shards.chunks[name].shape) for name, value in scores.items()}
+        chunks = shards.chunks
+        shaped = {
+            name: value.reshape(chunks[name].shape)
+            for name, value in scores.items()
+            if not chunks[name].parameter.is_complex()  # scored by their own magnitude
+        }
         with self._tracing(trainer, pl_module, batch, batch_idx) as run:
-            structure = self._structure(pl_module, run)
+            structure = self._structure(pl_module, run, self.refused)
             if not self.originals.keys() >= structure.channels.keys():  # some were frozen at the first try
                 structure = self._try(pl_module, run, self._uses(trainer, pl_module, batch, batch_idx))
             chosen, plain = (structure.choose(target, by, self.scope, self.originals) for by in (shaped, None))
@@ -137,17 +142,28 @@ class ChannelRounds(PruningMethod):
         with bare_trainer(pl_module) as trainer:
             moved = pl_module.transfer_batch_to_device(batch, pl_module.device, 0)
             with self._tracing(trainer, pl_module, moved, 0) as run:
-                structure = self._structure(pl_module, run, self._uses(trainer, pl_module, moved, 0)).without_unfit()
+                first, refused = self._safe(pl_module, run, self._uses(trainer, pl_module, moved, 0))
+                structure = self._structure(pl_module, run, {**refused, **first.unfit()})
                 return structure.remove(structure.choose(target, None, self.scope))
 
     def _try(self, module: pl.LightningModule, run: Run, uses: Sequence[Run]) -> Structure:
         """Return the removable channels, and record why the others were refused."""
-        first = self._structure(module, run, uses)
-        self.refused = {**(self.refused or {}), **first.unfit(thaw=True)}
-        structure = self._structure(module, run, uses) if first.groups.keys() & self.refused.keys() else first
+        first, refused = self._safe(module, run, uses)
+        self.refused = {**refused, **first.unfit(thaw=True)}
+        structure = self._structure(module, run, self.refused) if first.groups.keys() & self.refused.keys() else first
         for name, count in structure.channels.items():
             self.originals.setdefault(name, count)
         return structure
+
+    def _safe(self, module: pl.LightningModule, run: Run, uses: Sequence[Run]) -> tuple[Structure, dict[str, str]]:
+        """Return the channels that no other part of the module may follow or read, and why layers were refused."""
+        refused = {**(self.refused or {}), **_copies_kept(module)}
+        first = self._structure(module, run, refused, uses)
+        elsewhere = first.read_elsewhere()
+        if elsewhere:
+            refused |= elsewhere
+            first = self._structure(module, run, refused, uses)
+        return first, refused
 
     def note(self, changes: Mapping[str, Mapping[str, tuple[Any, Any]]]) -> None:
         """Merge changed constructor arguments into those of earlier rounds."""
@@ -195,9 +211,11 @@ class ChannelRounds(PruningMethod):
             self.originals = {str(name): int(count) for name, count in state["originals"].items()}
             self.removed = int(state["removed"])
 
-    def _structure(self, module: pl.LightningModule, run: Run, also: Sequence[Run] = ()) -> Structure:
+    def _structure(
+        self, module: pl.LightningModule, run: Run, refused: Mapping[str, str] | None, also: Sequence[Run] = ()
+    ) -> Structure:
         return Structure(
-            module, run, layers=self.layers, copy=quiet_copy, refused=self.refused, also=also, argument="parameters"
+            module, run, layers=self.layers, copy=quiet_copy, refused=refused, also=also, argument="parameters"
         )
 
     @staticmethod
@@ -230,6 +248,24 @@ class ChannelRounds(PruningMethod):
                     return loss(network)
 
             yield run
+
+
+def _copies_kept(module: nn.Module) -> dict[str, str]:
+    """Return the layers of which the module keeps a frozen copy, such as a teacher that follows, with the reason."""
+    known: dict[tuple[Any, ...], list[tuple[str, nn.Module]]] = {}
+    for name, part in named_parts(module).items():
+        own = dict(part.named_parameters())
+        if own:
+            known.setdefault((type(part), *((key, each.shape) for key, each in own.items())), []).append((name, part))
+    found: dict[str, str] = {}
+    for alike in known.values():
+        frozen = [(name, part) for name, part in alike if not any(each.requires_grad for each in part.parameters())]
+        for name, part in alike:
+            for other, copied in frozen:
+                if part is not copied and all(map(torch.equal, part.parameters(), copied.parameters())):
+                    reason = f"{other!r} is a frozen copy of it, and may follow its weights"
+                    found |= {f"{name}.{leaf}".strip("."): reason for leaf in named_parts(part)}
+    return found
 
 
 def _plain_state(module: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import inspect
 from collections.abc import Callable, Iterator
+from types import MethodType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_koopman.callbacks.observables import batch_loss
 from lightning_koopman.parameters.sharded_modules import is_kind
+from lightning_koopman.pruning.channel_tracing import eager
 
 CONNECTIONS = ("DeviceMesh", "ProcessGroup")  # connections to other processes, which cannot be copied
 LARGE = 2**26  # bytes: copies share larger tensors that are kept on the module
@@ -29,7 +31,7 @@ class NoLossError(ValueError):
 
 def can_dry_run(module: pl.LightningModule) -> bool:
     """Return whether ``training_step`` only computes a loss from a batch."""
-    return module.automatic_optimization and "dataloader_iter" not in _parameters(module)
+    return module.automatic_optimization and "dataloader_iter" not in inspect.signature(module.training_step).parameters
 
 
 def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -> pl.LightningModule:
@@ -48,9 +50,11 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
                 known[id(value)] = value
     known[id(module.trainer)] = module.trainer
     _copy_without_fsdp(module, known)
-    network: pl.LightningModule = copy.deepcopy(module, known)
-    for name in [name for name, value in vars(network).items() if callable(value) and hasattr(type(network), name)]:
-        del vars(network)[name]  # such as compiled steps, which are bound to the original
+    network = _copied(module, known)
+    for name, value in list(vars(network).items()):
+        step = getattr(value, "_torchdynamo_orig_callable", None)  # compiled steps stay bound to the original
+        if getattr(step, "__self__", None) is module:
+            vars(network)[name] = MethodType(step.__func__, network)  # type: ignore[union-attr]
     network.trainer = module.trainer
     network.log = lambda *_, **__: None  # type: ignore[method-assign]
     silent: dict[str, Any] = {"logger": property(lambda _: DummyLogger()), "loggers": property(lambda _: [])}
@@ -58,6 +62,30 @@ def quiet_copy(module: pl.LightningModule, memo: dict[int, Any] | None = None) -
     silent["lr_schedulers"] = lambda _: _still(module.lr_schedulers())
     network.__class__ = type(type(network).__name__, (type(network),), silent)
     return network
+
+
+def _copied(module: pl.LightningModule, known: dict[int, Any]) -> pl.LightningModule:
+    """Return a deep copy; raise TypeError with the name of an attribute that cannot be copied."""
+    try:
+        network: pl.LightningModule = copy.deepcopy(module, dict(known))
+    except Exception as error:
+        for path, part in module.named_modules():
+            for name in [name for name, value in vars(part).items() if not _copies(value, known)]:
+                if name != "_modules":
+                    where = f"{path}.{name}".lstrip(".")
+                    raise TypeError(f"{where!r} of the module cannot be copied: {error}") from error
+        raise
+    if network is module:
+        raise TypeError("the module cannot be copied: its `__deepcopy__` returns the module itself")
+    return network
+
+
+def _copies(value: Any, known: dict[int, Any]) -> bool:
+    """Return whether a value can be copied."""
+    with contextlib.suppress(Exception):
+        copy.deepcopy(value, dict(known))
+        return True
+    return False
 
 
 def _copy_without_fsdp(module: nn.Module, known: dict[int, Any]) -> None:
@@ -101,14 +129,17 @@ def dry_run(
     trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int
 ) -> Iterator[Callable[[pl.LightningModule], Tensor]]:
     """Context manager that yields a function which returns the loss of a copy of the module on a batch."""
-    parameters = _parameters(module)
-    several = len(parameters) > 2 or any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
+    parameters = inspect.signature(module.training_step).parameters
+    several = len(parameters) > 1 or any(each.kind is each.VAR_POSITIONAL for each in parameters.values())
     arguments = (batch, batch_idx) if several else (batch,)
     originals = {id(part) for part in module.modules()}
 
     def refuse(part: nn.Module, _: Any) -> None:
         if id(part) in originals:
-            raise RuntimeError("the module keeps a function that is bound to itself, so it cannot be copied")
+            raise RuntimeError(
+                "the module cannot be copied: it keeps a function that is bound to itself, or a part whose "
+                "`__deepcopy__` returns the part itself"
+            )
 
     def loss(network: pl.LightningModule) -> Tensor:
         try:
@@ -123,15 +154,31 @@ def dry_run(
     hook, loggers = register_module_forward_pre_hook(refuse), trainer.loggers
     try:
         trainer.loggers = [DummyLogger() for _ in loggers]  # the step may log through `self.trainer`
-        with isolate_rng(), torch.enable_grad(), trainer.precision_plugin.train_step_context():
+        step, quiet = trainer.precision_plugin.train_step_context(), eager()  # compiled, the hook would need new graphs
+        with _unchanged(trainer), isolate_rng(), torch.enable_grad(), quiet, step:
             yield loss
     finally:
         trainer.loggers = loggers
         hook.remove()
 
 
-def _parameters(module: pl.LightningModule) -> Any:
-    return inspect.signature(type(module).training_step).parameters
+@contextlib.contextmanager
+def _unchanged(trainer: pl.Trainer) -> Iterator[None]:
+    """Context in which changes of the options of optimizers, of a data module and of the wish to stop are undone."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    options = [(group, key, value) for group in groups for key, value in group.items() if key != "params"]
+    values = [value.clone() if isinstance(value, Tensor) else value for *_, value in options]
+    data, stops = getattr(trainer, "datamodule", None), trainer.should_stop
+    kept = {} if data is None else dict(vars(data))
+    try:
+        yield
+    finally:
+        trainer.should_stop = stops
+        for (group, key, own), value in zip(options, values, strict=True):
+            group[key] = own.copy_(value) if isinstance(own, Tensor) else own
+        if data is not None:
+            vars(data).clear()
+            vars(data).update(kept)
 
 
 def _tensors_in(value: Any, depth: int = 3) -> Iterator[Tensor]:

@@ -279,8 +279,9 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         held = recorded and trajectory is not None
         lengths = trajectory.step_norms() if held and trajectory is not None else np.zeros(0)
         if lengths.size > 1 and not lengths.any():
-            said = f"has not changed over the last {len(self.recorder)} snapshots: check that an optimizer updates the "
-            self.guard.warn("constant", f"observable={self.settings.observable!r} {said}weights at a rate > 0.")
+            said = f"{self.settings.observable!r} has not changed over the last {len(self.recorder)} snapshots"
+            mend = ": check that an optimizer updates the weights at a rate > 0." if self.recording.of_weights else "."
+            self.guard.warn("constant", f"observable={said}{mend}")
         self.history.append(
             {
                 **{name: getattr(reading, name, math.nan) for name in COLUMNS},

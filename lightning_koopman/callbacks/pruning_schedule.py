@@ -144,6 +144,8 @@ class PruningSchedule:
         if self.next_due is not None:
             return f"round {self.attempted + 1} of {self.rounds} was due after {clock.when(self.next_due)}"
         ahead, past = self.changes
+        if math.isnan(ahead):
+            return f"epoch='settled' looks {HORIZON} intervals back, but there were too few snapshots"
         return (
             f"epoch='settled' waited for changes of at most {self.settled_change:.1%} within {clock.span(HORIZON)}; "
             f"the last were {ahead:.1%} (predicted) and {past:.1%} (past), and the phase was {self.phase.value!r}"

@@ -144,7 +144,8 @@ class RestartOnBadInitialization(TrajectoryCallback):
             chosen = select_modules(pl_module, self.modules, self.scheme, strict=False)
             lacking = without_reset(pl_module, chosen, self.scheme)
             self._chosen = [name for name in chosen if name not in lacking]
-            kept = [f"{name}.{leaf}".lstrip(".") for name in lacking for leaf in chosen[name]._parameters]
+            owned = {name: dict(chosen[name].named_parameters(recurse=False)) for name in lacking}
+            kept = [f"{name}.{leaf}".lstrip(".") for name, leaves in owned.items() for leaf in leaves]
             self._frozen.keep(outermost(trainer, pl_module), kept)
             if not pl_module.automatic_optimization and self.baseline_loss.given is None:
                 self.guard.warn(

@@ -44,7 +44,7 @@ class RunFolder:
         if dirpath is not None and not Path(dirpath).is_absolute() and ".." in Path(dirpath).parts:
             raise ValueError(f"dirpath must not leave the working directory, got {os.fspath(dirpath)!r}: pass an "
                              "absolute path.")  # fmt: skip
-        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.dirpath = None if dirpath is None else Path(dirpath).expanduser()
         self.path: Path | None = None
         self._base: Path | None = None
 
@@ -58,7 +58,9 @@ class RunFolder:
         base = parent.absolute() / name
         path, problem = None, None
         if trainer.is_global_zero:
-            goes_on = trainer.current_epoch > 0 and base == self._base
+            # a search for a learning rate, for instance, has claimed it and written nothing
+            held = [] if self.path is None or not self.path.is_dir() else [each.name for each in self.path.iterdir()]
+            goes_on = (trainer.current_epoch > 0 or held == [CLAIM]) and base == self._base
             try:
                 path = (self.path if goes_on else None) or _claim(base)
                 path.mkdir(parents=True, exist_ok=True)  # it may have been deleted since an earlier fit

@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from lightning_koopman._checks import check_count
 from lightning_koopman._types import Array
 from lightning_koopman.averaging.average import choose, coefficients, combined, lengths_to_try
 from lightning_koopman.averaging.profiles import place
@@ -51,12 +50,12 @@ class WeightAverage:
         guard: Guard,
         *,
         profile: str = "auto",
-        length: int | Sequence[int] | None = None,
+        lengths: Sequence[int] | None = None,
         power: float = 1.0,
         n_batches: int = 16,
     ) -> None:
         self._recording, self._guard = recording, guard
-        self._asked = profile, length, power
+        self._asked = profile, lengths, power
         self.batches = TrainingBatches(n_batches)
         self.forget()
 
@@ -124,7 +123,7 @@ class WeightAverage:
         """Return coefficients, length, tried lengths, their losses and the batch statistics of the best average."""
         trajectory, processes = self._recording.recorder.trajectory, self._recording.weights.processes
         assert trajectory is not None
-        profile, length, power = self._asked
+        profile, asked, power = self._asked
         if trial is None and self.batches.norms:
             self._guard.warn(
                 "statistics",
@@ -132,7 +131,7 @@ class WeightAverage:
                 "average, as `training_step` cannot run on a copy of this module: using the last weights instead.",
             )
             return self.parts, self.length, self.tried, self.losses, self._statistics
-        lengths = lengths_to_try(trajectory, profile, length, held=self._count, compared=trial is not None)
+        lengths = lengths_to_try(trajectory, profile, asked, held=self._count, compared=trial is not None)
         reading = self._recording.reader.reading
         scale = None if reading is None or not math.isfinite(reading.scale) else reading.scale
         loss = None if trial is None or len(lengths) == 1 else self._loss(trial, trajectory)
@@ -162,7 +161,7 @@ class WeightAverage:
         """Choose the best of several lengths by the loss of the module, and leave that average in the module."""
         trajectory = self._trajectory_chosen_from()
         profile, _, power = self._asked
-        tried = sorted({min(check_count("lengths", each, 1), self._count) for each in lengths})
+        tried = sorted({min(each, self._count) for each in lengths})
         trial = self.batches.trial(trainer, module, self._recording.weights.processes) if self.batches.norms else None
         before = self.length, self.parts, self._statistics
         found: list[tuple[float, int, Array, dict[str, Tensor]]] = []
@@ -171,8 +170,13 @@ class WeightAverage:
                 self.parts = np.trim_zeros(coefficients(trajectory, profile, length, power), "f")
                 self._statistics = self._statistics_of(self._values(trajectory, self.parts), trial)
                 self.copy_to(module)
-                value = float(loss())
+                value = loss()
+                if isinstance(value, bool) or not isinstance(value, (SupportsFloat, Tensor)):
+                    raise TypeError(f"loss must return a number, got {value!r:.60}.")
+                value = float(value)
                 found.append((math.inf if math.isnan(value) else value, length, self.parts, self._statistics))
+            if all(each[0] == math.inf for each in found):
+                raise ValueError(f"loss is NaN or infinite for all lengths {tried}: the weights are left as they were.")
             before = min(found, key=lambda each: each[:2])[1:]
             self.tried, self.losses = tuple(tried), np.array([[each[0]] for each in found])
         finally:
@@ -181,8 +185,10 @@ class WeightAverage:
 
     def _trajectory_chosen_from(self) -> Trajectory:
         trajectory = self._recording.recorder.trajectory
-        if trajectory is None or self.chosen_after is None or self._recording.weights.shards is None:
+        if trajectory is None or self.chosen_after is None:
             raise ValueError("no average has been chosen yet: train first.")
+        if self._recording.weights.shards is None:
+            raise ValueError("this callback is a copy, and has lost the module it was trained with: use the original.")
         return trajectory
 
     def _loss(self, trial: Trial, trajectory: Trajectory) -> Callable[[Array], list[Array]]:
@@ -269,12 +275,16 @@ class WeightAverage:
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
-        """Copy the last chosen average into a module with the same parameter names."""
-        trajectory = self._trajectory_chosen_from()
-        known = named_tensors(module, module)
-        for name, value in {**self._values(trajectory, self.parts), **self._statistics}.items():
-            if name not in known:
-                raise ValueError(f"module has no parameter {name!r}: pass the trained module or a copy of it.")
+        """Copy the last chosen average into a module with the same parameter names and shapes."""
+        trajectory, shards = self._trajectory_chosen_from(), self._recording.weights.shards
+        known, values = named_tensors(module, module), {**self._values(trajectory, self.parts), **self._statistics}
+        for name, value in values.items():
+            shape = shards.chunks[name].tensor.shape if shards is not None and name in shards.chunks else value.shape
+            found = tuple(known[name].shape) if name in known else "none"
+            if found != tuple(shape):
+                raise ValueError(f"module must have {name!r} of shape {tuple(shape)}, but has {found}: pass the "
+                                 "trained module or a copy of it.")  # fmt: skip
+        for name, value in values.items():
             tensor = known[name].detach()
             tensor.copy_(value.reshape(tensor.shape))
 

@@ -22,15 +22,15 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         found = compare_trainings(*([options.runs, options.others] if options.others else options.runs))
-    except ValueError as error:
+        if options.figure is not None:
+            plot_comparison(found).savefig(options.figure, dpi=150)
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     for group, run in zip(found.groups, [*options.runs, *options.others], strict=True):
         print(f"{group}  {run}")
     for by, matrix in found.distances.items():
         print(f"\ndistances of the {by}:", *("  ".join(f"{value:.4f}" for value in row) for row in matrix), sep="\n")
     print(f"\n{found}")
-    if options.figure is not None:
-        plot_comparison(found).savefig(options.figure, dpi=150)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -44,9 +45,20 @@ class EpochProgress(pl.Callback):
         self.bar.close()
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+def _whole(least: int) -> Callable[[str], int]:
+    """Return a parser of whole numbers of at least ``least``."""
+
+    def number(text: str) -> int:
+        if (value := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {value}")
+        return value
+
+    return number
+
+
+def _rate(text: str) -> float:
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
     return value
 
 
@@ -55,13 +67,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lightning_koopman.demo", description=__doc__)
     parser.add_argument("--dataset", choices=DATASETS, default="digits", help="digits needs no network (default)")
     parser.add_argument("--data-root", type=Path, help="folder of torchvision's data sets (default: ./data)")
-    parser.add_argument("--n-train", type=_positive, help="keep only so many training images (default: all)")
+    parser.add_argument("--n-train", type=_whole(1), help="keep only so many training images (default: all)")
     parser.add_argument("--initialization", choices=sorted(INITIALIZATIONS), default="he")
     parser.add_argument("--optimizer", choices=sorted(OPTIMIZERS), default="adam")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=_positive, default=100)
-    parser.add_argument("--window", type=int, default=100, help="snapshots to analyse (default: 100)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--learning-rate", type=_rate, default=1e-3)
+    parser.add_argument("--epochs", type=_whole(1), default=100)
+    parser.add_argument("--window", type=_whole(3), default=100, help="snapshots to analyse (default: 100)")
+    parser.add_argument("--seed", type=_whole(0), default=0)
     parser.add_argument("--accelerator", default="auto")
     parser.add_argument("--output", type=Path, default=Path("koopman_demo"), help="folder for logs and figures")
     return parser.parse_args(arguments)
@@ -82,7 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> list[Path]:
     pl.seed_everything(options.seed, verbose=False)
     try:
         data = load(options.dataset, root=options.data_root, n_train=options.n_train)
-    except FileNotFoundError as error:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
         raise SystemExit(str(error)) from None
     model = PaperCNN(options.initialization, options.optimizer, options.learning_rate)
     print(

@@ -16,9 +16,10 @@ STEMS = ("g", "v", "orig")  # suffixes that the older utilities append to a weig
 def underlying(module: nn.Module) -> dict[str, list[str]]:
     """Return, by weight that the older utilities compute, the names of the parameters that it is computed from."""
     found: dict[str, list[str]] = {}
-    for name in module._parameters:
+    own = dict(module.named_parameters(recurse=False))  # scripted modules have no dict of them
+    for name in own:
         stem, _, kind = name.rpartition("_")
-        if stem and kind in STEMS and stem not in module._parameters and hasattr(module, stem):
+        if stem and kind in STEMS and stem not in own and hasattr(module, stem):
             found.setdefault(stem, []).append(name)
     return found
 

@@ -29,6 +29,8 @@ def check_scheme(scheme: object) -> None:
     """Raise ValueError unless ``scheme`` is a known way to initialize weights."""
     if not (scheme is None or callable(scheme) or (isinstance(scheme, str) and scheme in SCHEMES)):
         raise ValueError(f"scheme must be None, one of {sorted(SCHEMES)} or a callable, got {scheme!r}.")
+    if getattr(scheme, "__module__", "") == "torch.nn.init":
+        raise ValueError(f"scheme must take a module, but {scheme!r} takes a tensor: wrap it in a function.")
 
 
 def select_modules(

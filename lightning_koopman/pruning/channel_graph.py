@@ -36,6 +36,7 @@ MIXING = {  # operations that mix channels
     "Opaque": "a module that is traced as a whole",
 }
 FROZEN = "frozen"
+NOT_RUN = "not run, or inside a module that is traced as a whole"
 
 
 @dataclass(frozen=True)
@@ -225,6 +226,15 @@ class Structure:
         changes = {path: resized(path, part, shapes[path]) for path, part in self._parts.items() if path in shapes}
         return ChannelRemoval(changes, removed, channels, self.left_alone, kept)
 
+    def read_elsewhere(self) -> dict[str, str]:
+        """Return the layers whose channels may be read by a layer that did not run, with the reason."""
+        idle = {name: self._parts[name] for name, reason in self.left_alone.items() if reason == NOT_RUN}
+        inner = [f"{name}." for name, part in self._parts.items() if isinstance(part, nn.MultiheadAttention)]
+        idle = {name: part for name, part in idle.items() if not name.startswith(tuple(inner))}
+        sizes = {getattr(part, "in_features", getattr(part, "in_channels", 0)): name for name, part in idle.items()}
+        reason = "its channels may be read by {!r}, which does not run in a training step"
+        return {name: reason.format(sizes[count]) for name, count in self.channels.items() if count in sizes}
+
     def unfit(self, *, thaw: bool = False) -> dict[str, str]:
         """Try removals on copies; return the layers where they have side effects, with the reason.
 
@@ -323,7 +333,7 @@ def _not_seen(names: Mapping[nn.Module, str], found: set[str]) -> dict[str, str]
         elif not matrices or name in found or isinstance(part, nn.utils.parametrize.ParametrizationList):
             continue
         elif isinstance(part, LAYERS):
-            reasons[name] = "not run, or inside a module that is traced as a whole"
+            reasons[name] = NOT_RUN
         elif list(part.children()) and not type(part).__module__.startswith("torch.nn"):
             reasons |= {f"{name}.{leaf}".lstrip("."): "a parameter that belongs to no layer" for leaf in matrices}
         else:

@@ -66,7 +66,7 @@ def remove_channels(
         2  in_features 32 → 8
         left alone, its outputs leave the network: 2
     """
-    check_share("sparsity", sparsity, SHARE)
+    sparsity = check_share("sparsity", sparsity, SHARE)
     check_choice("scope", scope, SCOPES)
     check_network("module", module)
     if isinstance(module, torch.jit.ScriptModule):

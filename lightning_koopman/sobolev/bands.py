@@ -85,9 +85,8 @@ def sobolev_scales(
 
 def check_scales(scales: object) -> tuple[float, ...]:
     """Return scales as a tuple; raise ValueError unless they are non-decreasing numbers ≥ 0."""
-    several = isinstance(scales, Sequence) and not isinstance(scales, (bytes, bytearray))
-    loose: Any = scales
-    listed = several or (isinstance(loose, np.ndarray) and loose.ndim == 1)
+    loose: Any = scales.tolist() if isinstance(scales, (np.ndarray, Tensor)) else scales
+    listed = isinstance(loose, Sequence) and not isinstance(loose, (bytes, bytearray))
     given = tuple(loose) if listed else (loose,)
     if not given or not all(is_number(each) for each in given) or min(given) < 0:
         raise ValueError(

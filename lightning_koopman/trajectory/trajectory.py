@@ -81,6 +81,8 @@ class Trajectory:
         self.sketched = None if self._sketch is None else self._sketch.k  # combinations kept per snapshot
         width, kept = (self.n, dtype) if self._sketch is None else (self._sketch.k, torch.float64)
         folder = check_path("path", path or gettempdir()) if storage == "disk" else None
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"path={str(folder)!r} is not a folder: create it first.")
         self._held = Increments(width, self.capacity, kept, folder, scaled=dtype == torch.float64 and all_sum is None)
         self._writer: SegmentWriter | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from typing import Any
 
@@ -252,8 +253,19 @@ def test_it_can_be_applied_to_a_copy(fit):
     averaging.apply(fresh)
     for name in [*TRAINABLE[:2], "net.1.running_var"]:
         torch.testing.assert_close(fresh.state_dict()[name], module.state_dict()[name])
-    with pytest.raises(ValueError, match="has no parameter"):
+    with pytest.raises(ValueError, match=r"must have 'net.0.weight' of shape \(12, 6\), but has none"):
         averaging.apply(nn.Linear(3, 3))
+    other = Net(norm=True)
+    other.net[4] = nn.Linear(12, 1)
+    other.net[0] = nn.Linear(12, 6)  # as many weights
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"of shape \(12, 6\), but has \(6, 12\)"):
+        averaging.apply(other)
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+    with pytest.raises(TypeError, match="module must be"):
+        averaging.apply("fresh")
+    with pytest.raises(ValueError, match="is a copy"):
+        copy.deepcopy(averaging).apply(fresh)
     with pytest.raises(ValueError, match="train first"):
         KoopmanWeightAveraging().apply(fresh)
 
@@ -355,6 +367,15 @@ def test_a_search_leaves_the_best_of_the_lengths_tried(fit, norm):
     assert all(torch.equal(value, seen[1][key]) for key, value in module.state_dict().items())
     if norm:
         assert not torch.equal(seen[0]["net.1.running_mean"], seen[1]["net.1.running_mean"])
+    assert list(averaging.search(module, lambda _: torch.tensor(1.0), 3)) == [3]
+    before = weights(module)
+    for wrong, kind, message in (
+        ([{"a": 1}], TypeError, "must return a number"),
+        (math.nan, ValueError, "loss is NaN"),
+    ):
+        with pytest.raises(kind, match=message):
+            averaging.search(module, lambda _, value=wrong: value, (1, 2))
+        assert all(torch.equal(value, before[name]) for name, value in weights(module).items())
 
 
 def test_statistics_within_a_round_fit_the_weights(fit):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import warnings
 
 import pytest
@@ -419,6 +420,50 @@ def test_averages_are_refused(fit, root):
         pytest.skip("this Lightning has no WeightAveraging")
     with pytest.raises(ValueError, match="average that WeightAveraging keeps"):
         fit(KoopmanPruner(0.5, epoch=3, structured=True), root.callbacks.WeightAveraging())
+
+
+class Followed(nn.Module):
+    """A network with a part that follows its weights, or that reads its channels at other times."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.student = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 24))
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 10))
+        self.kind = kind
+        if kind == "teacher":
+            self.other = copy.deepcopy(self.student).requires_grad_(False)
+        else:
+            self.other = nn.Linear(32, 10)
+
+    def forward(self, images):
+        hidden = self.student(images)
+        return self.head(hidden + self.other(images) if self.kind == "teacher" else hidden)
+
+
+@pytest.mark.parametrize(
+    ("kind", "left"), [("teacher", "is a frozen copy of it"), ("head", "which does not run in a training step")]
+)
+def test_channels_that_another_part_may_follow_or_read_are_kept(fit, build, caplog, kind, left):
+    with caplog.at_level(logging.INFO):
+        module, _ = fit(KoopmanPruner(0.5, epoch=4, structured=True), module=build(lambda: Followed(kind)))
+    assert module.network.student[1].out_features == 32
+    assert module.network.head[1].out_features == 10
+    assert left in caplog.text
+
+
+def test_complex_parameters_do_not_stop_the_others(fit, build):
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(64, 32), nn.Linear(32, 8), nn.Linear(8, 10)
+            self.modes = nn.Parameter(torch.ones(5, dtype=torch.cfloat))
+
+        def forward(self, images):
+            hidden = torch.fft.rfft(self.second(torch.relu(self.first(images.flatten(1)))))
+            return self.head(torch.fft.irfft(hidden * self.modes, n=8))
+
+    module, _ = fit(KoopmanPruner(0.5, epoch=4, structured=True), module=build(Spectral))
+    assert module.network.first.out_features == 16
 
 
 def test_copies_of_the_weights_are_refused(fit, build):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from hovering import Net
 from problems import koopman_warnings
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.tuner import Tuner
 from torch import nn
 
 from lightning_koopman import (
@@ -233,3 +236,125 @@ def test_models_of_transformers_initialize_themselves():
     norm, query = network.model.layers[0].input_layernorm.weight, network.model.layers[0].self_attn.q_proj.weight
     assert torch.equal(norm, torch.ones(32))
     assert float(query.detach().std()) == pytest.approx(network.config.initializer_range, rel=0.1)
+
+
+class Steering(Net):
+    """A step that ends training if the loss is high, and changes the rate and the data module by hand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[3].bias.data.fill_(0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        self.trainer.datamodule.steps += 1
+        for group in (*self.optimizers().param_groups, *self.trainer.optimizers[0].param_groups):
+            group["lr"] *= 0.99
+        loss = super().training_step(batch, batch_idx)
+        if not any(self.net[3].bias):  # as in the copy that the baseline loss is measured with
+            self.trainer.should_stop = True
+        return loss
+
+
+class Counting(pl.LightningDataModule):
+    def __init__(self, module: Net) -> None:
+        super().__init__()
+        self.module, self.steps = module, 0
+
+    def train_dataloader(self) -> Any:
+        return self.module.train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        return self.module.val_dataloader()
+
+
+def quiet(tmp_path: Any, *callbacks: Callback, epochs: int) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=epochs, callbacks=list(callbacks), accelerator="cpu", limit_val_batches=0, logger=False,
+        default_root_dir=tmp_path, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [KoopmanWeightAveraging, EarlyStopOnUnitEigenvalues, RestartOnBadInitialization])
+def test_what_a_step_changes_in_the_run_is_changed_by_the_run_alone(tmp_path, kind):
+    found = []
+    for callbacks in ([], [kind()]):
+        module = Steering()
+        ours = quiet(tmp_path, *callbacks, epochs=5)
+        data = Counting(module)
+        ours.fit(module, datamodule=data)
+        found.append((ours.current_epoch, data.steps, ours.optimizers[0].param_groups[0]["lr"]))
+    assert found[0] == found[1]
+
+
+def test_a_step_that_is_set_on_the_module_is_the_one_that_is_measured(fit):
+    losses = []
+    for times in (1, 100):
+        module, stop = Net(), EarlyStopOnUnitEigenvalues(mode="report")
+        if times > 1:
+
+            def step(self: Net, batch: Any, _: int) -> torch.Tensor:
+                return 100 * nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+            module.training_step = MethodType(step, module)
+        fit(module, stop, epochs=6, limit_val_batches=0)
+        losses.append(stop.chance.loss)
+    assert losses[1] == pytest.approx(100 * losses[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*global hook.*", "ignore:.*torch.jit.script.*")
+def test_compiled_parts_are_compiled_no_more_often(fit):
+    made = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        made.append(graph)
+        return graph.forward
+
+    counts = []
+    for callbacks in ([], [EarlyStopOnUnitEigenvalues(mode="report"), KoopmanWeightAveraging()]):
+        torch._dynamo.reset()
+        made.clear()
+        module = Net()
+        module.net = torch.compile(module.net, backend=backend)
+        fit(module, *callbacks, epochs=6, limit_val_batches=0)
+        counts.append(len(made))
+    assert counts[0] == counts[1] > 0
+
+
+def test_what_cannot_be_copied_is_named(fit):
+    module = Net()
+    module.more = (each for each in range(3))
+    with pytest.warns(KoopmanWarning, match="'more' of the module cannot be copied"):
+        fit(module, EarlyStopOnUnitEigenvalues(mode="report"), epochs=3, limit_val_batches=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*")
+@pytest.mark.parametrize(
+    "callback",
+    [
+        KoopmanPruner(0.5, epoch=3),
+        KoopmanPruner(0.5, epoch=3, structured=True),
+        RestartOnBadInitialization(2, baseline_loss=1e-9, max_restarts=1),
+        RestartOnBadInitialization(2, scheme="he", baseline_loss=1e-9, max_restarts=1),
+    ],
+)
+def test_scripted_parts_are_trained_like_others(fit, callback):
+    module = Net()
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 12)))
+    module.net = nn.Sequential(scripted, nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+    assert fit(module, copy.deepcopy(callback), epochs=5, limit_val_batches=0).current_epoch >= 4
+
+
+def test_a_search_for_the_learning_rate_leaves_the_folder_to_the_run(tmp_path):
+    module, monitor = Net(), KoopmanSpectrumMonitor(dirpath=tmp_path)
+    ours = quiet(tmp_path, monitor, epochs=4)
+    Tuner(ours).lr_find(module, num_training=20)
+    ours.fit(module)
+    assert monitor.history_path == tmp_path / "koopman" / "history.csv"
+    assert [path.name for path in tmp_path.glob("koopman*")] == ["koopman"]
+
+
+def test_a_home_folder_is_found(fit, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monitor = KoopmanSpectrumMonitor(dirpath="~/runs")
+    fit(Net(), monitor, epochs=1)
+    assert monitor.history_path == tmp_path / "runs" / "koopman" / "history.csv"
