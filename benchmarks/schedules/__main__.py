@@ -1,6 +1,6 @@
 """Learning rates that fall by themselves: ``python -m benchmarks.schedules``.
 
-Trains five problems at three rates with each way to set the learning rate and to end a training: koopman_autopilot,
+Trains six problems at three rates with each way to set the learning rate and to end a training: koopman_autopilot,
 the same without falls, a constant rate, schedules with a known end, and a rule on the validation loss.
 What is finished is kept in the output folder and not repeated.
 """

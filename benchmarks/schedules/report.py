@@ -192,8 +192,9 @@ def falls(table: Table) -> str:
 
 
 def figure(table: Table, path: Path) -> None:
-    """Plot test points over the epochs at the tuned rate for each problem, below the autopilot's phases."""
-    known = [case for case in table.cases if _times(case) == 1]
+    """Plot test points over the epochs at the tuned rate for each problem and one seed, below the autopilot's phases."""
+    first = min((case.seed for case in table.cases), default=0)
+    known = [case for case in table.cases if _times(case) == 1 and case.seed == first]
     picture = blank(11.0, 6.4)
     axes = picture.subplots(2, max(1, -(-len(known) // 2)), squeeze=False).ravel()
     seen = set()
@@ -214,7 +215,7 @@ def figure(table: Table, path: Path) -> None:
         top = max(float(np.nanmax(each["rows"][:, POINTS])) for each in found.values())
         middle = float(np.median(found[CONSTANT]["rows"][:, POINTS]))
         axis.set_ylim(middle - max(2 * (top - middle), 1.0), top + 0.3 * (top - middle) + 0.1)
-        axis.set_title(f"{case.problem}, {case.optimizer} at {case.rate:g}", fontsize=10, pad=12)
+        axis.set_title(f"{case.problem}, {case.optimizer} at {case.rate:g}", fontsize=9, pad=12)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
         axis.set_xlabel("epoch", fontsize=9)
