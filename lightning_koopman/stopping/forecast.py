@@ -68,6 +68,13 @@ def forecast_change(values: npt.ArrayLike, horizon: int) -> ChangeForecast:
     )
 
 
+def predicted_change(values: Real, horizon: int) -> float:
+    """Compute the ``change`` of :func:`forecast_change` alone, at half the cost, from at least 6 finite values."""
+    unit = float(np.abs(values).max()) or 1.0
+    level, _ = _two_sided(values / unit, horizon, modes=2, tol=1e-3)
+    return float(unit * level[-1] - values[-1])
+
+
 def _two_sided(values: Real, horizon: int, modes: int, tol: float) -> tuple[Real, Real]:
     """Return the values of the delay-embedded DMD after the newest one (horizon,), and at the given ones (m,)."""
     if not values[:-1].any():  # nothing to fit a model to

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lightning_koopman._types import Array
-from lightning_koopman.stopping.forecast import RECENT, forecast_change
+from lightning_koopman.stopping.forecast import RECENT, predicted_change
 
 HORIZON = 10  # intervals to look ahead
 SEEN = 12  # newest losses used
@@ -63,7 +63,7 @@ def loss_trend(losses: Array) -> LossTrend:
     line = line_through(losses)
     if np.isnan(line.noise) or losses.size < RECENT:
         return line
-    change = forecast_change(losses[-SEEN:], HORIZON).change
+    change = predicted_change(losses[-SEEN:], HORIZON)
     doubt = 2 * line.noise + 0.5 * abs(change)
     quarter = losses.size // 4
     fell = float(losses[-2 * quarter : -quarter].mean()) - float(losses[-quarter:].mean())
