@@ -260,10 +260,13 @@ def test_a_relative_folder_that_leaves_the_working_directory_is_refused():
         (KoopmanSpectrumMonitor, {"window": np.int64(10), "radius": np.float32(0.1), "tol": np.float64(1e-3)}),
         (KoopmanSpectrumMonitor, {"every_n_epochs": np.int64(2), "sketch": np.int64(31), "storage": "sketch"}),
         (EarlyStopOnUnitEigenvalues, {"chance_loss": np.log(10), "horizon": np.int64(6), "patience": np.int8(2)}),
+        (KoopmanPruner, {"sparsity": torch.tensor(0.5), "epoch": torch.tensor(3), "window": np.array(9)}),
+        (KoopmanWeightAveraging, {"length": range(1, 4), "window": torch.tensor(6), "power": np.array(2.0)}),
+        (KoopmanWeightAveraging, {"length": np.array([1, 3]), "n_batches": np.int64(8)}),
         (RestartOnBadInitialization, {"check_epoch": np.int64(4), "baseline_loss": np.log(10), "seed": np.uint8(3)}),
     ],
 )
-def test_numbers_that_numpy_made_are_plain_in_checkpoints(kind, given, tmp_path):
+def test_numbers_that_numpy_or_torch_made_are_plain_in_checkpoints(kind, given, tmp_path):
     path = tmp_path / "last.ckpt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", KoopmanWarning)

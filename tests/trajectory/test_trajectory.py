@@ -195,6 +195,7 @@ def test_double_precision_for_a_few_numbers():
         ({"n": 3, "storage": "tape"}, "storage must be one of"),
         ({"n": 3, "path": "x"}, "only applies to storage='disk'"),
         ({"n": 3, "dtype": torch.float16}, "dtype must be"),
+        ({"n": 3, "storage": "disk", "path": "no/such/folder"}, "path='no/such/folder' is not a folder"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
