@@ -192,7 +192,7 @@ def falls(table: Table) -> str:
 
 
 def figure(table: Table, path: Path) -> None:
-    """Plot test points over the epochs at the tuned rate for each problem and one seed, below the autopilot's phases."""
+    """Plot test points over the epochs at the tuned rate, for one seed, below the autopilot's phases."""
     first = min((case.seed for case in table.cases), default=0)
     known = [case for case in table.cases if _times(case) == 1 and case.seed == first]
     picture = blank(11.0, 6.4)
