@@ -33,12 +33,12 @@ class FrozenTensors:
             module: The module.
             initial: Names of parameters that are set back in any case, and so are copied in any case.
         """
-        room = MOST * sum(each.nbytes for each in module.parameters() if each.requires_grad)
+        room = MOST * sum(each.numel() * each.element_size() for each in module.parameters() if each.requires_grad)
         self.forget()
         named = {clean_name(name): each.detach() for name, each in module.named_parameters()}
         self.initial = {name: named[name].clone() for name in initial if name in named}
         for name, tensor in sorted(_untrained(module).items(), key=lambda item: item[1].numel()):
-            room -= tensor.nbytes
+            room -= tensor.numel() * tensor.element_size()  # `nbytes` is not defined for sparse tensors
             if room < 0:
                 return
             self._copies[name] = tensor.clone()

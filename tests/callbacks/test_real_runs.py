@@ -344,6 +344,12 @@ def test_scripted_parts_are_trained_like_others(fit, callback):
     assert fit(module, copy.deepcopy(callback), epochs=5, limit_val_batches=0).current_epoch >= 4
 
 
+def test_a_sparse_buffer_does_not_end_a_training_before_it_begins(fit):
+    module = Net()
+    module.register_buffer("graph", torch.eye(3).to_sparse())
+    assert fit(module, RestartOnBadInitialization(), epochs=3, limit_val_batches=0).current_epoch == 3
+
+
 def test_a_search_for_the_learning_rate_leaves_the_folder_to_the_run(tmp_path):
     module, monitor = Net(), KoopmanSpectrumMonitor(dirpath=tmp_path)
     ours = quiet(tmp_path, monitor, epochs=4)
