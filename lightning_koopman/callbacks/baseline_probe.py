@@ -23,8 +23,6 @@ ROUNDS, TRIES = 4, 16  # most updates of the constant, and most losses tried in 
 FACTORS = 0.125, 0.25, 0.5, 0.75, 1.0, 1.5  # multiples of the step length found on one batch, compared on several
 STILL, FALLS = 0.02, 0.05  # relative fall of the loss per update: below it has converged, above it is unknown
 HUGE = 1e300  # replaces a loss that is not finite
-
-
 KEPT = (
     "wanted", "_last", "_rounds", "tuned", "_falls", "_losses", "_sum", "_seen", "_direction", "_lengths",
 )  # fmt: skip

@@ -16,6 +16,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_koopman.callbacks.averages import averaging_callbacks
 from lightning_koopman.callbacks.dry_run import bare_trainer, can_dry_run, dry_run, quiet_copy
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.callbacks.mask_rounds import Pruned, PruningMethod
 from lightning_koopman.parameters.sharded_modules import clean_name, named_parts
 from lightning_koopman.parameters.shards import Shards
@@ -24,6 +25,8 @@ from lightning_koopman.pruning.channel_removal import ChannelRemoval, changes_ta
 from lightning_koopman.pruning.channel_tracing import Run, torch_pruning
 from lightning_koopman.pruning.channel_trial import agrees
 from lightning_koopman.pruning.optimizer_state import check_replacement
+
+KEPT = "originals", "removed"
 
 
 class ChannelRounds(PruningMethod):
@@ -204,12 +207,11 @@ class ChannelRounds(PruningMethod):
             self._loading = None
 
     def state_dict(self) -> dict[str, Any] | None:
-        return {"originals": dict(self.originals), "removed": self.removed}
+        return kept(self, KEPT)
 
     def load_state_dict(self, state: dict[str, Any] | None) -> None:
         if state is not None:
-            self.originals = {str(name): int(count) for name, count in state["originals"].items()}
-            self.removed = int(state["removed"])
+            set_back(self, state, KEPT)
 
     def _structure(
         self, module: pl.LightningModule, run: Run, refused: Mapping[str, str] | None, also: Sequence[Run] = ()

@@ -15,6 +15,7 @@ from lightning_koopman.callbacks.averages import OURS, averaging_callbacks
 from lightning_koopman.callbacks.base import TrajectoryCallback, koopman_callbacks
 from lightning_koopman.callbacks.baseline_loss import BaselineLoss, share_baseline
 from lightning_koopman.callbacks.clock import steps_done, tell_if_short
+from lightning_koopman.callbacks.kept import kept, set_back
 from lightning_koopman.callbacks.lr_schedule import planned_rates
 from lightning_koopman.callbacks.observables import TRAIN_LOSS, Metric
 from lightning_koopman.callbacks.scalars import publish
@@ -29,6 +30,7 @@ from lightning_koopman.trajectory.recorder import WEIGHTS, SnapshotSettings
 WALKS = "at the lowered learning rate the weights keep no lasting direction, and the loss no longer falls clearly."
 # logged names, and their values for monitoring callbacks while unknown: finite, and no evidence of convergence
 LOGGED = {"predicted_change": -1.0, "actual_change": -1.0, "predicted_then": -1.0, "unit_fraction": 0.0}
+KEPT = "would_stop_epoch", "message"
 COLUMNS = ("epoch", "step", "value", "phase", *LOGGED, "bound", "swing", "scale", "learning_rate", "hold")
 
 
@@ -311,9 +313,8 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         return {
             "judge": self.judge.state_dict(),
             "average": self.average.state_dict(),
-            "would_stop_epoch": self.would_stop_epoch,
-            "message": self.message,
             "baseline": self.baseline_loss.state_dict(),
+            **kept(self, KEPT),
         }
 
     def restore_own(self, state: dict[str, Any]) -> None:
@@ -321,5 +322,4 @@ class EarlyStopOnUnitEigenvalues(TrajectoryCallback):
         self.baseline_loss.load_state_dict(state["baseline"])
         self.judge.load_state_dict(state["judge"])
         self.average.load_state_dict(state["average"])
-        met = state["would_stop_epoch"]
-        self.would_stop_epoch, self.message = None if met is None else int(met), str(state["message"])
+        set_back(self, state, KEPT)

@@ -279,9 +279,11 @@ class KoopmanSpectrumMonitor(TrajectoryCallback):
         held = recorded and trajectory is not None
         lengths = trajectory.step_norms() if held and trajectory is not None else np.zeros(0)
         if lengths.size > 1 and not lengths.any():
-            said = f"{self.settings.observable!r} has not changed over the last {len(self.recorder)} snapshots"
-            mend = ": check that an optimizer updates the weights at a rate > 0." if self.recording.of_weights else "."
-            self.guard.warn("constant", f"observable={said}{mend}")
+            observable, count = self.settings.observable, len(self.recorder)
+            message = f"observable={observable!r} has not changed over the last {count} snapshots"
+            if self.recording.of_weights:
+                message += ": check that an optimizer updates the weights at a rate > 0"
+            self.guard.warn("constant", f"{message}.")
         self.history.append(
             {
                 **{name: getattr(reading, name, math.nan) for name in COLUMNS},

@@ -171,7 +171,7 @@ class WeightAverage:
                 self._statistics = self._statistics_of(self._values(trajectory, self.parts), trial)
                 self.copy_to(module)
                 value = loss()
-                if isinstance(value, bool) or not isinstance(value, (SupportsFloat, Tensor)):
+                if isinstance(value, bool) or not isinstance(value, SupportsFloat):
                     raise TypeError(f"loss must return a number, got {value!r:.60}.")
                 value = float(value)
                 found.append((math.inf if math.isnan(value) else value, length, self.parts, self._statistics))

@@ -40,7 +40,7 @@ def signatures(runs: Sequence[Run], rank: int) -> tuple[list[Complex], list[Arra
     if spectra:
         if len(spectra) < len(runs):
             raise ValueError("runs must be all spectra or none: a spectrum cannot be cut. Pass trajectories instead.")
-        if len(made := {(each.n_snapshots, each.delays) for each in spectra}) > 1:
+        if len(made := sorted({(each.n_snapshots, each.delays) for each in spectra})) > 1:
             raise ValueError(f"spectra must have equally many snapshots and delays, got {made}: pass trajectories.")
         most = min(rank, *(each.eigenvalues.size for each in spectra))
         whole = [k for k in range(1, most + 1) if all(abs(each.eigenvalues[:k].imag.sum()) < 1e-9 for each in spectra)]

@@ -126,7 +126,8 @@ class Trajectory:
             snapshot: As for :meth:`append`.
             offsets: Index in the whole state at which each tensor of the list begins, for sketches.
         """
-        held, parts, size, add_up = self._held, _parts(snapshot, self.n), float(self.n), self.all_sum or np.asarray
+        held, add_up = self._held, self.all_sum or np.asarray
+        parts, size = _parts(snapshot, self.n), float(self.n)
         if self._sketch is not None:  # the sum of all sketches is recorded like a small snapshot
             sums = add_up(np.append(size, self._sketch.of_parts(parts, offsets)))
             parts, size, add_up = [torch.from_numpy(sums[1:])], sums[0], np.asarray
