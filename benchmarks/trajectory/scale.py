@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.trajectory.spectrum import memory
 
-TENSORS = 50  # number of parameters that share the weights
+TENSORS, COLUMNS = 50, 1000  # matrices that share the weights, and their columns
 WAYS = {
     "sketch": {"storage": "sketch"},
     "disk": {"storage": "disk"},
@@ -52,7 +52,7 @@ def worker(options: dict[str, Any]) -> None:
             mesh = self.device_mesh["data_parallel"]
             for _ in range(TENSORS if not self.weights else 0):
                 # on the meta device first, so that no process ever holds the whole
-                whole = torch.empty(int(options["parameters"]) // TENSORS, device="meta")
+                whole = torch.empty(int(options["parameters"]) // (TENSORS * COLUMNS), COLUMNS, device="meta")
                 self.weights.append(torch.nn.Parameter(distribute_tensor(whole, mesh, [Shard(0)])))
             self.to_empty(device="cpu")
             self.noise = torch.randn(2**22)
@@ -63,7 +63,7 @@ def worker(options: dict[str, Any]) -> None:
             at = torch.randint(2**21, ()).item()
             size = 0.01 / (1 + self.current_epoch)
             for weight in self.weights:
-                local = weight.data.to_local()
+                local = weight.data.to_local().view(-1)
                 local[::2].mul_(0.97)
                 local[1::2].mul_(0.8)
                 for piece in local.split(2**21):

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from lightning_koopman._types import Array
 from lightning_koopman.dmd.gram import CHUNKS, merge_oldest, power_of_two, row_products, wide_chunks
-from lightning_koopman.trajectory.rows import RowStore, sum_of_bits
+from lightning_koopman.trajectory.rows import PIECE, RowStore, sum_of_bits
 
 TALLY = 3  # entries after the products in a message: a snapshot's size and two halves of its fingerprint
 HALF = 2**32
-PIECE = 2**20  # elements processed at a time: 4 MB of float32, which stay in cache between passes
 STALE = 0.25  # recompute a base's products once its square falls below this fraction of its former peak
 
 ReadRow = Callable[[int, Tensor], bool]

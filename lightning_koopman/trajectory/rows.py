@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+PIECE = 2**20  # elements processed at a time: 4 MB of float32, which stay in cache between passes
 GROWTH = 32  # rows allocated at a time without a capacity; pages are committed only when written
 # NumPy has no bfloat16: its bits are mapped as int16
 DTYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64, torch.bfloat16: np.int16}
@@ -85,4 +86,5 @@ class RowStore:
 
 def sum_of_bits(values: Tensor) -> int:
     """Return the sum of the bits of contiguous elements, a fingerprint; those of parts add up."""
-    return int(values.view(BITS[values.dtype]).sum(dtype=torch.int64)) % 2**64
+    pieces = torch.split(values.view(BITS[values.dtype]), PIECE)  # since `sum` copies them, as int64
+    return sum(int(piece.sum(dtype=torch.int64)) for piece in pieces) % 2**64
