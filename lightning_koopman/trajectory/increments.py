@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -111,7 +111,7 @@ class Increments:
         start = 0
         for part in parts:
             flat = part.reshape(-1)
-            for piece in (flat[where] for where in _slices(flat.numel())):
+            for piece in torch.split(flat, PIECE):
                 where = slice(start, start + piece.numel())
                 piece = piece.to(self.newest) / self.unit if self._scaled else piece
                 target[where].copy_(piece.to(self.newest) - self.newest[where] if len(self) else piece)
@@ -129,7 +129,8 @@ class Increments:
             if len(self) == self.capacity and self.gram[:2, :2].sum() < STALE * self._peak:
                 later = self.rows.segments(self.first + 2, stop + 1)
                 products = np.append(products, row_products(later, self.oldest, self.rows.row(self.first + 1)))
-            mark = sum(sum_of_bits(self.newest[where] + staged[where]) for where in _slices(len(staged))) % 2**64
+            pieces = zip(torch.split(self.newest, PIECE), torch.split(staged, PIECE), strict=True)
+            mark = sum(sum_of_bits(before + added) for before, added in pieces) % 2**64
         return np.concatenate([products, [size, *divmod(mark, HALF)]])
 
     def commit(self, message: Array) -> bool:
@@ -233,11 +234,7 @@ def _mark(halves: Array) -> int:
     return -1 if np.isnan(halves).any() else (int(halves[0]) * HALF + int(halves[1])) % 2**64
 
 
-def _slices(count: int) -> Iterator[slice]:
-    return (slice(start, min(start + PIECE, count)) for start in range(0, count, PIECE))
-
-
 def _add(target: Tensor, row: Tensor) -> None:
     """Add an increment to a snapshot in place, rounded as in :meth:`Increments.message`."""
-    for where in _slices(len(target)):
-        target[where] += row[where]
+    for piece, added in zip(torch.split(target, PIECE), torch.split(row, PIECE), strict=True):
+        piece += added
