@@ -43,7 +43,7 @@ class Spectrum:
         n_snapshots: Number of snapshots the spectrum was computed from.
         delays: Number of snapshots in one delay-embedded snapshot (1: no embedding).
         sketch_errors: Array (k,), ≥ 0: standard error of each eigenvalue if it was computed from sketches of the
-            snapshots, else None.
+            snapshots, else None.  The rank is taken as known: where sketches change it, errors are larger.
 
     Example:
         >>> import numpy as np

@@ -61,7 +61,6 @@ def test_a_linear_system_is_exact_in_any_sketch():
 
 @pytest.mark.parametrize("k", [1021, 4093])
 def test_the_estimated_error_on_a_real_trajectory_is_of_the_size_of_the_true_one(k, digits_trajectory):
-    exact = dmd_rrr(digits_trajectory[40:]).eigenvalues
     true, claimed = [], []
     for seed in range(12):  # few leading eigenvalues: the true error is known to about 20 %
         trajectory = Trajectory(digits_trajectory.shape[1], storage="sketch", sketch=k)
@@ -70,11 +69,13 @@ def test_the_estimated_error_on_a_real_trajectory_is_of_the_size_of_the_true_one
             trajectory.append(snapshot)
         spectrum = trajectory.spectrum()
         leading = spectrum.importance > 0.05 * spectrum.importance.max()
+        # at the same rank: a rank chosen differently is no error of sketching an eigenvalue
+        exact = dmd_rrr(digits_trajectory[40:], tol=0.0, max_rank=spectrum.rank).eigenvalues
         near = np.abs(spectrum.eigenvalues[leading, None] - exact).min(axis=1)
         true.append(np.mean(near**2))
         claimed.append(np.mean(spectrum.sketch_errors[leading] ** 2))
     ratio = np.sqrt(np.mean(claimed) / np.mean(true))
-    assert 0.3 < ratio < 4
+    assert 0.4 < ratio < 4
 
 
 def test_whole_snapshots_cannot_be_had_from_sketches():
