@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from problems import ACCELERATOR, record
 from sklearn.datasets import load_digits
 from torch import nn
@@ -166,9 +167,24 @@ def classifier(root: ModuleType) -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def digits_trajectory() -> np.ndarray:
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[], np.ndarray]], np.ndarray]:
+    """Makes an array, or reads the one that another worker of pytest has made."""
+
+    def read_or_make(name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        folder = tmp_path_factory.getbasetemp()
+        path = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / f"{name}.npy"
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                np.save(path, make())
+        return np.load(path)
+
+    return read_or_make
+
+
+@pytest.fixture(scope="session")
+def digits_trajectory(once: Callable[..., np.ndarray]) -> np.ndarray:
     """A real trajectory of 100 epochs: float32 (101, 65558), the CNN on the digits that scikit-learn bundles."""
-    return record(load("digits", n_train=640), epochs=100)
+    return once("digits", lambda: record(load("digits", n_train=640), epochs=100))
 
 
 @pytest.fixture(scope="session")
@@ -181,9 +197,9 @@ def mnist_root() -> str:
 
 
 @pytest.fixture(scope="session")
-def mnist_trajectory(mnist_root: str) -> np.ndarray:
+def mnist_trajectory(mnist_root: str, once: Callable[..., np.ndarray]) -> np.ndarray:
     """A real trajectory of 100 epochs on 1,000 images of MNIST: float32 (101, 65558)."""
-    return record(load("mnist", root=mnist_root, n_train=1000), epochs=100)
+    return once("mnist", lambda: record(load("mnist", root=mnist_root, n_train=1000), epochs=100))
 
 
 @pytest.fixture(params=["digits", "mnist"])

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -34,7 +36,10 @@ from lightning_koopman import (
 from lightning_koopman.parameters.sharded_modules import local_chunks
 
 # processes are forked from one that has imported what takes seconds
-LOADED = ["lightning.pytorch", "pytorch_lightning", "sklearn.datasets", "torch.distributed.fsdp", "lightning_koopman"]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(
+    ["lightning.pytorch", "pytorch_lightning", "sklearn.datasets", "torch.distributed.fsdp", "lightning_koopman"]
+)
 KINDS = {
     "monitor": KoopmanSpectrumMonitor,
     "stop": EarlyStopOnUnitEigenvalues,
@@ -62,11 +67,8 @@ def environments(devices: int) -> list[dict[str, str]]:
 
 def run_processes(work: Callable[[Any], None], options: Any, devices: int, folder: Path) -> tuple[list[int], str]:
     """Call a function in several processes of a training; return their exit codes, and the ends of what they wrote."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LOADED)
-    logs = [folder / f"log{rank}" for rank in range(devices)]
-    given = zip(environments(devices), logs, strict=True)
-    started = [context.Process(target=_enter, args=(work, options, env, log)) for env, log in given]
+    given = enumerate(environments(devices))
+    started = [FORKS.Process(target=_enter, args=(work, options, env, folder, rank)) for rank, env in given]
     for process in started:
         process.start()
     for process in started:
@@ -74,16 +76,26 @@ def run_processes(work: Callable[[Any], None], options: Any, devices: int, folde
     codes = [-1 if process.exitcode is None else process.exitcode for process in started]
     for process in started:
         process.kill()
-    return codes, "".join(log.read_text()[-2000:] for log in logs if log.exists())
+    return codes, "".join(log.read_text()[-2000:] for log in sorted(folder.glob("std*")))
 
 
-def _enter(work: Callable[[Any], None], options: Any, environment: dict[str, str], log: Path) -> None:
+def _enter(work: Callable[[Any], None], options: Any, environment: dict[str, str], folder: Path, rank: int) -> None:
     os.environ.update(environment)
-    with log.open("w") as file:
-        for stream in (1, 2):
+    for stream, name in enumerate(("stdout", "stderr"), start=1):
+        with (folder / f"{name}{rank}").open("w") as file:
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
     work(options)
+
+
+def run_script(options: tuple[Path, list[str], Path]) -> None:
+    """Run a script with its arguments in a folder, as the main program on the CPU."""
+    script, arguments, folder = options
+    os.chdir(folder)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    sys.argv = [str(script), *arguments]
+    warnings.simplefilter("ignore")
+    runpy.run_path(str(script), run_name="__main__")
 
 
 def make_module(pl: Any, options: dict[str, Any]) -> Any:

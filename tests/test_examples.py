@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_processes, run_script
 
 FOLDER = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {"lightning_cli": ["fit", "--config", str(FOLDER / "lightning_cli.yaml")]}
@@ -27,12 +25,8 @@ def words(text: str) -> list[str]:
 def test_an_example_prints_what_the_docs_show(name, tmp_path):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(FOLDER / f"{name}.py"), *ARGUMENTS.get(name, [])],
-        cwd=tmp_path, capture_output=True, text=True, timeout=400, check=False,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    shown = (FOLDER / "outputs" / f"{name}.txt").read_text()
-    assert set(words(shown)) & set(words(done.stdout)), done.stdout
-    assert words(shown)[-1] == words(done.stdout)[-1]
+    codes, told = run_processes(run_script, (FOLDER / f"{name}.py", ARGUMENTS.get(name, []), tmp_path), 1, tmp_path)
+    assert codes == [0], told
+    shown, printed = ((FOLDER / "outputs" / f"{name}.txt").read_text(), (tmp_path / "stdout0").read_text())
+    assert set(words(shown)) & set(words(printed)), printed
+    assert words(shown)[-1] == words(printed)[-1]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from lightning_koopman._types import Array
 
 TOLD = "_koopman_told"  # marks an error that the other processes know about
+_opened = WeakKeyDictionary[Any, dict[tuple[int, ...], Any]]()  # our groups beside each default group
 
 
 class ProcessLostError(RuntimeError):
@@ -23,6 +25,17 @@ class ProcessLostError(RuntimeError):
 
 class OtherProcessError(RuntimeError):
     """Joint work failed in another process, which reports why."""
+
+
+def open_group(ranks: tuple[int, ...]) -> Any:
+    """Return a gloo group of these processes; all processes must call this.
+
+    It is opened once beside PyTorch's default group, for all trainings: each holds threads and files.
+    """
+    groups = _opened.setdefault(dist.group.WORLD, {})
+    if ranks not in groups:
+        groups[ranks] = dist.new_group(list(ranks), backend="gloo")
+    return groups[ranks]
 
 
 @dataclass(frozen=True)
@@ -50,7 +63,8 @@ class Processes:
         """Return all processes of PyTorch's default group, or this one alone if there is none."""
         if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
             return cls()
-        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+        size = dist.get_world_size()
+        return cls(dist.get_rank(), size, open_group(tuple(range(size))))
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_koopman.parameters.process_group import Processes
+from lightning_koopman.parameters.process_group import Processes, open_group
 
 Indices = npt.NDArray[np.int64]
 EXACT = 2**50  # hashes below it are exact in float64
@@ -193,10 +192,7 @@ class Shards(dict[str, Part]):
         """Create a process group for each set of replicas, in all processes together, when first needed."""
         if self._sharing and not self._groups:
             self.processes.any(False)  # check that no process has failed before creating groups
-        everyone = tuple(range(self.processes.size))
-        for ranks in self._sharing if not self._groups else ():
-            own = ranks == everyone
-            self._groups[ranks] = self.processes.group if own else dist.new_group(list(ranks), backend="gloo")
+            self._groups.update({ranks: open_group(ranks) for ranks in self._sharing})
 
 
 def _sharing(table: npt.NDArray[np.float64]) -> list[tuple[int, ...]]:

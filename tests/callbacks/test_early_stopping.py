@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import csv
 import math
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hovering import step_by_hand
+from processes import FORKS, run_script
 from torch import nn
 
 from lightning_koopman import EarlyStopOnUnitEigenvalues, KoopmanSpectrumMonitor, KoopmanWarning, StoppingReason
@@ -411,8 +409,6 @@ def test_a_resumed_run_decides_as_an_uninterrupted_one(root, fit, classifier, tm
 
 
 SCRIPT = """
-import sys
-sys.path[:0] = {path!r}
 from conftest import *
 import {root} as root
 classifier = make_classifier(root)
@@ -427,17 +423,18 @@ trainer.fit(classifier(dropout=0.0))
 
 def test_a_killed_run_decides_as_an_uninterrupted_one(root, fit, classifier, tmp_path):
     whole, _ = fit(EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "whole"), model=classifier(dropout=0.0))
-    paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
-    script = SCRIPT.format(path=paths, root=root.__name__, folder=str(tmp_path / "killed"))
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], stdout=subprocess.DEVNULL)
+    script = tmp_path / "killed.py"
+    script.write_text(SCRIPT.format(root=root.__name__, folder=str(tmp_path / "killed")))
+    process = FORKS.Process(target=run_script, args=((script, [], tmp_path),))
+    process.start()
     rows, history = 0, tmp_path / "killed" / "koopman_stop" / "history.csv"
     deadline = time.monotonic() + 120
-    while rows < 14 and process.poll() is None and time.monotonic() < deadline:
+    while rows < 14 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.02)
         rows = len(history.read_text().splitlines()) if history.exists() else 0
-    assert process.poll() is None, "the run ended before it could be killed"
+    assert process.is_alive(), "the run ended before it could be killed"
     process.kill()
-    process.wait()
+    process.join()
     resumed = EarlyStopOnUnitEigenvalues(dirpath=tmp_path / "resumed")
     whole_files = sorted((tmp_path / "killed" / "c").glob("*.ckpt"))[:-1]  # the last one may be incomplete
     again = root.callbacks.ModelCheckpoint(tmp_path / "killed" / "c", filename="{epoch:03d}", save_top_k=-1)

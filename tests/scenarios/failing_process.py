@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytorch_lightning as pl
 import torch
@@ -37,7 +38,7 @@ def train(folder: Path, failure: Any, epochs: int, checkpoint: str | None) -> di
         KoopmanWeightAveraging(window=6, dirpath=folder),
         KoopmanPruner(0.5, epoch=5, window=6, dirpath=folder),
     ]
-    save = pl.callbacks.ModelCheckpoint(folder / "c", save_last="link")
+    save = pl.callbacks.ModelCheckpoint(folder / "c", save_last="link", every_n_epochs=2)
     trainer = pl.Trainer(
         max_epochs=epochs, callbacks=[*callbacks, save], accelerator="cpu", devices=2, logger=False,
         strategy=DDPStrategy(process_group_backend="gloo", timeout=datetime.timedelta(seconds=20)),
@@ -85,13 +86,12 @@ def failing(trainer: Any, path: str, name: str, count: int, rank: int) -> Iterat
 def train_all(options: dict[str, Any]) -> None:
     """Train once with each failure, and write what came of it."""
     rank, found = os.environ["RANK"], []
-    for number, failure in enumerate(options["failures"]):
-        print(failure, flush=True)
-        folder = Path(options["folder"]) / str(number)
-        found.append(train(folder, failure, 8, None))
     saved = str(Path(options["folder"]) / "0" / "c" / "last.ckpt")
-    for number, failure in enumerate(options["when_loading"]):
-        print(failure, flush=True)
-        folder = Path(options["folder"]) / f"loading-{number}"
-        found.append(train(folder, failure, 10, saved))
+    runs = [(failure, 8, None) for failure in options["failures"]]
+    runs += [(failure, 10, saved) for failure in options["when_loading"]]
+    with mock.patch.object(torch.distributed, "new_group", wraps=torch.distributed.new_group) as opened:
+        for number, (failure, epochs, checkpoint) in enumerate(runs):
+            print(failure, flush=True)
+            found.append(train(Path(options["folder"]) / str(number), failure, epochs, checkpoint))
+    assert opened.call_count == 1, "all callbacks of all trainings share one process group"
     (Path(options["folder"]) / f"rank{rank}.json").write_text(json.dumps(found))

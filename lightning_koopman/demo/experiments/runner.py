@@ -88,7 +88,10 @@ def run_all(tasks: list[Task], jobs: int) -> None:
         return
     costs = {task.name: task.cost for task in tasks}
     waiting, running = list(tasks), dict[Future[None], str]()
-    context = multiprocessing.get_context("spawn")
+    forks = "forkserver" in multiprocessing.get_all_start_methods()  # from one process with all imports
+    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
+    if forks:
+        context.set_forkserver_preload(["lightning_koopman.demo"])
     manager = SyncManager(ctx=context)
     manager.start(initializer=end_with_parent)
     with (
