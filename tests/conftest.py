@@ -96,10 +96,11 @@ def regression(root: ModuleType) -> Callable[..., Any]:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return self.optimizer_class(self.parameters(), lr=self.lr)
 
-        def _loader(self) -> Any:
+        def train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(self.x, self.y), batch_size=16)
 
-        train_dataloader = val_dataloader = _loader
+        def val_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(self.x, self.y), batch_size=64)
 
     return Regression
 
@@ -147,15 +148,15 @@ def make_classifier(root: ModuleType) -> Callable[..., Any]:
                 return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 8, gamma=0.3)]
             return optimizer if self.scheduler is None else ([optimizer], [self.scheduler(optimizer)])
 
-        def _loader(self, part: slice) -> Any:
+        def _loader(self, part: slice, batch_size: int) -> Any:
             data = torch.utils.data.TensorDataset(self.images[part], self.labels[part])
-            return torch.utils.data.DataLoader(data, batch_size=60)
+            return torch.utils.data.DataLoader(data, batch_size)
 
         def train_dataloader(self) -> Any:
-            return self._loader(slice(None, self.n))
+            return self._loader(slice(None, self.n), 60)
 
         def val_dataloader(self) -> Any:
-            return self._loader(slice(self.n, None))
+            return self._loader(slice(self.n, None), 200)
 
     return Classifier
 

@@ -27,7 +27,7 @@ WINDOW = 30  # snapshots that KoopmanWeightAveraging keeps
 LAST_FEW, QUARTER, FIFTH = 5, 0.25, 0.2  # the newest five; shares averaged by torch's example and Lightning's SWA
 MEANS = "mean of the last 5", "torch swa_utils (from 75 %)", "Lightning SWA (from 80 %)"
 VARIANTS = (
-    "last weights", "last, new statistics", "**KoopmanWeightAveraging**", "best length by validation",
+    "last weights", "last weights, new statistics", "**KoopmanWeightAveraging**", "best length by validation",
     *MEANS, *(f"EMA {decay:g}" for decay in DECAYS), "best length in hindsight",
 )  # fmt: skip
 POINTS, LOSS = 3, 2  # columns of the scores
@@ -48,7 +48,7 @@ def compare(setting: Setting, root: Path | None, recorded: Path, folder: Path, r
         judged: dict[str, list[float]] = {"last weights": list(rows[epoch - 1, 2:6])}
         auto, others = average_at(setting, judge, snapshots, epoch)
         lengths.append(auto)
-        judged |= {"last, new statistics": others[1], "**KoopmanWeightAveraging**": others[auto]}
+        judged |= {"last weights, new statistics": others[1], "**KoopmanWeightAveraging**": others[auto]}
         judged["best length by validation"] = min(others.values(), key=lambda each: each[0])
         judged["best length in hindsight"] = min(others.values(), key=lambda each: each[LOSS])
         newest = LAST_FEW, max(1, round(QUARTER * epoch)), max(1, round(FIFTH * epoch))

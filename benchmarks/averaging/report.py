@@ -181,20 +181,20 @@ def report(folder: Path, seeds: tuple[int, ...], path: Path) -> str:
     """Return all tables and write the figure to ``path``."""
     runs = load(folder / "compared", seeds)
     figure(runs, path)
-    head = ("points / loss beside the last weights", *PROBLEMS, "mean")
-    columns = ("end", "epochs saved", "points", "least", "loss")
+    head = ("points / loss relative to the last weights", *PROBLEMS, "mean")
+    columns = ("end of the training", "epochs saved", "points", "worst", "loss")
     told = [
-        f"Seeds {', '.join(map(str, seeds))}: {len(runs)} trainings. Mean over all tenths of a training; losses are in "
+        f"{'Seeds' if len(seeds) > 1 else 'Seed'} {' and '.join(map(str, seeds))}: {len(runs)} trainings. Mean over all tenths of a training; losses are in "
         "% of the baseline loss.",
         "\n".join(markdown(head, over_time(runs))),
     ]
     for name, noisy in (("Noisy", True), ("Quiet", False)):
         some = [run for run in runs if run.noisy is noisy]
         if some:
-            told.append(f"{name} trainings, beside the best single epoch on test data. {stops(some)}")
+            told.append(f"{name} trainings, relative to the best single epoch on test data. {stops(some)}")
             told.append("\n".join(markdown(columns, ends(some))))
     pruned = list(prune.rows(folder / "pruned", seeds))
     if pruned:
-        told.append("Pruned at the end: test points of magnitude pruning, and what others are ahead of it.")
+        told.append("Pruned at the end: test points of magnitude pruning, and the gain of the other two over it.")
         told.append("\n".join(markdown(("sparsity", *prune.WAYS), pruned)))
     return "\n\n".join(told)
