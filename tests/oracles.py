@@ -1,8 +1,9 @@
-"""Independent oracles: Drmač's own DMD in the LAPACK that SciPy bundles, and Sobolev sums term by term."""
+"""Independent oracles: Drmač's own DMD in SciPy's LAPACK, Sobolev sums term by term, zeros for removed channels."""
 
 from __future__ import annotations
 
 import cmath
+import copy
 import ctypes
 import itertools
 import math
@@ -13,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import scipy
+import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -124,3 +127,14 @@ def sobolev_sum(
                 )
                 total += (1 + (2 * math.pi) ** 2 * sum(k * k for k in mode)) ** exponent * abs(coefficient) ** 2
     return total
+
+
+def zeroed(network: nn.Module, removal: Any) -> nn.Module:
+    """Return a copy of the network with zeros in place of the removed weights."""
+    twin = copy.deepcopy(network)
+    for name, parameter in twin.named_parameters():
+        if name in removal.kept:
+            gone = torch.ones(parameter.numel(), dtype=torch.bool)
+            gone[removal.kept[name][0]] = False
+            parameter.data.masked_fill_(gone.reshape(parameter.shape), 0.0)
+    return twin

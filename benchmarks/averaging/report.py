@@ -183,9 +183,9 @@ def report(folder: Path, seeds: tuple[int, ...], path: Path) -> str:
     figure(runs, path)
     head = ("points / loss relative to the last weights", *PROBLEMS, "mean")
     columns = ("end of the training", "epochs saved", "points", "worst", "loss")
+    which = ("Seed " if len(seeds) == 1 else "Seeds ") + " and ".join(map(str, seeds))
     told = [
-        f"{'Seeds' if len(seeds) > 1 else 'Seed'} {' and '.join(map(str, seeds))}: {len(runs)} trainings. Mean over all tenths of a training; losses are in "
-        "% of the baseline loss.",
+        f"{which}: {len(runs)} trainings. Mean over all tenths of a training; losses are in % of the baseline loss.",
         "\n".join(markdown(head, over_time(runs))),
     ]
     for name, noisy in (("Noisy", True), ("Quiet", False)):

@@ -5,9 +5,10 @@ import io
 
 import pytest
 import torch
+from oracles import zeroed
 from torch import nn
 
-from lightning_koopman import ChannelRemoval, export_network, remove_channels, resize_like
+from lightning_koopman import export_network, remove_channels, resize_like
 
 pytest.importorskip("torch_pruning")
 
@@ -98,17 +99,6 @@ NETWORKS = {
     "heads": (Heads, sequence, {"f1"}),
     "recurrent": (Recurrent, sequence, {"outer"}),
 }
-
-
-def zeroed(network: nn.Module, removal: ChannelRemoval) -> nn.Module:
-    """Return a copy of the network with zeros in place of the removed weights."""
-    twin = copy.deepcopy(network)
-    for name, parameter in twin.named_parameters():
-        if name in removal.kept:
-            kept = parameter.detach().reshape(-1)[removal.kept[name][0]].clone()
-            parameter.data.zero_()
-            parameter.data.view(-1)[removal.kept[name][0]] = kept
-    return twin
 
 
 @pytest.mark.parametrize("name", NETWORKS)

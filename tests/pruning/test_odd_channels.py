@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+from oracles import zeroed
 from torch import nn
 
 from lightning_koopman import MaskSet, export_network, prunable_parameters, remove_channels, resize_like
@@ -53,17 +54,6 @@ class HomeMade(nn.Module):
 
     def forward(self, x):
         return x @ self.matrix.T
-
-
-def zeroed(network: nn.Module, removal) -> nn.Module:
-    """Return a copy of the network with zeros in place of the removed weights."""
-    twin = copy.deepcopy(network)
-    for name, parameter in twin.named_parameters():
-        if name in removal.kept:
-            gone = torch.ones(parameter.numel(), dtype=torch.bool)
-            gone[removal.kept[name][0]] = False
-            parameter.data.masked_fill_(gone.reshape(parameter.shape), 0.0)
-    return twin
 
 
 row, image, sequence = torch.randn(3, 8), torch.randn(3, 8, 5), torch.randn(3, 5, 8)

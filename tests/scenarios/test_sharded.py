@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from problems import distance, held
+from problems import distance, held, trajectory_of
 from processes import run_processes
 from processes import train as train_in_process
 from torch import nn
 
-from lightning_koopman import MaskSet, Trajectory, dmd_rrr
+from lightning_koopman import MaskSet, dmd_rrr
 from lightning_koopman.averaging.persistent import persistent
 from lightning_koopman.callbacks.restart import FAR_SEED
 from lightning_koopman.parameters.reinitialize import reinitialize
@@ -21,6 +22,7 @@ STRATEGIES = ["ddp", "fsdp2", "fsdp"]
 SHAPES = {"net.0.weight": (25, 64), "net.0.bias": (25,), "net.1.weight": (25,), "net.1.bias": (25,),
           "net.3.weight": (10, 25), "net.3.bias": (10,)}  # fmt: skip
 PRUNED = ["net.0.weight", "net.3.weight"]
+recorded = partial(trajectory_of, dtype=torch.float32)  # as the callbacks record
 
 
 @pytest.fixture
@@ -55,17 +57,10 @@ def check_spectra(ranks: list[Any], whole: np.ndarray, since: int = 0) -> None:
     for rank in ranks:
         assert rank["spectra"]
         for times, eigenvalues, residuals in rank["spectra"]:
-            exact = dmd_rrr(held(trajectory_of(whole[since : times[-1] + 1], capacity=len(times))))
+            exact = dmd_rrr(held(recorded(whole[since : times[-1] + 1], capacity=len(times))))
             assert distance(eigenvalues, exact.eigenvalues) < 1e-9
             np.testing.assert_allclose(np.sort(residuals), np.sort(exact.residuals), atol=1e-9)
         np.testing.assert_array_equal(rank["spectra"][-1][1], ranks[0]["spectra"][-1][1])  # to the last bit
-
-
-def trajectory_of(snapshots: np.ndarray, **options: Any) -> Trajectory:
-    trajectory = Trajectory(snapshots.shape[1], **options)
-    for snapshot in snapshots:
-        trajectory.append(snapshot)
-    return trajectory
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -88,7 +83,7 @@ def test_all_callbacks_give_the_single_process_result(train, strategy):
     before = whole[:13]
     check_spectra([{**rank, "spectra": rank["spectra"][:11]} for rank in ranks], before)
     # masks and survivors
-    trajectory = trajectory_of(before)
+    trajectory = recorded(before)
     combination, spectrum, modes = persistent(trajectory)
     values = trajectory.combine(combination).numpy()
     scores = {name: value for name, value in parts_of(values).items() if name in PRUNED}
@@ -181,14 +176,14 @@ def test_whatever_is_kept_of_a_snapshot_works_in_shards(train):
     ]
     ranks = train("run", "fsdp2", *(("monitor", each) for each in options), epochs=9)
     whole = ranks[0]["whole"]
-    sketched = trajectory_of(whole, storage="sketch", sketch=101)
-    rounded = trajectory_of(whole, dtype=torch.bfloat16)
+    sketched = recorded(whole, storage="sketch", sketch=101)
+    rounded = recorded(whole, dtype=torch.bfloat16)
     for rank in ranks:
         assert rank["warnings"] == []
         sketch, half, disk, steps = rank["all"]
         assert distance(sketch["eigenvalues"], sketched.spectrum().eigenvalues) < 1e-9
         assert distance(half["eigenvalues"], rounded.spectrum().eigenvalues) < 1e-9
-        assert distance(disk["eigenvalues"], dmd_rrr(held(trajectory_of(whole))).eigenvalues) < 1e-9
+        assert distance(disk["eigenvalues"], dmd_rrr(held(recorded(whole))).eigenvalues) < 1e-9
         assert steps["times"] == list(range(16))  # 45 steps
     assert [row["step"] for row in ranks[0]["all"][3]["history"]] == list(range(3, 46, 3))
     assert [row["epoch"] for row in ranks[0]["all"][1]["history"]] == list(range(1, 10))  # no epoch is lost at the end
