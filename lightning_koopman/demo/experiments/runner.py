@@ -88,10 +88,9 @@ def run_all(tasks: list[Task], jobs: int) -> None:
         return
     costs = {task.name: task.cost for task in tasks}
     waiting, running = list(tasks), dict[Future[None], str]()
-    forks = "forkserver" in multiprocessing.get_all_start_methods()  # from one process with all imports
-    context: Any = multiprocessing.get_context("forkserver" if forks else "spawn")
-    if forks:
-        context.set_forkserver_preload(["lightning_koopman.demo"])
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"  # as on Windows
+    context = multiprocessing.get_context(method)
+    context.set_forkserver_preload(["lightning_koopman.demo"])  # imported once, not by each worker; no effect on spawn
     manager = SyncManager(ctx=context)
     manager.start(initializer=end_with_parent)
     with (
